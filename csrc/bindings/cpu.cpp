@@ -1,0 +1,84 @@
+// Python's door to the CPU kernels: tables of raw addresses, no torch headers.
+//
+// Addresses are integers from Tensor.data_ptr(). The caller keeps the tensors alive during a call and
+// vouches for sizes, dtypes and layouts; fused_sam/plan.py is the one caller.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "bindings/groups.h"
+#include "cpu/table.h"
+
+namespace py = pybind11;
+using fused_sam::Dtype;
+using fused_sam::Entry;
+using fused_sam::Group;
+using fused_sam::Status;
+using fused_sam::Table;
+
+namespace {
+
+using Addresses = std::vector<uintptr_t>;
+
+template <class Field>
+void set_column(Table& table, const Addresses& addresses, Field Entry::*field) {
+  std::vector<Entry>& entries = table.entries();
+  if (addresses.size() != entries.size()) throw std::invalid_argument("an address is due for every tensor of the table");
+  for (size_t i = 0; i < entries.size(); ++i) entries[i].*field = reinterpret_cast<Field>(addresses[i]);
+}
+
+Status& status_at(uintptr_t address) {
+  if (address == 0) throw std::invalid_argument("the status has no address");
+  return *reinterpret_cast<Status*>(address);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+  m.doc() = "fused_sam's CPU kernels";
+
+  py::class_<Table>(m, "Table", "Tensors of equal dtypes: addresses, sizes in elements, group numbers.")
+      .def(py::init([](int weight, int gradient, std::vector<int64_t> sizes, std::vector<int32_t> groups) {
+             return Table({Dtype(weight), Dtype(gradient)}, std::move(sizes), std::move(groups));
+           }),
+           py::arg("weight_dtype"), py::arg("gradient_dtype"), py::arg("sizes"), py::arg("groups"))
+      .def("set_weights", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::weight); })
+      .def("set_backups", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::backup); })
+      .def("set_gradients", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::gradient); })
+      .def("set_momenta", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::momentum); })
+      .def(
+          "norm",
+          [](Table& t, const py::sequence& groups, uintptr_t status, bool scaled, bool carry, bool begin, bool finish,
+             double eps, int threads) {
+            const std::vector<Group> g = groups_from(groups, 1.0);
+            Status& s = status_at(status);
+            py::gil_scoped_release release;
+            t.norm(g, s, scaled, carry, begin, finish, eps, threads);
+          },
+          "P1: global sum of squares and, with finish, norm, inverse and skip flag into the status.")
+      .def(
+          "perturb",
+          [](Table& t, const py::sequence& groups, uintptr_t status, int threads) {
+            const std::vector<Group> g = groups_from(groups, 1.0);
+            const Status& s = status_at(status);
+            py::gil_scoped_release release;
+            t.perturb(g, s, threads);
+          },
+          "P2: weight to backup, then weight += rho * inverse * T^2 * gradient.")
+      .def(
+          "sgd",
+          [](Table& t, const py::sequence& groups, uintptr_t status, double unscale, int threads) {
+            const std::vector<Group> g = groups_from(groups, unscale);
+            const Status& s = status_at(status);
+            py::gil_scoped_release release;
+            t.sgd(g, s, threads);
+          },
+          "P3: one step of SGD from the backup into the weight.")
+      .def("restore", [](Table& t, int threads) {
+        py::gil_scoped_release release;
+        t.restore(threads);
+      });
+
+  m.def("instruction_set", [] { return std::string(fused_sam::kernels().name); });
+  m.def("instruction_sets", &fused_sam::usable_kernels, "Those this processor can run, best first.");
+  m.def("use_instruction_set", &fused_sam::use_kernels, "For tests: one of instruction_sets(), or \"auto\".");
+}

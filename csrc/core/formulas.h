@@ -1,0 +1,97 @@
+// Every per-element formula of fused_sam, written once, for host and device.
+//
+// R is the type the arithmetic runs in: float for fp32, bf16 and fp16 weights, double for fp64 weights.
+// The functions have internal linkage and are always inlined: the CPU kernels are compiled once per
+// instruction set, and a shared out-of-line copy could carry instructions the processor lacks.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__CUDACC__)
+#define FUSED_SAM_FN static __host__ __device__ __forceinline__
+#else
+#define FUSED_SAM_FN static inline __attribute__((always_inline))
+#endif
+
+namespace fused_sam {
+
+// Hyper-parameters of one parameter group, in the arithmetic's type.
+template <class R>
+struct GroupOf {
+  R rho;           // length of the perturbation
+  R eta;           // ASAM's offset; used where adaptive
+  R lr;            // learning rate
+  R momentum;      // 0: no momentum buffer is read or written
+  R keep;          // 1 - dampening, subtracted in double on the host as torch does
+  R weight_decay;  // L2 coefficient, added to the gradient at the unperturbed weights
+  R factor;        // of the gradient in the update: 1, -1 to maximize, divided by the loss scale of mixed precision
+  bool adaptive;
+  bool nesterov;
+};
+
+// 1 / (||g|| + eps), and 0 below a norm of 1e-30: a zero gradient gives no direction to follow, and
+// 0 * inf would give NaN weights when eps is 0.
+template <class R>
+FUSED_SAM_FN R inverse_norm(R norm, R eps) {
+  const R inverse = R(1) / (norm + eps);
+  return inverse <= R(1e30) ? inverse : R(0);
+}
+
+FUSED_SAM_FN bool is_negative_zero(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  return bits == 0x80000000u;
+}
+FUSED_SAM_FN bool is_negative_zero(double x) {
+  uint64_t bits;
+  memcpy(&bits, &x, sizeof(x));
+  return bits == 0x8000000000000000u;
+}
+
+// T_w of ASAM (arXiv 2102.11600, section 3): |w| + eta. Plain SAM has T_w = 1.
+template <bool kAdaptive, class R>
+FUSED_SAM_FN R weight_scale(R w, R eta) {
+  return kAdaptive ? (w < R(0) ? -w : w) + eta : R(1);
+}
+
+// T_w g: what the global norm is taken of.
+template <bool kAdaptive, class R>
+FUSED_SAM_FN R scaled_gradient(R w, R g, R eta) {
+  return kAdaptive ? weight_scale<true>(w, eta) * g : g;
+}
+
+// w + e with e = s T_w^2 g and s = rho / (||T_w g|| + eps): SAM's equation 2 (arXiv 2010.01412) for p = 2,
+// ASAM's equation 5 where adaptive.
+template <bool kAdaptive, class R>
+FUSED_SAM_FN R perturbed(R w, R g, R s, R eta) {
+  if (kAdaptive) {
+    const R t = weight_scale<true>(w, eta);
+    return w + s * (t * (t * g));
+  }
+  return w + s * g;
+}
+
+// torch.optim.SGD's direction before momentum: factor * g + weight_decay * w, w being the unperturbed weight.
+template <class R>
+FUSED_SAM_FN R sgd_gradient(R w, R g, const GroupOf<R>& h) {
+  return h.factor * g + h.weight_decay * w;
+}
+
+// The momentum buffer: m <- momentum * m + (1 - dampening) * d, and the first time m <- d, as in torch.optim.SGD.
+// A buffer begins as -0.0, which is how the first time is told where there is dampening: no result is ever -0.0
+// (x + 0 turns -0 into +0), and unlike a flag of the host's it stays true when a step is skipped or replayed.
+template <bool kDampened, class R>
+FUSED_SAM_FN R sgd_momentum(R m, R d, const GroupOf<R>& h) {
+  if (!kDampened) return h.momentum * m + d;
+  const R next = h.momentum * m + h.keep * d;
+  return (is_negative_zero(m) ? d : next) + R(0);
+}
+
+// The new weight: w - lr * m, with Nesterov's momentum w - lr * (d + momentum * m).
+template <bool kNesterov, class R>
+FUSED_SAM_FN R sgd_weight(R w, R m, R d, const GroupOf<R>& h) {
+  return w - h.lr * (kNesterov ? d + h.momentum * m : m);
+}
+
+}  // namespace fused_sam

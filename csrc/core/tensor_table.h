@@ -1,0 +1,74 @@
+// The multi-tensor table and its chunk planner: which part of which tensor a worker takes.
+//
+// Chunks of all tensors are numbered through. prefix[i] is the number of chunks before tensor i, so that
+// tensor i owns chunks prefix[i] .. prefix[i + 1] - 1 and an empty tensor owns none.
+// Sizes and offsets are 64-bit throughout.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <vector>
+
+#include "core/formulas.h"
+
+namespace fused_sam {
+
+struct Chunk {
+  int64_t begin;   // first element within the tensor
+  int64_t length;  // elements; only a tensor's last chunk is shorter than the chunk size
+  int32_t tensor;
+};
+
+// The tensor that owns a chunk: the last i with prefix[i] <= chunk. count is the number of tensors.
+template <class Index>
+FUSED_SAM_FN int32_t tensor_of_chunk(const Index* prefix, int32_t count, Index chunk) {
+  int32_t low = 0, high = count;  // prefix[low] <= chunk < prefix[high]
+  while (high - low > 1) {
+    const int32_t middle = low + (high - low) / 2;
+    if (prefix[middle] <= chunk)
+      low = middle;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// Chunks before each tensor; count + 1 entries, the last being the number of all chunks.
+static inline std::vector<int64_t> chunk_prefix(const std::vector<int64_t>& sizes, int64_t chunk) {
+  if (chunk <= 0) throw std::invalid_argument("chunk size must be positive");
+  std::vector<int64_t> prefix(sizes.size() + 1, 0);
+  for (size_t i = 0; i < sizes.size(); ++i) {
+    if (sizes[i] < 0) throw std::invalid_argument("a tensor's size is negative");
+    prefix[i + 1] = prefix[i] + (sizes[i] / chunk + (sizes[i] % chunk != 0));
+  }
+  return prefix;
+}
+
+static inline Chunk chunk_at(const std::vector<int64_t>& prefix, const std::vector<int64_t>& sizes,
+                             int64_t chunk, int64_t index) {
+  const int32_t tensor = tensor_of_chunk<int64_t>(prefix.data(), int32_t(sizes.size()), index);
+  const int64_t begin = (index - prefix[tensor]) * chunk;
+  const int64_t rest = sizes[tensor] - begin;
+  return Chunk{begin, rest < chunk ? rest : chunk, tensor};
+}
+
+// Splits all chunks into one contiguous run a worker, even in elements: worker k takes chunks
+// result[k] .. result[k + 1] - 1, and no run holds more than its even share and one chunk.
+static inline std::vector<int64_t> split_chunks(const std::vector<Chunk>& chunks, int64_t workers) {
+  int64_t total = 0;
+  for (const Chunk& c : chunks) total += c.length;
+  std::vector<int64_t> bounds(1, 0);
+  int64_t done = 0;
+  for (size_t i = 0; i < chunks.size(); ++i) {
+    done += chunks[i].length;
+    // Quotient first: total * workers may not fit 64 bits.
+    while (int64_t(bounds.size()) < workers &&
+           done >= total / workers * int64_t(bounds.size()) + total % workers * int64_t(bounds.size()) / workers)
+      bounds.push_back(int64_t(i) + 1);
+  }
+  while (int64_t(bounds.size()) <= workers) bounds.push_back(int64_t(chunks.size()));
+  bounds[workers] = int64_t(chunks.size());
+  return bounds;
+}
+
+}  // namespace fused_sam
