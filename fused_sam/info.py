@@ -41,6 +41,6 @@ def _choice(device: torch.device) -> str:
             return f"none: FUSED_SAM_BACKEND={wanted}: {error}"
     order = backends.preference(device)
     taken = backends.choose("auto", device).name
-    passed_over = [name for name in order[: order.index(taken)]]
+    passed_over = order[: order.index(taken)]
     reason = "first choice" if not passed_over else f"{', '.join(passed_over)} not available"
     return f"{taken} ({reason}; order: {', '.join(order)})"

@@ -6,12 +6,15 @@
 #include <pybind11/stl.h>
 
 #include "bindings/groups.h"
+#include "cpu/lists.h"
 #include "cpu/table.h"
 
 namespace py = pybind11;
+using fused_sam::Column;
 using fused_sam::Dtype;
 using fused_sam::Entry;
 using fused_sam::Group;
+using fused_sam::Lists;
 using fused_sam::Status;
 using fused_sam::Table;
 
@@ -24,6 +27,13 @@ void set_column(Table& table, const Addresses& addresses, Field Entry::*field) {
   std::vector<Entry>& entries = table.entries();
   if (addresses.size() != entries.size()) throw std::invalid_argument("an address is due for every tensor of the table");
   for (size_t i = 0; i < entries.size(); ++i) entries[i].*field = reinterpret_cast<Field>(addresses[i]);
+}
+
+Column column(int dtype, const Addresses& addresses) {
+  Column c{Dtype(dtype), {}};
+  c.data.reserve(addresses.size());
+  for (uintptr_t a : addresses) c.data.push_back(reinterpret_cast<void*>(a));
+  return c;
 }
 
 Status& status_at(uintptr_t address) {
@@ -77,6 +87,27 @@ PYBIND11_MODULE(_cpu, m) {
         py::gil_scoped_release release;
         t.restore(threads);
       });
+
+  py::class_<Lists>(m, "Lists", "Columns of tensors, without groups.")
+      .def(py::init<std::vector<int64_t>>(), py::arg("sizes"))
+      .def(
+          "dots",
+          [](Lists& l, int x_dtype, const Addresses& x, int y_dtype, const Addresses& y, uintptr_t sums, bool begin,
+             int threads) {
+            const Column p = column(x_dtype, x), q = column(y_dtype, y);
+            py::gil_scoped_release release;
+            l.dots(p, q, reinterpret_cast<double*>(sums), begin, threads);
+          },
+          "P4: adds <x, y>, ||x||^2, ||y||^2 to three doubles.")
+      .def(
+          "combine",
+          [](Lists& l, int x_dtype, const Addresses& x, int y_dtype, const Addresses& y, int out_dtype,
+             const Addresses& out, double a, double b, int threads) {
+            const Column p = column(x_dtype, x), q = column(y_dtype, y), o = column(out_dtype, out);
+            py::gil_scoped_release release;
+            l.combine(p, q, o, a, b, threads);
+          },
+          "P5: out = a * x + b * y.");
 
   m.def("instruction_set", [] { return std::string(fused_sam::kernels().name); });
   m.def("instruction_sets", &fused_sam::usable_kernels, "Those this processor can run, best first.");

@@ -94,4 +94,10 @@ FUSED_SAM_FN R sgd_weight(R w, R m, R d, const GroupOf<R>& h) {
   return w - h.lr * (kNesterov ? d + h.momentum * m : m);
 }
 
+// a * x + b * y, a column counting for nothing where its coefficient is 0, even where it is not finite.
+template <class R>
+FUSED_SAM_FN R combined(R a, R x, R b, R y) {
+  return (a != R(0) ? a * x : R(0)) + (b != R(0) ? b * y : R(0));
+}
+
 }  // namespace fused_sam

@@ -30,6 +30,10 @@ struct Kernels {
   void (*sgd)(Dtypes, const Entry&, const Group&, bool stream, int64_t begin, int64_t length);
   void (*save)(Dtypes, const Entry&, bool stream, int64_t begin, int64_t length);     // weight to backup
   void (*restore)(Dtypes, const Entry&, bool stream, int64_t begin, int64_t length);  // backup to weight
+  // On flat arrays of the given dtypes; `wide` is their common arithmetic.
+  void (*dots)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t length);
+  void (*combine)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
+                  double b, int64_t begin, int64_t length);
   void (*fence)();  // orders streaming stores before what follows
   const char* name;
 };

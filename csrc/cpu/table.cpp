@@ -8,13 +8,6 @@
 namespace fused_sam {
 namespace {
 
-// 64 KB of fp32: weight, gradient and backup of a chunk stay in a second-level cache, a 10M-parameter model
-// still gives hundreds of chunks to share out, and the loop around a chunk costs nothing beside it.
-constexpr int64_t kChunk = 16384;
-
-// Below this many elements waking a second thread costs more than it saves (torch's own grain size).
-constexpr int64_t kElementsPerThread = 32768;
-
 // Streaming stores pay when the table's weights cannot stay in the last cache until the next pass.
 int64_t last_cache_bytes() {
   static const int64_t bytes = [] {
@@ -36,18 +29,11 @@ bool has_instance(Dtypes d) {
 }
 
 Table::Table(Dtypes dtypes, std::vector<int64_t> sizes, std::vector<int32_t> groups)
-    : dtypes_(dtypes), sizes_(std::move(sizes)), entries_(sizes_.size()) {
+    : dtypes_(dtypes), sizes_(std::move(sizes)), entries_(sizes_.size()), chunks_(sizes_), partial_(chunks_.count()) {
   if (!has_instance(dtypes)) throw std::invalid_argument("no CPU kernel for these dtypes of weight and gradient");
   if (groups.size() != sizes_.size()) throw std::invalid_argument("a group number is due for every tensor");
-  const std::vector<int64_t> prefix = chunk_prefix(sizes_, kChunk);
-  chunks_.reserve(size_t(prefix.back()));
-  for (int64_t i = 0; i < prefix.back(); ++i) chunks_.push_back(chunk_at(prefix, sizes_, kChunk, i));
-  partial_.resize(chunks_.size());
-  for (size_t i = 0; i < sizes_.size(); ++i) {
-    entries_[i].group = groups[i];
-    elements_ += sizes_[i];
-  }
-  stream_ = elements_ * size_of(dtypes.weight) > last_cache_bytes();
+  for (size_t i = 0; i < sizes_.size(); ++i) entries_[i].group = groups[i];
+  stream_ = chunks_.elements() * size_of(dtypes.weight) > last_cache_bytes();
 }
 
 void Table::check(const std::vector<Group>& groups) const {
@@ -56,24 +42,10 @@ void Table::check(const std::vector<Group>& groups) const {
 }
 
 template <class F>
-void Table::each_chunk(int threads, F&& work) const {
-  if (chunks_.empty()) return;
-  const int64_t useful = elements_ / kElementsPerThread;
-  if (threads > useful) threads = int(useful);
-  if (threads <= 1) {
-    for (size_t i = 0; i < chunks_.size(); ++i) work(i, chunks_[i]);
+void Table::each_chunk(int threads, F&& work) {
+  chunks_.each(threads, work, [this] {
     if (stream_) kernels().fence();
-    return;
-  }
-  if (threads != split_threads_) {
-    split_ = split_chunks(chunks_, threads);
-    split_threads_ = threads;
-  }
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-  for (int k = 0; k < threads; ++k) {
-    for (int64_t i = split_[k]; i < split_[k + 1]; ++i) work(size_t(i), chunks_[i]);
-    if (stream_) kernels().fence();
-  }
+  });
 }
 
 void Table::norm(const std::vector<Group>& groups, Status& status, bool scaled, bool carry, bool begin, bool finish,
@@ -99,7 +71,7 @@ void Table::norm(const std::vector<Group>& groups, Status& status, bool scaled, 
   status.inverse = skip != 0 ? 0 : inverse_norm<double>(norm, eps);
 }
 
-void Table::perturb(const std::vector<Group>& groups, const Status& status, int threads) const {
+void Table::perturb(const std::vector<Group>& groups, const Status& status, int threads) {
   check(groups);
   if (status.skip != 0) {
     const auto kernel = kernels().save;
@@ -116,7 +88,7 @@ void Table::perturb(const std::vector<Group>& groups, const Status& status, int 
   });
 }
 
-void Table::sgd(const std::vector<Group>& groups, const Status& status, int threads) const {
+void Table::sgd(const std::vector<Group>& groups, const Status& status, int threads) {
   check(groups);
   if (status.skip != 0) return restore(threads);
   const auto kernel = kernels().sgd;
@@ -127,7 +99,7 @@ void Table::sgd(const std::vector<Group>& groups, const Status& status, int thre
   });
 }
 
-void Table::restore(int threads) const {
+void Table::restore(int threads) {
   const auto kernel = kernels().restore;
   each_chunk(threads, [&](size_t, const Chunk& c) {
     kernel(dtypes_, entries_[c.tensor], stream_, c.begin, c.length);

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "core/tensor_table.h"
 #include "cpu/kernels.h"
+#include "cpu/threads.h"
 
 namespace fused_sam {
 
@@ -31,25 +31,22 @@ class Table {
   void norm(const std::vector<Group>&, Status&, bool scaled, bool carry, bool begin, bool finish, double eps,
             int threads);
   // P2. Where status.skip is set, only the backups are written.
-  void perturb(const std::vector<Group>&, const Status&, int threads) const;
+  void perturb(const std::vector<Group>&, const Status&, int threads);
   // P3. Where status.skip is set, restores instead.
-  void sgd(const std::vector<Group>&, const Status&, int threads) const;
+  void sgd(const std::vector<Group>&, const Status&, int threads);
   // Backup to weight.
-  void restore(int threads) const;
+  void restore(int threads);
 
  private:
   template <class F>
-  void each_chunk(int threads, F&& work) const;
+  void each_chunk(int threads, F&& work);
   void check(const std::vector<Group>&) const;
 
   Dtypes dtypes_;
   std::vector<int64_t> sizes_;
   std::vector<Entry> entries_;
-  std::vector<Chunk> chunks_;
+  Chunks chunks_;
   std::vector<double> partial_;  // one sum a chunk, added in the chunks' order: equal for any number of threads
-  int64_t elements_ = 0;
-  mutable std::vector<int64_t> split_;  // bounds of split_threads_ even runs of chunks
-  mutable int split_threads_ = 0;
   bool stream_ = false;
 };
 

@@ -74,6 +74,23 @@ class Table:
     native: Any = None  # whatever the backend keeps for this table
 
 
+@dataclass(eq=False)
+class Lists:
+    """Columns of equal length for the primitives on gradients and kept vectors. No tensor is empty.
+
+    Row by row the tensors are dense and alike in layout. A column has one dtype; fp64 columns stand alone. The tensors
+    may be other ones at the next call if sizes and dtypes stay.
+    """
+
+    x: list[Tensor]
+    y: list[Tensor]
+    native: Any = None  # whatever the backend keeps for these sizes and dtypes
+
+
+# Places of what `dots` adds to.
+XY, XX, YY = range(3)
+
+
 class Backend(ABC):
     """One way to run the primitives."""
 
@@ -125,3 +142,22 @@ class Backend(ABC):
     @abstractmethod
     def restore(self, table: Table) -> None:
         """Copy backups to weights, bit for bit."""
+
+    @abstractmethod
+    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
+        """P4. Add <x, y>, ||x||^2 and ||y||^2 over all rows to `sums[XY]`, `sums[XX]`, `sums[YY]`, in one pass.
+
+        `sums` is of `status_dtype` and on the tensors' device; `begin` starts from zero.
+        """
+
+    @abstractmethod
+    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor) -> None:
+        """P5. out = a * x + b * y with a, b = coefficients[0], coefficients[1], of `status_dtype` and on the device.
+
+        `out` may be `lists.x` or `lists.y`, or a third column of either's dtype. Where a coefficient is 0 its column
+        counts for nothing, even where it is not finite.
+        """
+
+    @abstractmethod
+    def average(self, lists: Lists, decay: float) -> None:
+        """P6. x = decay * x + (1 - decay) * y: an exponential moving average x of y."""

@@ -10,7 +10,7 @@ import torch  # before the compiled module, so that both share one OpenMP runtim
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
-from .contract import LOW_PRECISION, STATUS_SIZE, Backend, Group, Table
+from .contract import LOW_PRECISION, Backend, Group, Lists, Table
 
 _cpu: ModuleType | None
 try:
@@ -72,6 +72,21 @@ class Cpu(Backend):
         self._table(table).restore(torch.get_num_threads())
         increment_version(table.weights)
 
+    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
+        native, x, y = _columns(lists)
+        native.dots(*x, *y, _address(sums), begin, torch.get_num_threads())
+
+    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor) -> None:
+        native, x, y = _columns(lists)
+        a, b = coefficients[:2].tolist()
+        native.combine(*x, *y, _CODES[out[0].dtype], addresses(out), a, b, torch.get_num_threads())
+        increment_version(out)
+
+    def average(self, lists: Lists, decay: float) -> None:
+        native, x, y = _columns(lists)
+        native.combine(*x, *y, *x, decay, 1 - decay, torch.get_num_threads())
+        increment_version(lists.x)
+
     def _table(self, table: Table) -> Any:
         """The native table, with the addresses of this call's gradients."""
         assert _cpu is not None
@@ -94,6 +109,14 @@ class Cpu(Backend):
         return native
 
 
-def _address(status: Tensor) -> int:
-    assert status.dtype is torch.float64 and status.numel() == STATUS_SIZE
-    return status.data_ptr()
+def _columns(lists: Lists) -> tuple[Any, tuple[int, list[int]], tuple[int, list[int]]]:
+    assert _cpu is not None
+    if lists.native is None:
+        lists.native = _cpu.Lists([t.numel() for t in lists.x])
+    x, y = ((_CODES[column[0].dtype], addresses(column)) for column in (lists.x, lists.y))
+    return lists.native, x, y
+
+
+def _address(numbers: Tensor) -> int:
+    assert numbers.dtype is torch.float64 and numbers.device.type == "cpu" and numbers.is_contiguous()
+    return numbers.data_ptr()

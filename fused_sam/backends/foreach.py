@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contract import INVERSE, SKIP, SUM, Backend, Group, Table, arithmetic_dtype
+from .contract import INVERSE, SKIP, SUM, XX, XY, YY, Backend, Group, Lists, Table, arithmetic_dtype
 from .reference import finish_norm
 
 
@@ -82,7 +82,8 @@ class Foreach(Backend):
 
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         if status[SKIP]:
-            return self.restore(table)
+            self.restore(table)
+            return
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         columns = (table.weights, table.backups, table.gradients, table.momenta)
         for k, (weights, backups, gradients, momenta) in by_group(table, *columns):
@@ -106,6 +107,29 @@ class Foreach(Backend):
 
     def restore(self, table: Table) -> None:
         torch._foreach_copy_(table.weights, table.backups)
+
+
+    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
+        if begin:
+            sums[: YY + 1] = 0
+        x, y = wide(lists.x), wide(lists.y)
+        sums[XY] += torch.stack([p.sum(dtype=sums.dtype) for p in torch._foreach_mul(x, y)]).sum()
+        for place, column in ((XX, x), (YY, y)):
+            sums[place] += torch.stack(torch._foreach_norm(column, 2)).to(sums.dtype).square().sum()
+
+    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor) -> None:
+        a, b = coefficients[:2].tolist()
+        terms = [torch._foreach_mul(wide(column), c) for column, c in ((lists.x, a), (lists.y, b)) if c != 0]
+        if not terms:
+            torch._foreach_zero_(out)
+            return
+        torch._foreach_copy_(out, torch._foreach_add(*terms) if len(terms) == 2 else terms[0])
+
+    def average(self, lists: Lists, decay: float) -> None:
+        x, y = wide(lists.x), wide(lists.y)
+        torch._foreach_mul_(x, decay)
+        torch._foreach_add_(x, y, alpha=1 - decay)
+        write(lists.x, x)
 
 
 def write(weights: list[Tensor], wider: list[Tensor]) -> None:

@@ -11,7 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .contract import INVERSE, NORM, SKIP, SUM, UPDATE_NORM, Backend, Group, Table, arithmetic_dtype
+from .contract import (
+    INVERSE,
+    NORM,
+    SKIP,
+    SUM,
+    UPDATE_NORM,
+    XX,
+    XY,
+    YY,
+    Backend,
+    Group,
+    Lists,
+    Table,
+    arithmetic_dtype,
+)
 
 
 def wide(x: Tensor) -> Tensor:
@@ -67,7 +81,8 @@ class Reference(Backend):
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         """torch.optim.SGD's step, operation by operation as its for-loop does it, from the backup."""
         if status[SKIP]:
-            return self.restore(table)
+            self.restore(table)
+            return
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         for i, k in enumerate(table.groups):
             h, m = groups[k], table.momenta[i]
@@ -86,6 +101,27 @@ class Reference(Backend):
     def restore(self, table: Table) -> None:
         for w, b in zip(table.weights, table.backups, strict=True):
             w.copy_(b)
+
+
+    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
+        if begin:
+            sums[: YY + 1] = 0
+        for x, y in zip(lists.x, lists.y, strict=True):
+            x, y = x.to(sums.dtype), y.to(sums.dtype)
+            sums[XY] += (x * y).sum()
+            sums[XX] += (x * x).sum()
+            sums[YY] += (y * y).sum()
+
+    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor) -> None:
+        a, b = coefficients[:2].tolist()
+        for x, y, o in zip(lists.x, lists.y, out, strict=True):
+            first = a * wide(x) if a != 0 else torch.zeros_like(wide(x))
+            second = b * wide(y) if b != 0 else torch.zeros_like(wide(y))
+            o.copy_(first + second)
+
+    def average(self, lists: Lists, decay: float) -> None:
+        for x, y in zip(lists.x, lists.y, strict=True):
+            x.copy_(decay * wide(x) + (1 - decay) * wide(y))
 
 
 def finish_norm(status: Tensor, *, scaled: bool, carry: bool, eps: float) -> None:
