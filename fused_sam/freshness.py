@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from .reader import reader
+
 _MARK = "_fused_sam_used_at_version"
 
 
-def mark_used(gradients: Iterable[Tensor | None]) -> None:
-    for g in gradients:
-        if g is not None:
-            setattr(g, _MARK, g._version)
+def mark_used(gradients: list[Tensor | None]) -> None:
+    reader().mark(gradients, _MARK)
 
 
 def fresh_gradients(params: Iterable[Tensor]) -> bool:

@@ -19,11 +19,10 @@ from torch import Tensor
 
 from .backends.contract import Backend, Table, arithmetic_dtype
 from .backends.reference import Reference
+from .reader import reader
 
 # What a parameter's gradient is to the plan.
 ABSENT, ALIKE, WIDER, DISAGREEING = range(4)
-
-_is_contiguous = Tensor.is_contiguous
 
 # Tables of as many patterns of present gradients are kept: enough for a few alternating losses or frozen stages.
 PATTERNS_KEPT = 16
@@ -35,6 +34,7 @@ class Scan:
 
     gradients: list[Tensor | None]
     codes: bytes  # ABSENT .. DISAGREEING for each parameter
+    addresses: list[int] | None = None  # of the gradients, where they have been read already
 
 
 @dataclass(eq=False)
@@ -46,11 +46,13 @@ class Job:
     rows: list[int]
 
     def attach(self, scan: Scan) -> None:
-        whole = len(self.rows) == len(scan.gradients)
-        gradients = scan.gradients if whole else [scan.gradients[i] for i in self.rows]
-        self.table.gradients = gradients  # type: ignore[assignment]
-        if self.table.agreeing:
-            self.table.gradient_addresses = [g.data_ptr() for g in gradients]  # type: ignore[union-attr]
+        table, gradients, addresses = self.table, scan.gradients, scan.addresses
+        if len(self.rows) != len(gradients):
+            gradients = [gradients[i] for i in self.rows]
+            addresses = None if addresses is None else [addresses[i] for i in self.rows]
+        table.gradients = gradients  # type: ignore[assignment]
+        if table.agreeing:
+            table.gradient_addresses = addresses or [g.data_ptr() for g in gradients]  # type: ignore[union-attr]
 
     def detach(self) -> None:
         self.table.gradients = []
@@ -111,13 +113,13 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], backend: Backend) -> None:
         self.backend = backend
         self._slow = Reference()
+        self._reader = reader()
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
         self._names = _names(groups)
         self._addresses = [p.data_ptr() for p in self.params]
         self._flat = [_is_flat(p) for p in self.params]
-        self._odd_layouts = not all(p.is_contiguous() for p in self.params)
-        self._dtypes = [p.dtype for p in self.params]
+        self._all_flat = all(self._flat)
         self._all_alike = bytes([ALIKE]) * len(self.params)
         self.nothing: list[Job] = []  # what an update undoes where nothing was perturbed
         self._checked = False  # gradients against weights, shape by shape
@@ -161,7 +163,7 @@ class Plan:
         return not (self._flat[i] and self._flat[j])
 
     def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the parameters are still those planned for, where they were and as they were."""
+        """Whether the parameters are still those planned for, where they were."""
         params = [p for group in groups for p in group["params"]]
         return (
             len(params) == len(self.params)
@@ -171,20 +173,23 @@ class Plan:
 
     # ---- reading gradients --------------------------------------------------------------------------------
 
-    def scan(self) -> Scan:
-        """The gradients as they are now.
+    def scan(self, groups: Sequence[dict[str, Any]]) -> Scan | None:
+        """The gradients as they are now; None where `groups` are not what this plan was made for.
 
         Raises:
             RuntimeError: a sparse gradient.
         """
-        gradients = [p.grad for p in self.params]
-        if self._checked and not self._odd_layouts:
-            # The common case: what p.grad's setter guarantees was checked once, what it does not is checked here.
+        if self._checked and self._all_flat:
+            # The common case: what p.grad's setter guarantees was checked once, what it does not is read each time.
             try:
-                if all(map(_is_contiguous, gradients)) and [g.dtype for g in gradients] == self._dtypes:  # type: ignore[union-attr, arg-type]
-                    return Scan(gradients, self._all_alike)
-            except (TypeError, RuntimeError):  # a gradient is absent or sparse
-                pass
+                reading = self._reader.read([group["params"] for group in groups], self.params)
+            except RuntimeError:  # a sparse gradient
+                reading = None
+            if reading is not None and reading[2] == self._addresses:
+                return Scan(reading[0], self._all_alike, reading[1])  # type: ignore[arg-type]
+        if not self.holds(groups):
+            return None
+        gradients = [p.grad for p in self.params]
         codes = bytes(self._code(i, g) for i, g in enumerate(gradients))
         self._checked = True
         return Scan(gradients, codes)

@@ -21,7 +21,7 @@ from .backends.contract import NORM, SKIP, STATUS_SIZE, UPDATE_NORM, Backend, Gr
 from .base import check_base, make_base
 from .checkpoint import check_state_dict, keep_dtypes
 from .freshness import fresh_gradients, mark_used
-from .plan import Job, Plan, attached
+from .plan import Job, Plan, Scan, attached
 
 
 class SAM(Optimizer):
@@ -107,9 +107,8 @@ class SAM(Optimizer):
                 "or restore() to undo the perturbation without an update"
             )
         groups = self._groups()
-        plan = self._planned()
         if self._perturbs(groups):
-            scan = plan.scan()
+            plan, scan = self._scan()
             jobs = plan.perturbation(scan, [group["perturb"] for group in self.param_groups])
             with attached(jobs, scan):
                 self._norm(jobs, groups, scaled=True)
@@ -118,7 +117,7 @@ class SAM(Optimizer):
             self._perturbed = jobs
         else:
             self._status().zero_()
-            self._perturbed = plan.nothing
+            self._perturbed = self._planned().nothing
         if zero_grad:
             self.zero_grad()
 
@@ -297,7 +296,10 @@ class SAM(Optimizer):
         return [p for group in self.param_groups for p in group["params"]]
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self._parameters()), torch.device("cpu"))
+        for group in self.param_groups:
+            for p in group["params"]:
+                return p.device  # type: ignore[no-any-return]
+        return torch.device("cpu")
 
     def _status(self) -> Tensor:
         """What the primitives leave for each other: backends/contract.py names its places."""
@@ -336,6 +338,16 @@ class SAM(Optimizer):
             self._plan = plan = fresh
         return plan
 
+    def _scan(self) -> tuple[Plan, Scan]:
+        """The gradients as they are now, and the plan for them."""
+        plan = self._plan
+        scan = plan.scan(self.param_groups) if plan is not None else None
+        if plan is None or scan is None:
+            plan = self._planned()
+            scan = plan.scan(self.param_groups)
+            assert scan is not None  # the plan was made from these groups
+        return plan, scan
+
     def _norm(self, jobs: list[Job], groups: list[Group], *, scaled: bool, carry: bool = False) -> None:
         """P1 over all tables."""
         status = self._status()
@@ -351,8 +363,7 @@ class SAM(Optimizer):
         """Update with the gradients as they are, undoing the perturbation if there is one."""
         try:
             groups = self._groups()
-            plan = self._planned()
-            scan = plan.scan()
+            plan, scan = self._scan()
             status = self._status()
             undo = plan.nothing if self._perturbed is None else self._perturbed
             update = plan.update(scan, undo, self._base.with_momentum(groups), self.state)

@@ -6,6 +6,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/groups.h"
+#include "bindings/reader.h"
 #include "cpu/lists.h"
 #include "cpu/table.h"
 
@@ -108,6 +109,11 @@ PYBIND11_MODULE(_cpu, m) {
             l.combine(p, q, o, a, b, threads);
           },
           "P5: out = a * x + b * y.");
+
+  py::class_<fused_sam::Reader>(m, "Reader", "Reads all parameters' gradients at once; see fused_sam/reader.py.")
+      .def(py::init<py::object, py::tuple>(), py::arg("tensor_base"), py::arg("plain"))
+      .def("read", &fused_sam::Reader::read, py::arg("groups"), py::arg("params"))
+      .def("mark", &fused_sam::Reader::mark, py::arg("tensors"), py::arg("name"));
 
   m.def("instruction_set", [] { return std::string(fused_sam::kernels().name); });
   m.def("instruction_sets", &fused_sam::usable_kernels, "Those this processor can run, best first.");

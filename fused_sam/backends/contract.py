@@ -72,6 +72,7 @@ class Table:
     gradients: list[Tensor] = field(default_factory=list)
     gradient_addresses: list[int] = field(default_factory=list)
     native: Any = None  # whatever the backend keeps for this table
+    bound: Any = None  # the gradient addresses that `native` has
 
 
 @dataclass(eq=False)

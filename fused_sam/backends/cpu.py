@@ -65,8 +65,7 @@ class Cpu(Backend):
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         self._table(table).sgd(groups, _address(status), unscale, torch.get_num_threads())
-        increment_version(table.weights)
-        increment_version([m for m in table.momenta if m is not None])
+        increment_version(table.weights)  # momentum takes no part in autograd
 
     def restore(self, table: Table) -> None:
         self._table(table).restore(torch.get_num_threads())
@@ -104,8 +103,9 @@ class Cpu(Backend):
             if table.momenta:
                 native.set_momenta(addresses(table.momenta))
             table.native = native
-        if table.gradient_addresses:
+        if table.gradient_addresses and table.gradient_addresses is not table.bound:
             native.set_gradients(table.gradient_addresses)
+            table.bound = table.gradient_addresses
         return native
 
 

@@ -59,7 +59,8 @@ class Foreach(Backend):
                 torch._foreach_add_(scale, groups[k].eta)
                 torch._foreach_mul_(scale, gradients)
                 gradients = scale
-            norms = torch.stack(torch._foreach_norm(gradients, 2))
+            wider = torch.promote_types(gradients[0].dtype, status.dtype)  # squares of 1e19 leave fp32's range
+            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wider))
             status[SUM] += norms.to(status.dtype).square().sum()
         if finish:
             finish_norm(status, scaled=scaled, carry=carry, eps=eps)

@@ -1,0 +1,125 @@
+// Reads the gradients of a list of parameters in one call from Python.
+//
+// An optimizer asks every parameter for its gradient, and every gradient for its address, dtype and layout,
+// twice a step; done one attribute at a time in Python that costs more than the kernels of a small model.
+// Without torch headers: through DLPack where torch has it, and else through the getters behind the descriptors of
+// torch's tensor class.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include "bindings/dlpack_view.h"
+
+namespace fused_sam {
+
+namespace py = pybind11;
+
+class Reader {
+ public:
+  // tensor_base: torch._C.TensorBase. plain: the classes known not to override its attributes.
+  Reader(const py::object& tensor_base, const py::tuple& plain)
+      : grad_(tensor_base, "grad"),
+        dtype_(tensor_base, "dtype"),
+        version_(tensor_base, "_version"),
+        data_ptr_(tensor_base, "data_ptr"),
+        is_contiguous_(tensor_base, "is_contiguous"),
+        plain_(plain),
+        view_(plain[0]) {}
+
+  // (gradients, their addresses, the parameters' addresses), or None unless the parameters of `groups` are those of
+  // `params` in order and every one has a gradient of its own dtype and layout. Without DLPack only contiguous
+  // layouts are recognised.
+  py::object read(const py::list& groups, const py::list& params) const {
+    const py::ssize_t count = PyList_GET_SIZE(params.ptr());
+    py::ssize_t i = 0;
+    for (const py::handle group : groups) {
+      const py::list members = py::reinterpret_borrow<py::list>(group);
+      for (py::ssize_t k = 0; k < PyList_GET_SIZE(members.ptr()); ++k, ++i)
+        if (i >= count || PyList_GET_ITEM(members.ptr(), k) != PyList_GET_ITEM(params.ptr(), i)) return py::none();
+    }
+    if (i != count) return py::none();
+    py::list gradients(count), gradient_addresses(count), addresses(count);
+    for (i = 0; i < count; ++i) {
+      const py::handle p = PyList_GET_ITEM(params.ptr(), i);
+      const bool fast = is_plain(p);
+      py::object g = grad_.get(p, fast);
+      if (g.is_none()) return py::none();
+      if (fast && view_.usable()) {
+        const DlTensor weight = view_(p), gradient = view_(g);
+        if (!alike(weight, gradient)) return py::none();
+        PyList_SET_ITEM(gradient_addresses.ptr(), i, py::int_(gradient.address()).release().ptr());
+        PyList_SET_ITEM(addresses.ptr(), i, py::int_(weight.address()).release().ptr());
+        PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
+        continue;
+      }
+      const bool fast_g = is_plain(g);
+      if (is_contiguous_.call(g, fast_g).ptr() != Py_True) return py::none();
+      if (dtype_.get(g, fast_g).ptr() != dtype_.get(p, fast).ptr()) return py::none();
+      PyList_SET_ITEM(gradient_addresses.ptr(), i, data_ptr_.call(g, fast_g).release().ptr());
+      PyList_SET_ITEM(addresses.ptr(), i, data_ptr_.call(p, fast).release().ptr());
+      PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
+    }
+    return py::make_tuple(gradients, gradient_addresses, addresses);
+  }
+
+  // Sets attribute `name` of every tensor that is not None to the tensor's version.
+  void mark(const py::list& tensors, const py::str& name) const {
+    for (const py::handle t : tensors) {
+      if (t.is_none()) continue;
+      if (PyObject_SetAttr(t.ptr(), name.ptr(), version_.get(t, is_plain(t)).ptr()) != 0) throw py::error_already_set();
+    }
+  }
+
+ private:
+  static py::object owned(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+  }
+
+  struct Attribute {
+    Attribute(const py::object& cls, const char* name) : name(name), descriptor(cls.attr("__dict__")[name]) {
+      if (Py_TYPE(descriptor.ptr()) == &PyGetSetDescr_Type)
+        getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+    }
+    py::object get(py::handle self, bool fast) const {
+      return owned(fast && getset != nullptr ? getset->get(self.ptr(), getset->closure)
+                                             : PyObject_GetAttr(self.ptr(), name.ptr()));
+    }
+    py::str name;
+    py::object descriptor;
+    PyGetSetDef* getset = nullptr;
+  };
+
+  struct Method {
+    Method(const py::object& cls, const char* name) : name(name), descriptor(cls.attr("__dict__")[name]) {
+      if (Py_TYPE(descriptor.ptr()) == &PyMethodDescr_Type)
+        method = reinterpret_cast<PyMethodDescrObject*>(descriptor.ptr())->d_method;
+    }
+    py::object call(py::handle self, bool fast) const {
+      if (fast && method != nullptr) {
+        if (method->ml_flags == METH_NOARGS) return owned(method->ml_meth(self.ptr(), nullptr));
+        if (method->ml_flags == (METH_VARARGS | METH_KEYWORDS))
+          return owned(reinterpret_cast<PyCFunctionWithKeywords>(reinterpret_cast<void (*)()>(method->ml_meth))(
+              self.ptr(), empty.ptr(), nullptr));
+      }
+      return owned(PyObject_CallMethodNoArgs(self.ptr(), name.ptr()));
+    }
+    py::str name;
+    py::object descriptor;
+    py::tuple empty;
+    PyMethodDef* method = nullptr;
+  };
+
+  bool is_plain(py::handle tensor) const {
+    for (py::ssize_t i = 0; i < PyTuple_GET_SIZE(plain_.ptr()); ++i)
+      if (reinterpret_cast<PyObject*>(Py_TYPE(tensor.ptr())) == PyTuple_GET_ITEM(plain_.ptr(), i)) return true;
+    return false;
+  }
+
+  Attribute grad_, dtype_, version_;
+  Method data_ptr_, is_contiguous_;
+  py::tuple plain_;
+  DlpackView view_;
+};
+
+}  // namespace fused_sam

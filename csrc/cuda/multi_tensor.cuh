@@ -1,0 +1,127 @@
+// The multi-tensor launcher's device side: which elements a block takes, and how its threads move over them.
+//
+// A kernel gives the elements to an operation, a struct with
+//   kPack                      elements of a 16-byte access of its narrowest array
+//   Held<N>                    what it loads for N elements
+//   addresses()                all its pointers or-ed together, to see their alignment
+//   load<N>(i) -> Held<N>      reads elements i*N .. i*N + N - 1
+//   finish<N>(held, i, u)      computes and stores them; u counts the loads in flight
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "core/storage.h"
+#include "core/tensor_table.h"
+#include "cuda/launch_table.h"
+#include "cuda/tuning.h"
+
+namespace fused_sam {
+
+#define FUSED_SAM_DEVICE static __device__ __forceinline__
+#define FUSED_SAM_METHOD __device__ __forceinline__
+
+// ---- 16-byte accesses -------------------------------------------------------------------------------------
+
+template <class T, int N>
+struct Pack {
+  T at[N];
+};
+
+// Whether the data will be read again soon: `once` marks its cache lines as the first to go, so that they do not
+// push out of the L2 cache what the next kernel reads.
+enum class Use { again, once };
+
+template <int N, Use kUse, class T>
+FUSED_SAM_DEVICE Pack<T, N> load(const T* from) {
+  Pack<T, N> pack;
+  if constexpr (sizeof(pack) % 16 == 0) {
+    uint4 raw[sizeof(pack) / 16];
+    const uint4* vectors = reinterpret_cast<const uint4*>(from);
+#pragma unroll
+    for (int k = 0; k < int(sizeof(pack) / 16); ++k) raw[k] = kUse == Use::once ? __ldcs(vectors + k) : vectors[k];
+    memcpy(&pack, raw, sizeof(pack));
+  } else {
+    static_assert(N == 1, "a pack is one element or whole 16-byte vectors");
+    pack.at[0] = *from;
+  }
+  return pack;
+}
+
+template <int N, Use kUse, class T>
+FUSED_SAM_DEVICE void store(T* to, const Pack<T, N>& pack) {
+  if constexpr (sizeof(pack) % 16 == 0) {
+    uint4 raw[sizeof(pack) / 16];
+    memcpy(raw, &pack, sizeof(pack));
+    uint4* vectors = reinterpret_cast<uint4*>(to);
+#pragma unroll
+    for (int k = 0; k < int(sizeof(pack) / 16); ++k) {
+      if (kUse == Use::once)
+        __stcs(vectors + k, raw[k]);
+      else
+        vectors[k] = raw[k];
+    }
+  } else {
+    *to = pack.at[0];
+  }
+}
+
+// ---- a block's elements -----------------------------------------------------------------------------------
+
+struct Part {
+  int64_t begin;   // first element within the tensor
+  int32_t length;  // elements
+  int32_t tensor;
+};
+
+template <class Table>
+FUSED_SAM_DEVICE Part part_of(const Table& table, int32_t chunk) {
+  const int32_t tensor = tensor_of_chunk<int32_t>(table.prefix, table.count, chunk);
+  const int64_t begin = int64_t(chunk - table.prefix[tensor]) * table.chunk;
+  const int64_t rest = table.size[tensor] - begin;
+  return Part{begin, rest < table.chunk ? int32_t(rest) : table.chunk, tensor};
+}
+
+// Packs begin .. end - 1, several loads of every thread in flight.
+template <int N, class Operation>
+FUSED_SAM_DEVICE void sweep(Operation& operation, int32_t begin, int32_t end) {
+  constexpr int kInFlight = N == 1 ? 4 : kElementsInFlight / N;
+  for (int32_t first = begin + int32_t(threadIdx.x); first < end; first += kInFlight * kThreads) {
+    typename Operation::template Held<N> held[kInFlight];
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u)
+      if (first + u * kThreads < end) held[u] = operation.template load<N>(first + u * kThreads);
+#pragma unroll
+    for (int u = 0; u < kInFlight; ++u)
+      if (first + u * kThreads < end) operation.template finish<N>(held[u], first + u * kThreads, u);
+  }
+}
+
+// All elements of a part: 16 bytes at a time where every array is aligned to them, then or else one by one.
+template <class Operation>
+FUSED_SAM_DEVICE void run(Operation& operation, int32_t length) {
+  constexpr int N = Operation::kPack;
+  const int32_t packs = operation.addresses() % 16 == 0 ? length / N : 0;
+  sweep<N>(operation, 0, packs);
+  sweep<1>(operation, packs * N, length);
+}
+
+// ---- a block's sum ----------------------------------------------------------------------------------------
+
+// The sum over the block's threads, in a fixed order; thread 0 has it.
+FUSED_SAM_DEVICE float block_sum(float x) {
+  constexpr int kWarps = kThreads / 32;
+  __shared__ float warp_sums[kWarps];
+#pragma unroll
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(0xffffffffu, x, distance);
+  if (threadIdx.x % 32 == 0) warp_sums[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0;
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < kWarps; ++k) sum += warp_sums[k];
+  }
+  __syncthreads();  // before the next sum writes there
+  return sum;
+}
+
+}  // namespace fused_sam
