@@ -11,13 +11,13 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from .reader import reader
+from .reader import Reader
 
 _MARK = "_fused_sam_used_at_version"
 
 
-def mark_used(gradients: list[Tensor | None]) -> None:
-    reader().mark(gradients, _MARK)
+def mark_used(gradients: list[Tensor | None], reader: Reader) -> None:
+    reader.mark(gradients, _MARK)
 
 
 def fresh_gradients(params: Iterable[Tensor]) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .backends.contract import Backend, Table, arithmetic_dtype
 from .backends.reference import Reference
-from .reader import reader
+from .reader import Reader, make_reader
 
 # What a parameter's gradient is to the plan.
 ABSENT, ALIKE, WIDER, DISAGREEING = range(4)
@@ -88,14 +88,11 @@ class Update:
         for p, buffer in self.new:
             state[p]["momentum_buffer"] = buffer
 
-    def stands_on(self, state: dict[Tensor, dict[str, Any]]) -> bool:
+    def stands_on(self, state: dict[Tensor, dict[str, Any]], reader: Reader) -> bool:
         """Whether the state still holds the buffers that the tables point to, and none where they begin one."""
-        return (
-            len(self.all_entries) == len(state)
-            and all(map(operator.is_, self.all_entries, state.values()))
-            and all(map(operator.is_, [e.get("momentum_buffer") for e in self.entries], self.buffers))
-            and not any("momentum_buffer" in state.get(p, ()) for p, _ in self.new)
-        )
+        return reader.unchanged(
+            state, self.all_entries, self.entries, self.buffers, "momentum_buffer"
+        ) and not any("momentum_buffer" in state.get(p, ()) for p, _ in self.new)
 
 
 class Plan:
@@ -113,10 +110,10 @@ class Plan:
     def __init__(self, groups: Sequence[dict[str, Any]], backend: Backend) -> None:
         self.backend = backend
         self._slow = Reference()
-        self._reader = reader()
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
         self._names = _names(groups)
+        self.reader = make_reader(self.params)
         self._addresses = [p.data_ptr() for p in self.params]
         self._flat = [_is_flat(p) for p in self.params]
         self._all_flat = all(self._flat)
@@ -182,10 +179,10 @@ class Plan:
         if self._checked and self._all_flat:
             # The common case: what p.grad's setter guarantees was checked once, what it does not is read each time.
             try:
-                reading = self._reader.read([group["params"] for group in groups], self.params)
+                reading = self.reader.read([group["params"] for group in groups])
             except RuntimeError:  # a sparse gradient
                 reading = None
-            if reading is not None and reading[2] == self._addresses:
+            if reading is not None:
                 return Scan(reading[0], self._all_alike, reading[1])  # type: ignore[arg-type]
         if not self.holds(groups):
             return None
@@ -234,7 +231,7 @@ class Plan:
         """Jobs over all weights that have a gradient, and those that undo `perturbed` where there is none any more."""
         key = (scan.codes, id(perturbed), tuple(with_momentum))
         found = self._update.get(key)
-        if found is None or found.perturbed is not perturbed or not found.stands_on(state):
+        if found is None or found.perturbed is not perturbed or not found.stands_on(state, self.reader):
             found = self._new_update(scan.codes, perturbed, with_momentum, state)
             _remember(self._update, key, found)
         return found

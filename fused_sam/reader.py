@@ -3,40 +3,73 @@
 from __future__ import annotations
 
 import operator
-from functools import cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Reading = tuple[list[Tensor], list[int], list[int]]
+Reading = tuple[list[Tensor], list[int]]
 
 
 class Reader(Protocol):
-    def read(self, groups: list[list[Tensor]], params: list[Tensor]) -> Reading | None:
-        """(gradients, their addresses, the parameters' addresses), or None unless the common case holds.
+    """What an update asks of a fixed list of parameters and of the optimizer's state."""
 
-        That is: the parameters of `groups` are those of `params` in order, and every one has a gradient of its own
-        dtype and layout. A reader may recognise contiguous layouts alone.
+    def read(self, groups: list[list[Tensor]]) -> Reading | None:
+        """(gradients, their addresses), or None unless the common case holds.
+
+        That is: the parameters of `groups` are those given, in order and where they were, and every one has a gradient
+        of its own dtype and layout. A reader may recognise contiguous layouts alone.
 
         Raises:
             RuntimeError: a gradient has no memory of its own (it is sparse).
         """
+
+    def unchanged(
+        self,
+        state: dict[Tensor, dict[str, Any]],
+        all_entries: list[dict[str, Any]],
+        entries: list[dict[str, Any]],
+        values: list[Tensor],
+        key: str,
+    ) -> bool:
+        """Whether the state has just `all_entries`, in order, and entries[i][key] is values[i]."""
 
     def mark(self, tensors: list[Tensor | None], name: str) -> None:
         """Set attribute `name` of every tensor that is not None to the tensor's version."""
 
 
 class PythonReader:
-    def read(self, groups: list[list[Tensor]], params: list[Tensor]) -> Reading | None:
-        members = [p for group in groups for p in group]
-        if len(members) != len(params) or not all(map(operator.is_, members, params)):
+    def __init__(self, params: list[Tensor]) -> None:
+        self._params = params
+        self._addresses = [p.data_ptr() for p in params]
+
+    def read(self, groups: list[list[Tensor]]) -> Reading | None:
+        params = [p for group in groups for p in group]
+        if len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return None
-        gradients = [p.grad for p in params]
-        for p, g in zip(params, gradients, strict=True):
-            if g is None or g.dtype is not p.dtype or not g.is_contiguous():
+        gradients = []
+        for p, address in zip(params, self._addresses, strict=True):
+            g = p.grad
+            if g is None or g.dtype is not p.dtype or p.data_ptr() != address:
                 return None
-        return gradients, [g.data_ptr() for g in gradients], [p.data_ptr() for p in params]  # type: ignore[return-value, union-attr]
+            if not (g.is_contiguous() and p.is_contiguous()):
+                return None
+            gradients.append(g)
+        return gradients, [g.data_ptr() for g in gradients]
+
+    def unchanged(
+        self,
+        state: dict[Tensor, dict[str, Any]],
+        all_entries: list[dict[str, Any]],
+        entries: list[dict[str, Any]],
+        values: list[Tensor],
+        key: str,
+    ) -> bool:
+        return (
+            len(all_entries) == len(state)
+            and all(map(operator.is_, all_entries, state.values()))
+            and all(map(operator.is_, [entry.get(key) for entry in entries], values))
+        )
 
     def mark(self, tensors: list[Tensor | None], name: str) -> None:
         for t in tensors:
@@ -44,13 +77,11 @@ class PythonReader:
                 setattr(t, name, t._version)
 
 
-@cache
-def reader() -> Reader:
-    """The fastest reader there is."""
+def make_reader(params: list[Tensor]) -> Reader:
+    """The fastest reader of these parameters that can be had."""
     try:
         from fused_sam import _cpu  # type: ignore[attr-defined]
     except ImportError:
-        return PythonReader()
-    base: Any = torch._C.TensorBase
-    compiled: Reader = _cpu.Reader(base, (torch.Tensor, torch.nn.Parameter))
+        return PythonReader(params)
+    compiled: Reader = _cpu.Reader(torch._C.TensorBase, (torch.Tensor, torch.nn.Parameter), params)
     return compiled

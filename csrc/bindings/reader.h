@@ -8,6 +8,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <vector>
+
 #include "bindings/dlpack_view.h"
 
 namespace fused_sam {
@@ -17,49 +19,68 @@ namespace py = pybind11;
 class Reader {
  public:
   // tensor_base: torch._C.TensorBase. plain: the classes known not to override its attributes.
-  Reader(const py::object& tensor_base, const py::tuple& plain)
-      : grad_(tensor_base, "grad"),
+  Reader(const py::object& tensor_base, const py::tuple& plain, const py::list& params)
+      : params_(params),
+        grad_(tensor_base, "grad"),
         dtype_(tensor_base, "dtype"),
         version_(tensor_base, "_version"),
         data_ptr_(tensor_base, "data_ptr"),
         is_contiguous_(tensor_base, "is_contiguous"),
         plain_(plain),
-        view_(plain[0]) {}
+        view_(plain[0]) {
+    for (const py::handle p : params) addresses_.push_back(address(p));
+  }
 
-  // (gradients, their addresses, the parameters' addresses), or None unless the parameters of `groups` are those of
-  // `params` in order and every one has a gradient of its own dtype and layout. Without DLPack only contiguous
-  // layouts are recognised.
-  py::object read(const py::list& groups, const py::list& params) const {
-    const py::ssize_t count = PyList_GET_SIZE(params.ptr());
+  // (gradients, their addresses), or None unless the parameters of `groups` are those given, in order and where they
+  // were, and every one has a gradient of its own dtype and layout. Without DLPack only contiguous layouts are
+  // recognised.
+  py::object read(const py::list& groups) const {
+    const py::ssize_t count = PyList_GET_SIZE(params_.ptr());
     py::ssize_t i = 0;
     for (const py::handle group : groups) {
       const py::list members = py::reinterpret_borrow<py::list>(group);
       for (py::ssize_t k = 0; k < PyList_GET_SIZE(members.ptr()); ++k, ++i)
-        if (i >= count || PyList_GET_ITEM(members.ptr(), k) != PyList_GET_ITEM(params.ptr(), i)) return py::none();
+        if (i >= count || PyList_GET_ITEM(members.ptr(), k) != PyList_GET_ITEM(params_.ptr(), i)) return py::none();
     }
     if (i != count) return py::none();
-    py::list gradients(count), gradient_addresses(count), addresses(count);
+    py::list gradients(count), gradient_addresses(count);
     for (i = 0; i < count; ++i) {
-      const py::handle p = PyList_GET_ITEM(params.ptr(), i);
+      const py::handle p = PyList_GET_ITEM(params_.ptr(), i);
       const bool fast = is_plain(p);
       py::object g = grad_.get(p, fast);
       if (g.is_none()) return py::none();
       if (fast && view_.usable()) {
         const DlTensor weight = view_(p), gradient = view_(g);
-        if (!alike(weight, gradient)) return py::none();
+        if (weight.address() != addresses_[size_t(i)] || !alike(weight, gradient)) return py::none();
         PyList_SET_ITEM(gradient_addresses.ptr(), i, py::int_(gradient.address()).release().ptr());
-        PyList_SET_ITEM(addresses.ptr(), i, py::int_(weight.address()).release().ptr());
         PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
         continue;
       }
       const bool fast_g = is_plain(g);
-      if (is_contiguous_.call(g, fast_g).ptr() != Py_True) return py::none();
+      if (is_contiguous_.call(g, fast_g).ptr() != Py_True || is_contiguous_.call(p, fast).ptr() != Py_True)
+        return py::none();
       if (dtype_.get(g, fast_g).ptr() != dtype_.get(p, fast).ptr()) return py::none();
+      if (address(p) != addresses_[size_t(i)]) return py::none();
       PyList_SET_ITEM(gradient_addresses.ptr(), i, data_ptr_.call(g, fast_g).release().ptr());
-      PyList_SET_ITEM(addresses.ptr(), i, data_ptr_.call(p, fast).release().ptr());
       PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
     }
-    return py::make_tuple(gradients, gradient_addresses, addresses);
+    return py::make_tuple(gradients, gradient_addresses);
+  }
+
+  // Whether the state has just these entries, in order, and entries[i][key] is values[i].
+  static bool unchanged(const py::dict& state, const py::list& all_entries, const py::list& entries,
+                        const py::list& values, const py::str& key) {
+    if (PyDict_Size(state.ptr()) != PyList_GET_SIZE(all_entries.ptr())) return false;
+    PyObject *tensor, *entry;
+    Py_ssize_t at = 0;
+    for (Py_ssize_t i = 0; PyDict_Next(state.ptr(), &at, &tensor, &entry); ++i)
+      if (entry != PyList_GET_ITEM(all_entries.ptr(), i)) return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(entries.ptr()); ++i) {
+      PyObject* value = PyDict_GetItemWithError(PyList_GET_ITEM(entries.ptr(), i), key.ptr());
+      if (value == nullptr && PyErr_Occurred()) throw py::error_already_set();
+      if (value != PyList_GET_ITEM(values.ptr(), i)) return false;
+    }
+    return true;
   }
 
   // Sets attribute `name` of every tensor that is not None to the tensor's version.
@@ -71,6 +92,10 @@ class Reader {
   }
 
  private:
+  uintptr_t address(py::handle tensor) const {
+    return data_ptr_.call(tensor, is_plain(tensor)).cast<uintptr_t>();
+  }
+
   static py::object owned(PyObject* result) {
     if (result == nullptr) throw py::error_already_set();
     return py::reinterpret_steal<py::object>(result);
@@ -116,6 +141,8 @@ class Reader {
     return false;
   }
 
+  py::list params_;
+  std::vector<uintptr_t> addresses_;
   Attribute grad_, dtype_, version_;
   Method data_ptr_, is_contiguous_;
   py::tuple plain_;
