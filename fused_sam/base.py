@@ -42,6 +42,8 @@ def make_base(cls: type[Optimizer], optimizer: Optimizer, options: dict[str, Any
     inner = cls(optimizer.param_groups, **options)
     fused = cls is torch.optim.SGD and not any(g.get("differentiable") for g in inner.param_groups)
     optimizer.param_groups = inner.param_groups
+    for p, entry in inner.state.items():  # Adagrad fills its state before the first step
+        optimizer.state.setdefault(p, entry)
     return FusedSGD(inner.defaults) if fused else Wrapped(optimizer, inner)
 
 
@@ -54,6 +56,12 @@ def check_base(cls: Any) -> None:
         )
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise TypeError(f"base_optimizer must be a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
+    clash = [name for name in ("rho", "adaptive", "eta", "perturb") if name in inspect.signature(cls).parameters]
+    if clash:
+        raise TypeError(
+            f"{cls.__name__} has an option {clash[0]!r} of its own, which in SAM's groups is SAM's: "
+            "it cannot be SAM's base optimizer"
+        )
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{cls.__name__}.step needs a closure of its own and cannot be SAM's base optimizer")

@@ -1,36 +1,37 @@
 """Telling gradients that wait to be used from those that the last update has used, for step(closure).
 
 torch's convention leaves the last update's gradients in place until the closure clears them; programs written for the
-public SAM package compute gradients before they call step(closure). A used gradient carries its version at the time:
-backward() makes a new tensor or adds to the old one, which raises the version.
+public SAM package compute gradients before they call step(closure). An update marks some of the gradients it used with
+their version: backward() makes a new tensor, which has no mark, or adds to the old one, which raises its version.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from .reader import Reader
-
 _MARK = "_fused_sam_used_at_version"
 
+# Gradients that carry a mark, spread over all: one that is left unchanged shows that nobody cleared them, and marking
+# thousands would cost more than a small model's kernels.
+_MARKS = 8
 
-def mark_used(gradients: list[Tensor | None], reader: Reader) -> None:
-    reader.mark(gradients, _MARK)
+
+def mark_used(gradients: Sequence[Tensor | None]) -> None:
+    for g in gradients[:: max(1, len(gradients) // _MARKS)]:
+        if g is not None:
+            setattr(g, _MARK, g._version)
 
 
 def fresh_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether any parameter has a gradient that no update has used yet."""
-    changed = []
-    for p in params:
-        g = p.grad
-        if g is None:
-            continue
+    """Whether there are gradients, and none of them is left from the last update."""
+    present = [p.grad for p in params if p.grad is not None]
+    written = False
+    for g in present:
         mark = getattr(g, _MARK, None)
-        if mark is None:
-            return True
-        if mark != g._version:
-            changed.append(g)
-    # Written to since: added to by backward(), or cleared in place by zero_grad(set_to_none=False).
-    return any(bool(g.any()) for g in changed)
+        if mark == g._version:
+            return False
+        written = written or mark is not None
+    # Marked and written to since: added to by backward(), or cleared in place by zero_grad(set_to_none=False).
+    return any(bool(g.any()) for g in present) if written else bool(present)

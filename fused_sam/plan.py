@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -59,15 +58,19 @@ class Job:
         self.table.gradient_addresses = []
 
 
-@contextmanager
-def attached(jobs: list[Job], scan: Scan) -> Iterator[None]:
+class attached:  # noqa: N801  # a context manager, and twice as fast as a generator's
     """Let the tables have the gradients while the primitives run, and no longer, so that they can be freed."""
-    for job in jobs:
-        job.attach(scan)
-    try:
-        yield
-    finally:
+
+    def __init__(self, jobs: list[Job], scan: Scan) -> None:
+        self._jobs = jobs
         for job in jobs:
+            job.attach(scan)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        for job in self._jobs:
             job.detach()
 
 

@@ -34,9 +34,6 @@ class Reader(Protocol):
     ) -> bool:
         """Whether the state has just `all_entries`, in order, and entries[i][key] is values[i]."""
 
-    def mark(self, tensors: list[Tensor | None], name: str) -> None:
-        """Set attribute `name` of every tensor that is not None to the tensor's version."""
-
 
 class PythonReader:
     def __init__(self, params: list[Tensor]) -> None:
@@ -70,11 +67,6 @@ class PythonReader:
             and all(map(operator.is_, all_entries, state.values()))
             and all(map(operator.is_, [entry.get(key) for entry in entries], values))
         )
-
-    def mark(self, tensors: list[Tensor | None], name: str) -> None:
-        for t in tensors:
-            if t is not None:
-                setattr(t, name, t._version)
 
 
 def make_reader(params: list[Tensor]) -> Reader:

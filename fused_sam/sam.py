@@ -158,9 +158,9 @@ class SAM(Optimizer):
                 "first_step() began, or restore() to undo it"
             )
         evaluate = torch.enable_grad()(closure)
-        loss = None
         perturbs = self._perturbs(self._groups())
-        if not (perturbs and fresh_gradients(self._parameters())):
+        fresh = perturbs and fresh_gradients(self._parameters())
+        if not fresh:
             self.zero_grad()
             loss = evaluate()
         if perturbs:
@@ -170,7 +170,7 @@ class SAM(Optimizer):
             except BaseException:
                 self.restore()
                 raise
-            loss = second if loss is None else loss
+            loss = second if fresh else loss
         self._step()
         return loss
 
@@ -311,7 +311,7 @@ class SAM(Optimizer):
     def _known_skip(self) -> bool:
         """Whether the host knows that this step is skipped; on an accelerator only the kernels do."""
         status = self._status()
-        return status.device.type == "cpu" and bool(status[SKIP])
+        return status.is_cpu and bool(status.tolist()[SKIP])
 
     def _groups(self) -> list[Group]:
         return [self._group_numbers(group, k) for k, group in enumerate(self.param_groups)]
@@ -376,7 +376,7 @@ class SAM(Optimizer):
             self.restore()
             raise
         self._perturbed = None
-        mark_used(scan.gradients, plan.reader)
+        mark_used(scan.gradients)
 
     def _judge(self, jobs: list[Job], groups: list[Group], *, carry: bool) -> None:
         """Set SKIP where this update's gradients are not finite; carry: or where the first ones were not."""

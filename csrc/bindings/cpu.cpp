@@ -113,8 +113,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<fused_sam::Reader>(m, "Reader", "Reads all parameters' gradients at once; see fused_sam/reader.py.")
       .def(py::init<py::object, py::tuple, py::list>(), py::arg("tensor_base"), py::arg("plain"), py::arg("params"))
       .def("read", &fused_sam::Reader::read, py::arg("groups"))
-      .def_static("unchanged", &fused_sam::Reader::unchanged)
-      .def("mark", &fused_sam::Reader::mark, py::arg("tensors"), py::arg("name"));
+      .def_static("unchanged", &fused_sam::Reader::unchanged);
 
   m.def("instruction_set", [] { return std::string(fused_sam::kernels().name); });
   m.def("instruction_sets", &fused_sam::usable_kernels, "Those this processor can run, best first.");

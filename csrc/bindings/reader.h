@@ -23,7 +23,6 @@ class Reader {
       : params_(params),
         grad_(tensor_base, "grad"),
         dtype_(tensor_base, "dtype"),
-        version_(tensor_base, "_version"),
         data_ptr_(tensor_base, "data_ptr"),
         is_contiguous_(tensor_base, "is_contiguous"),
         plain_(plain),
@@ -83,14 +82,6 @@ class Reader {
     return true;
   }
 
-  // Sets attribute `name` of every tensor that is not None to the tensor's version.
-  void mark(const py::list& tensors, const py::str& name) const {
-    for (const py::handle t : tensors) {
-      if (t.is_none()) continue;
-      if (PyObject_SetAttr(t.ptr(), name.ptr(), version_.get(t, is_plain(t)).ptr()) != 0) throw py::error_already_set();
-    }
-  }
-
  private:
   uintptr_t address(py::handle tensor) const {
     return data_ptr_.call(tensor, is_plain(tensor)).cast<uintptr_t>();
@@ -143,7 +134,7 @@ class Reader {
 
   py::list params_;
   std::vector<uintptr_t> addresses_;
-  Attribute grad_, dtype_, version_;
+  Attribute grad_, dtype_;
   Method data_ptr_, is_contiguous_;
   py::tuple plain_;
   DlpackView view_;
