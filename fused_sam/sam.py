@@ -298,7 +298,7 @@ class SAM(Optimizer):
     def _device(self) -> torch.device:
         for group in self.param_groups:
             for p in group["params"]:
-                return p.device  # type: ignore[no-any-return]
+                return p.device
         return torch.device("cpu")
 
     def _status(self) -> Tensor:
