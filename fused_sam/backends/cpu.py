@@ -8,9 +8,9 @@ from typing import Any
 
 import torch  # before the compiled module, so that both share one OpenMP runtime
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .contract import LOW_PRECISION, Backend, Group, Lists, Table
+from .versions import bump_versions
 
 _cpu: ModuleType | None
 try:
@@ -60,16 +60,16 @@ class Cpu(Backend):
 
     def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
         self._table(table).perturb(groups, _address(status), torch.get_num_threads())
-        increment_version(table.weights)
+        bump_versions(table.weights)
 
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         self._table(table).sgd(groups, _address(status), unscale, torch.get_num_threads())
-        increment_version(table.weights)  # momentum takes no part in autograd
+        bump_versions(table.weights)  # momentum takes no part in autograd
 
     def restore(self, table: Table) -> None:
         self._table(table).restore(torch.get_num_threads())
-        increment_version(table.weights)
+        bump_versions(table.weights)
 
     def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
         native, x, y = _columns(lists)
@@ -79,12 +79,12 @@ class Cpu(Backend):
         native, x, y = _columns(lists)
         a, b = coefficients[:2].tolist()
         native.combine(*x, *y, _CODES[out[0].dtype], addresses(out), a, b, torch.get_num_threads())
-        increment_version(out)
+        bump_versions(out)
 
     def average(self, lists: Lists, decay: float) -> None:
         native, x, y = _columns(lists)
         native.combine(*x, *y, *x, decay, 1 - decay, torch.get_num_threads())
-        increment_version(lists.x)
+        bump_versions(lists.x)
 
     def _table(self, table: Table) -> Any:
         """The native table, with the addresses of this call's gradients."""
