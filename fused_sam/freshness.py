@@ -19,19 +19,16 @@ _MARKS = 8
 
 
 def mark_used(gradients: Sequence[Tensor | None]) -> None:
-    for g in gradients[:: max(1, len(gradients) // _MARKS)]:
-        if g is not None:
-            setattr(g, _MARK, g._version)
+    used = [g for g in gradients if g is not None]
+    for g in used[:: max(1, len(used) // _MARKS)]:
+        setattr(g, _MARK, g._version)
 
 
 def fresh_gradients(params: Iterable[Tensor]) -> bool:
-    """Whether there are gradients, and none of them is left from the last update."""
+    """Whether there are gradients, none of them left from the last update, and not all of them cleared in place."""
     present = [p.grad for p in params if p.grad is not None]
-    written = False
-    for g in present:
-        mark = getattr(g, _MARK, None)
-        if mark == g._version:
-            return False
-        written = written or mark is not None
-    # Marked and written to since: added to by backward(), or cleared in place by zero_grad(set_to_none=False).
-    return any(bool(g.any()) for g in present) if written else bool(present)
+    if any(getattr(g, _MARK, -1) >= g._version for g in present):  # greater: a deep copy, which counts from 0
+        return False
+    # A gradient that was written to since it was made has been added to by backward(), or cleared by
+    # zero_grad(set_to_none=False): only its values tell. One that nobody wrote to is as backward() made it.
+    return any(g._version == 0 or bool(g.any()) for g in present)

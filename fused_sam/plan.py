@@ -117,9 +117,12 @@ class Plan:
         self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
         self._names = _names(groups)
         self.reader = make_reader(self.params)
-        self._addresses = [p.data_ptr() for p in self.params]
+        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in self.params]
         self._flat = [_is_flat(p) for p in self.params]
-        self._all_flat = all(self._flat)
+        self._served = [
+            flat and backend.serves(p.device, p.dtype, p.dtype) for p, flat in zip(self.params, self._flat, strict=True)
+        ]
+        self._all_served = all(self._served)
         self._all_alike = bytes([ALIKE]) * len(self.params)
         self.nothing: list[Job] = []  # what an update undoes where nothing was perturbed
         self._checked = False  # gradients against weights, shape by shape
@@ -168,7 +171,7 @@ class Plan:
         return (
             len(params) == len(self.params)
             and all(map(operator.is_, params, self.params))
-            and [p.data_ptr() for p in params] == self._addresses
+            and [(p.data_ptr(), p.dtype, p.shape) for p in params] == self._places
         )
 
     # ---- reading gradients --------------------------------------------------------------------------------
@@ -179,7 +182,7 @@ class Plan:
         Raises:
             RuntimeError: a sparse gradient.
         """
-        if self._checked and self._all_flat:
+        if self._checked and self._all_served:
             # The common case: what p.grad's setter guarantees was checked once, what it does not is read each time.
             try:
                 reading = self.reader.read([group["params"] for group in groups])
@@ -238,6 +241,10 @@ class Plan:
             found = self._new_update(scan.codes, perturbed, with_momentum, state)
             _remember(self._update, key, found)
         return found
+
+    def forget_state(self) -> None:
+        """Let go of optimizer state that has been replaced."""
+        self._update.clear()
 
     def _new_update(
         self,
@@ -299,8 +306,8 @@ class Plan:
     def _own_codes(self) -> bytes:
         """Codes for copying between weights and backups, where no gradient matters."""
         return bytes(
-            ALIKE if flat and (i not in self._backups or _alike(p, self._backups[i])) else DISAGREEING
-            for i, (p, flat) in enumerate(zip(self.params, self._flat, strict=True))
+            ALIKE if served and (i not in self._backups or _alike(p, self._backups[i])) else DISAGREEING
+            for i, (p, served) in enumerate(zip(self.params, self._served, strict=True))
         )
 
     def _jobs(self, rows: list[int], codes: bytes, columns: Callable[[Table, list[int]], None]) -> list[Job]:

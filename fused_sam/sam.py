@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from . import backends
 from .backends.contract import NORM, SKIP, STATUS_SIZE, UPDATE_NORM, Backend, Group, status_dtype
 from .base import check_base, make_base
-from .checkpoint import check_state_dict, keep_dtypes
+from .checkpoint import check_state_dict, keep_numbers
 from .freshness import fresh_gradients, mark_used
 from .plan import Job, Plan, Scan, attached
 
@@ -41,6 +41,9 @@ class SAM(Optimizer):
 
     A group's own options: `rho`, `adaptive`, `eta`, and `perturb` (False: updated, but neither perturbed nor counted in
     the norm). The norm is global over all perturbed groups.
+
+    The perturbation follows the gradients as they are, whatever the base optimizer makes of them: to maximize an objective
+    R against its worst case, minimize -R rather than setting the base optimizer's `maximize`.
 
     State is the base optimizer's, under torch's names. Weights of bf16 or fp16 have their momentum in fp32.
     A step whose first or second gradient is not finite changes no weight and no state; see `skipped`.
@@ -256,12 +259,20 @@ class SAM(Optimizer):
             ValueError, TypeError: not an optimizer's state_dict, or one of other parameters; nothing is loaded then.
         """
         self._refuse_perturbed("load_state_dict() was called")
-        checked = check_state_dict(state_dict, self.param_groups)
-        for saved, group in zip(checked["param_groups"], self.param_groups, strict=True):
-            for name in ("rho", "adaptive", "eta", "perturb"):
-                saved.setdefault(name, group[name])
-        super().load_state_dict(checked)
-        keep_dtypes(self, checked)
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
+        checked: dict[str, Any] = {}
+
+        def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
+            checked.update(check_state_dict(adapted, self.param_groups))
+            return checked
+
+        last = self.register_load_state_dict_pre_hook(check)  # after hooks of the user's, which may adapt it
+        try:
+            super().load_state_dict(dict(state_dict))
+        finally:
+            last.remove()
+        keep_numbers(self, checked)
 
     def __getstate__(self) -> dict[str, Any]:
         self._refuse_perturbed("the optimizer was copied or pickled")
@@ -280,6 +291,8 @@ class SAM(Optimizer):
             self._backend = backends.choose(self._backend_name, self._device())
             self._base = make_base(self._base_class, self, self._base_options)
             self._plan = Plan(self.param_groups, self._backend)
+        elif self._plan is not None:
+            self._plan.forget_state()
 
     # ---- within -------------------------------------------------------------------------------------------
 

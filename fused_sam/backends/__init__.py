@@ -14,11 +14,16 @@ from .contract import Backend
 from .cpu import Cpu
 from .foreach import Foreach
 from .reference import Reference
+from .triton import Triton
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Reference, Foreach, Cpu)}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Reference, Foreach, Cpu, Triton)}
 
 # What "auto" tries, best first, for a device type; other device types take foreach.
-PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "foreach")}
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "foreach"),
+    "cuda": ("triton", "foreach"),
+    "xpu": ("triton", "foreach"),
+}
 
 
 def available() -> Mapping[str, bool | str]:

@@ -1,0 +1,227 @@
+"""The Triton kernels behind the backend contract: no compiler of CUDA needed, on NVIDIA, AMD and Intel GPUs.
+
+One launch a primitive for all tensors and all groups of a table. With TRITON_INTERPRET=1 in the environment when Python
+starts, Triton's interpreter runs the same kernels on CPU tensors, slowly: for tests.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import Sequence
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from .contract import LOW_PRECISION, Backend, Group, Lists, Table
+from .reference import Reference
+from .triton_tables import Memory, Native, NativeLists, NativeTable, Reserve, copy_rates
+
+_OLDEST = (3, 6)  # the launches below are those of Triton 3.6 and newer
+_SERVED = (torch.float32, *LOW_PRECISION)
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
+
+
+def _missing_triton() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed; torch for Linux with CUDA, ROCm or XPU brings it, else `pip install triton`"
+    try:
+        import triton
+    except Exception as error:  # a broken install may raise anything
+        return f"triton does not import ({type(error).__name__}: {error}); reinstall it"
+    if tuple(int(n) for n in triton.__version__.split(".")[:2]) < _OLDEST:
+        return f"triton {triton.__version__} is too old; 3.6 or newer is needed, which torch 2.10 and newer bring"
+    return None
+
+
+def _missing_gpu() -> str | None:
+    if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
+        return (
+            "no GPU that torch can use; to try the kernels on CPU tensors, slowly, set TRITON_INTERPRET=1 before Python "
+            "starts"
+        )
+    # Triton compiles a small launcher the first time it runs.
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "triton needs a C compiler at run time and found none; install gcc or clang, or name one in CC"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").exists():
+        return "triton needs Python's headers at run time; install python3-dev (or python3-devel)"
+    return None
+
+
+class Triton(Backend):
+    name = "triton"
+
+    def __init__(self) -> None:
+        self._reserve = Reserve()
+        self._slow = Reference()
+
+    @classmethod
+    def missing(cls) -> str | None:
+        return _missing_triton() or (None if _interpreting() else _missing_gpu())
+
+    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
+        if device.type not in (("cpu",) if _interpreting() else ("cuda", "xpu")):
+            return False
+        return weight in _SERVED and (gradient is weight or (weight in LOW_PRECISION and gradient is torch.float32))
+
+    def norm(
+        self,
+        table: Table,
+        groups: Sequence[Group],
+        status: Tensor,
+        *,
+        scaled: bool,
+        carry: bool,
+        begin: bool,
+        finish: bool,
+        eps: float,
+    ) -> None:
+        native = _native(table)
+        with native.device.current():
+            memory = native.for_norm(table, groups, self._reserve, climb=scaled)
+            flags = begin + 2 * finish + 4 * carry
+            _launch(
+                native, memory, "norm", native.programs,
+                ("owner", "rows", "gradients", "hyper", "slots", "counter", status, native.blocks.count, flags, eps),
+                (table.weights[0].dtype, table.gradient_dtype, scaled, native.blocks.size, native.device.slots),
+            )  # fmt: skip
+
+    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
+        native = _native(table)
+        with native.device.current():
+            memory = native.after_norm(table, groups, self._reserve, climb=True)
+            _launch(
+                native, memory, "perturb", native.blocks.count,
+                ("owner", "rows", "gradients", "hyper", status),
+                (table.weights[0].dtype, table.gradient_dtype, native.blocks.size),
+            )  # fmt: skip
+        increment_version(table.weights)
+
+    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
+        native = _native(table)
+        with native.device.current():
+            memory = native.after_norm(table, groups, self._reserve, climb=False)
+            copy_rates(memory, groups)
+            scale: Tensor | str = "unit"
+            if grad_scale is not None:
+                scale = grad_scale.to(status.device, torch.float32)
+            _launch(
+                native, memory, "sgd", native.blocks.count,
+                ("owner", "rows", "gradients", "hyper", "rates", status, scale),
+                (table.weights[0].dtype, table.gradient_dtype, native.blocks.size),
+            )  # fmt: skip
+        increment_version(table.weights)  # momentum takes no part in autograd
+
+    def restore(self, table: Table) -> None:
+        native = _native(table)
+        with native.device.current():
+            memory = native.for_restore(table, self._reserve)
+            _launch(
+                native, memory, "restore", native.blocks.count,
+                ("owner", "rows"), (table.weights[0].dtype, native.blocks.size),
+            )  # fmt: skip
+        increment_version(table.weights)
+
+    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
+        if not _served(lists):
+            self._slow.dots(lists, sums, begin=begin)
+            return
+        native = _native_lists(lists)
+        with native.device.current():
+            memory = native.memory(lists.x, lists.y, lists.x, self._reserve)
+            _launch(
+                native, memory, "dots", native.programs,
+                ("owner", "rows", "xs", "ys", "slots", "counter", sums, native.blocks.count, int(begin)),
+                (lists.x[0].dtype, lists.y[0].dtype, native.blocks.size, native.device.slots),
+            )  # fmt: skip
+
+    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor) -> None:
+        if not _served(lists):
+            self._slow.combine(lists, out, coefficients)
+            return
+        native = _native_lists(lists)
+        with native.device.current():
+            memory = native.memory(lists.x, lists.y, out, self._reserve)
+            _launch(
+                native, memory, "combine", native.blocks.count,
+                ("owner", "rows", "xs", "ys", "outs", coefficients),
+                (lists.x[0].dtype, lists.y[0].dtype, out[0].dtype, native.blocks.size),
+            )  # fmt: skip
+        increment_version(out)
+
+    def average(self, lists: Lists, decay: float) -> None:
+        if not _served(lists):
+            self._slow.average(lists, decay)
+            return
+        native = _native_lists(lists)
+        with native.device.current():
+            memory = native.memory(lists.x, lists.y, lists.x, self._reserve)
+            _launch(
+                native, memory, "average", native.blocks.count,
+                ("owner", "rows", "xs", "ys", decay, 1 - decay),
+                (lists.x[0].dtype, lists.y[0].dtype, native.blocks.size),
+            )  # fmt: skip
+        increment_version(lists.x)
+
+
+def _native(table: Table) -> NativeTable:
+    if table.native is None:
+        table.native = NativeTable(table)
+    return table.native
+
+
+def _native_lists(lists: Lists) -> NativeLists:
+    if lists.native is None:
+        lists.native = NativeLists(lists)
+    return lists.native
+
+
+def _served(lists: Lists) -> bool:
+    return lists.x[0].dtype in _SERVED and lists.y[0].dtype in _SERVED
+
+
+@cache
+def _kernel(name: str) -> Any:
+    from . import triton_kernels, triton_vectors  # compiles nothing yet, but takes Triton's import
+
+    return getattr(triton_kernels if hasattr(triton_kernels, name) else triton_vectors, name)
+
+
+def _launch(
+    native: Native,
+    memory: Memory,
+    name: str,
+    programs: int,
+    arguments: tuple[str | Tensor | float, ...],
+    constants: tuple[Any, ...],
+) -> None:
+    """Run a kernel. An argument that is a string is the array of that name in `memory`.
+
+    Triton binds and inspects arguments anew at every launch, 20 to 40 us for kernels like these. They are made so that
+    a compiled one fits every call, so that all but the first go to it at once, with plain addresses.
+    """
+    key = (name, constants)
+    launcher = native.launchers.get(key)
+    if launcher is not None:
+        run, values = launcher
+        places = memory.addresses
+        run(*[places[a] if type(a) is str else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], *values)
+        return
+    import triton.language as tl
+
+    types = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    values = tuple(types.get(c, c) if isinstance(c, torch.dtype) else c for c in constants)
+    tensors = [memory.tensor(a) if isinstance(a, str) else a for a in arguments]
+    options = {"num_warps": native.blocks.warps, "enable_fp_fusion": True}
+    compiled = _kernel(name)[(programs,)](*tensors, *values, **options)
+    if not _interpreting():
+        native.launchers[key] = (compiled[(programs, 1, 1)], values)

@@ -1,0 +1,349 @@
+"""Tables of addresses for the Triton kernels: one piece of device memory a table, and what keeps it up to date.
+
+A table's memory is sent to the device once; then only what changes is sent again, in one copy, when it has changed:
+addresses of gradients, addresses of learning rates, hyper-parameters. Nothing here makes the host wait for the device.
+
+A CUDA graph replays its copies from the host's memory as that is at the replay. So what a capture uses is made for it
+alone: fresh device memory, filled by one captured copy out of pinned memory that is never written again.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import Group, Lists, Table, status_dtype
+
+WORD = 8  # bytes; sizes and offsets below are in words
+ROW = 8  # words of a row, HYPER of a group's hyper-parameters: triton_blocks.py and triton_kernels.py name the places
+HYPER = 8
+RATE = 3
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the launches depend on."""
+
+    device: torch.device
+    processors: int
+    warp: int  # threads
+
+    @property
+    def slots(self) -> int:
+        """Programs of a reduction at most: 2048 threads a processor, which is all that one can hold."""
+        return 1 << (8 * self.processors - 1).bit_length()
+
+    @property
+    def _module(self) -> Any:
+        return torch.get_device_module(self.device)
+
+    def capturing(self) -> bool:
+        if self.device.type == "cpu":
+            return False
+        capturing = getattr(self._module, "is_current_stream_capturing", None)
+        return capturing is not None and capturing()
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Launches go to this device."""
+        if self.device.type == "cpu" or self._module.current_device() == self.device.index:
+            return nullcontext()
+        return self._module.device(self.device)
+
+
+@lru_cache
+def device_of(device: torch.device) -> Device:
+    if device.type == "cpu":  # the interpreter: few processors, so that small tests see what large models do
+        return Device(device, 4, 32)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
+    return Device(device, processors, getattr(properties, "warp_size", 32))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How tensors are cut: `size` elements a block, `warps` for each, and what every row's first block is."""
+
+    size: int
+    warps: int
+    count: int
+    first: list[int]
+
+    @staticmethod
+    def cut(sizes: Sequence[int], itemsize: int, device: Device) -> Blocks:
+        """Blocks of 8 KB of the narrowest tensor, of 2 KB where 8 would not give each processor two.
+
+        256 threads then make two 16-byte accesses a column, and a processor that holds 4 or more such blocks has about
+        100 KB under way in an update, where an H100 needs 20 and a B200 45 (latency 0.7 us times bandwidth). With more
+        bytes a thread, registers would leave room for fewer blocks; with less, looking up the addresses would weigh
+        more. 2 KB is one access for each of 128 threads.
+        """
+        large = sum(sizes) * itemsize >= 2 * 8192 * device.processors
+        size, threads = (8192 // itemsize, 256) if large else (2048 // itemsize, 128)
+        ends = list(accumulate(-(-n // size) for n in sizes))
+        return Blocks(size, threads // device.warp, ends[-1], [0, *ends[:-1]])
+
+
+class Memory:
+    """Named arrays in one piece of device memory, and their picture on the host.
+
+    Args:
+        changing: words of each array that is sent again when it has changed.
+        fixed: words of each array that is sent once.
+        unsent: words of each array that only kernels write.
+    """
+
+    def __init__(self, device: torch.device, changing: dict[str, int], fixed: dict[str, int], unsent: int) -> None:
+        sizes = {**changing, **fixed, "slots": unsent}
+        ends = list(accumulate(sizes.values()))
+        self._sizes = sizes
+        self._place = dict(zip(sizes, [0, *ends], strict=False))
+        self.changing = sum(changing.values())
+        self.sent = self.changing + sum(fixed.values())
+        self.words = torch.empty(ends[-1], dtype=torch.int64, device=device)
+        self.picture = array("q", bytes(self.sent * WORD))
+        self.addresses = {name: self.words.data_ptr() + place * WORD for name, place in self._place.items()}
+        self._dtypes = {
+            **dict.fromkeys(("owner", "counter"), torch.int32),
+            **dict.fromkeys(("hyper", "unit"), torch.float32),
+            "slots": status_dtype(device),
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        start = self._place[name]
+        return self.words[start : start + self._sizes[name]].view(self._dtypes.get(name, torch.int64))
+
+    def write(self, name: str, words: array[int]) -> None:
+        start = self._place[name]
+        self.picture[start : start + len(words)] = words
+
+    def write_packed(self, name: str, offset: int, layout: str, *values: float) -> None:
+        with memoryview(self.picture) as view, view.cast("B") as raw:
+            struct.pack_into(layout, raw, (self._place[name] + offset) * WORD, *values)
+
+    def send(self, words: int) -> None:
+        """Copy the first `words` of the picture to the device."""
+        source = torch.frombuffer(self.picture, dtype=torch.int64, count=words)
+        if self.words.device.type != "cpu":
+            source = source.pin_memory()  # torch's allocator reuses it only when the copy is done
+        self.words[:words].copy_(source, non_blocking=True)
+
+    def send_in_graph(self, pinned: Tensor) -> None:
+        pinned.copy_(torch.frombuffer(self.picture, dtype=torch.int64))
+        self.words[: self.sent].copy_(pinned, non_blocking=True)
+
+
+class Reserve:
+    """Pinned memory for captures, set aside before: none can be had from the driver while a graph is captured."""
+
+    def __init__(self) -> None:
+        self._piece: Tensor | None = None
+        self._used = 0
+        self._kept: list[Any] = []  # what graphs use: it lives as long as the optimizer
+
+    def keep(self, used: Any) -> None:
+        self._kept.append(used)
+
+    def stock(self, words: int) -> None:
+        """Set aside enough for four tables of this size."""
+        if self._piece is None or self._piece.numel() - self._used < 4 * words:
+            self._piece = torch.empty(max(8 * words, 1 << 14), dtype=torch.int64, pin_memory=True)
+            self._used = 0
+
+    def take(self, words: int) -> Tensor:
+        if self._piece is None or self._piece.numel() - self._used < words:
+            raise RuntimeError(
+                "a CUDA graph of a step is captured before any step has run as it is: "
+                "run one step with gradients for the same parameters first, then capture"
+            )
+        piece = self._piece[self._used : self._used + words]
+        self._used += words
+        self.keep(piece)
+        return piece
+
+
+class Native:
+    """What the backend keeps for a table: its cut into blocks, its memory, and the compiled kernels' launchers."""
+
+    def __init__(self, tensors: Sequence[Tensor], itemsize: int, unsent: int, changing: dict[str, int]) -> None:
+        self.device = device_of(tensors[0].device)
+        sizes = [t.numel() for t in tensors]
+        self.blocks = Blocks.cut(sizes, itemsize, self.device)
+        self.programs = min(self.blocks.count, self.device.slots)
+        self.launchers: dict[Any, Any] = {}
+        self._changing = changing
+        self._unsent = unsent * self.device.slots * status_dtype(tensors[0].device).itemsize // WORD
+        self._rows = array("q", bytes(ROW * WORD * len(sizes)))
+        self._rows[3::ROW] = array("q", sizes)
+        self._rows[4::ROW] = array("q", self.blocks.first)
+        fixed = {"rows": ROW * len(sizes), "owner": (self.blocks.count + 1) // 2, "counter": 1, "unit": 1}
+        self._fixed = fixed
+        self.words_to_send = sum(changing.values()) + sum(fixed.values())
+        self._memory: Memory | None = None
+
+    def new_memory(self) -> Memory:
+        """Memory that holds what never changes; nothing is sent yet."""
+        blocks = self.blocks
+        memory = Memory(self.device.device, self._changing, self._fixed, self._unsent)
+        memory.write("rows", self._rows)
+        ends = [*blocks.first[1:], blocks.count]
+        owner = array("i")
+        for row, (begin, end) in enumerate(zip(blocks.first, ends, strict=True)):
+            owner.extend(array("i", (row,)) * (end - begin))
+        owner.extend([0] * (len(owner) % 2))
+        memory.write("owner", array("q", owner.tobytes()))
+        memory.write_packed("unit", 0, "f", 1.0)
+        return memory
+
+
+class NativeTable(Native):
+    """For the primitives on weights."""
+
+    def __init__(self, table: Table) -> None:
+        w, groups = table.weights, max(table.groups) + 1
+        super().__init__(w, w[0].itemsize, 1, {"gradients": len(w), "rates": groups, "hyper": HYPER * groups})
+        self._fill(0, w)
+        self._fill(1, table.backups)
+        self._fill(2, table.momenta)
+        self._rows[5::ROW] = array("q", table.groups)
+        self._gradients: list[int] = []
+        self._climb: Any = None  # the hyper-parameters that were sent
+        self._descend: Any = None
+        self._captured: Memory | None = None
+
+    def _fill(self, column: int, tensors: Sequence[Tensor | None]) -> None:
+        if tensors:
+            self._rows[column::ROW] = array("q", [0 if t is None else t.data_ptr() for t in tensors])
+
+    def for_norm(self, table: Table, groups: Sequence[Group], reserve: Reserve, *, climb: bool) -> Memory:
+        """The memory with this call's gradients and hyper-parameters."""
+        if not self.device.capturing():
+            return self._refreshed(table, groups, reserve, climb=climb)
+        memory = self._captured = self._for_graph(table, groups, reserve)
+        return memory
+
+    def after_norm(self, table: Table, groups: Sequence[Group], reserve: Reserve, *, climb: bool) -> Memory:
+        """The same; while a graph is captured, what the norm before has had sent is used again."""
+        memory, self._captured = self._captured, None
+        if not self.device.capturing():
+            return self._refreshed(table, groups, reserve, climb=climb)
+        return memory or self._for_graph(table, groups, reserve)
+
+    def for_restore(self, table: Table, reserve: Reserve) -> Memory:
+        """The memory, of whose contents only what never changes counts."""
+        if not self.device.capturing():
+            return self._memory or self._refreshed(table, (), reserve, climb=True)
+        if self._memory is None:
+            return self._for_graph(table, (), reserve)
+        reserve.keep(self._memory)
+        return self._memory
+
+    def _refreshed(self, table: Table, groups: Sequence[Group], reserve: Reserve, *, climb: bool) -> Memory:
+        memory = self._memory or self.new_memory()
+        stale = False
+        if table.gradient_addresses is not table.bound and table.gradient_addresses != self._gradients:
+            self._gradients = list(table.gradient_addresses)
+            memory.write("gradients", array("q", self._gradients))
+            stale = True
+        table.bound = table.gradient_addresses
+        # Sent whole, compared in part: a learning rate that changes every step is no news to the perturbation.
+        if (_climb(groups) != self._climb) if climb else (_descend(groups) != self._descend):
+            self._climb, self._descend = _climb(groups), _descend(groups)
+            write_groups(memory, groups)
+            stale = True
+        if self._memory is None:
+            memory.send(memory.sent)
+            if self.device.device.type == "cuda":
+                reserve.stock(memory.sent)
+            self._memory = memory
+        elif stale:
+            memory.send(memory.changing)
+        return memory
+
+    def _for_graph(self, table: Table, groups: Sequence[Group], reserve: Reserve) -> Memory:
+        pinned = reserve.take(self.words_to_send)
+        memory = self.new_memory()
+        memory.write("gradients", array("q", table.gradient_addresses))
+        write_groups(memory, groups)
+        memory.send_in_graph(pinned)
+        reserve.keep(memory)
+        return memory
+
+
+class NativeLists(Native):
+    """For the primitives on gradients and kept vectors."""
+
+    def __init__(self, lists: Lists) -> None:
+        n = len(lists.x)
+        itemsize = min(lists.x[0].itemsize, lists.y[0].itemsize)
+        super().__init__(lists.x, itemsize, 3, {"xs": n, "ys": n, "outs": n})
+        self._columns: list[array[int]] = []
+
+    def memory(self, x: Sequence[Tensor], y: Sequence[Tensor], out: Sequence[Tensor], reserve: Reserve) -> Memory:
+        """The memory with these tensors' addresses."""
+        columns = [array("q", [t.data_ptr() for t in column]) for column in (x, y, out)]
+        if self.device.capturing():
+            pinned = reserve.take(self.words_to_send)
+            memory = self.new_memory()
+            _write_columns(memory, columns)
+            memory.send_in_graph(pinned)
+            reserve.keep(memory)
+            return memory
+        memory = self._memory or self.new_memory()
+        if columns != self._columns:
+            _write_columns(memory, columns)
+            memory.send(memory.changing if self._memory else memory.sent)
+            self._columns = columns
+        if self._memory is None:
+            if self.device.device.type == "cuda":
+                reserve.stock(memory.sent)
+            self._memory = memory
+        return memory
+
+
+def _write_columns(memory: Memory, columns: Sequence[array[int]]) -> None:
+    for name, column in zip(("xs", "ys", "outs"), columns, strict=True):
+        memory.write(name, column)
+
+
+def write_groups(memory: Memory, groups: Sequence[Group]) -> None:
+    """Hyper-parameters of all groups, at the places that triton_kernels.py names."""
+    for k, h in enumerate(groups):
+        lr = 0.0 if isinstance(h.lr, Tensor) else h.lr
+        memory.write_packed(
+            "hyper", k * HYPER, "9f",
+            h.rho, h.eta, h.adaptive, lr, h.weight_decay, h.momentum, 1 - h.dampening, h.nesterov,
+            -1.0 if h.maximize else 1.0,
+        )  # fmt: skip
+        at = h.lr.data_ptr() if _read_in_place(h.lr, memory) else memory.addresses["hyper"] + (k * HYPER * 8 + RATE * 4)
+        memory.write_packed("rates", k, "q", at)
+
+
+def copy_rates(memory: Memory, groups: Sequence[Group]) -> None:
+    """Bring learning rates here that lie on the device in another type, or on another device."""
+    for k, h in enumerate(groups):
+        if isinstance(h.lr, Tensor) and not _read_in_place(h.lr, memory):
+            place = memory.tensor("hyper")[k * HYPER * 2 + RATE]
+            place.copy_(h.lr.reshape(()), non_blocking=True)
+
+
+def _read_in_place(lr: Any, memory: Memory) -> bool:
+    return isinstance(lr, Tensor) and lr.dtype is torch.float32 and lr.device == memory.words.device
+
+
+def _climb(groups: Sequence[Group]) -> Any:
+    """What perturb reads of the groups."""
+    return [g[:3] for g in groups]
+
+
+def _descend(groups: Sequence[Group]) -> Any:
+    """What sgd reads of the groups; a learning rate that is a tensor counts by where it is, not by its value."""
+    return [g[3:] if type(g.lr) is float else (id(g.lr), g.lr.data_ptr(), *g[4:]) for g in groups]  # type: ignore[union-attr]

@@ -1,0 +1,104 @@
+"""The command `python -m fused_sam demo`: its options, and the order in which things happen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from . import DemoError
+from .options import FASHION_FOLDER, Settings, read_settings
+from .presets import PRESETS
+
+
+def _default(name: str) -> str:
+    return ", ".join(f"{data} {getattr(preset, name)}" for data, preset in PRESETS.items())
+
+
+def demo(
+    data: Annotated[str, typer.Option(metavar="NAME", help="The images: digits or fashion-mnist.")] = "digits",
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Where Fashion-MNIST's four IDX .gz files are.", show_default=str(FASHION_FOLDER)
+        ),
+    ] = None,
+    optimizer: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="all, sgd, sgd-2x or sam; may be repeated.", show_default="all"),
+    ] = None,
+    rho: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="X,...",
+            help="SAM's rho: one value, or several to choose from on the validation split.",
+            show_default="a grid",
+        ),
+    ] = None,
+    lr: Annotated[
+        list[str] | None,
+        typer.Option(metavar="X,...", help="Learning rate: one, or several to choose from.", show_default="a grid"),
+    ] = None,
+    seeds: Annotated[
+        str | None,
+        typer.Option(
+            metavar="N", help="Runs of each optimizer, with seeds 0 to N - 1.", show_default=_default("seeds")
+        ),
+    ] = None,
+    epochs: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Epochs; sgd-2x takes twice as many.", show_default=_default("epochs")),
+    ] = None,
+    noise: Annotated[
+        str,
+        typer.Option(metavar="SHARE", help="Share of training and validation labels to replace at random."),
+    ] = "0.4",
+    batch_size: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Images a step.", show_default=_default("batch_size")),
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(metavar="NAME", help="Of fused_sam.SAM; `python -m fused_sam info` lists them."),
+    ] = "auto",
+    threads: Annotated[
+        str | None, typer.Option(metavar="N", help="Threads for torch.", show_default="torch's own choice")
+    ] = None,
+    output: Annotated[Path, typer.Option(metavar="FILE", help="The figure: .png, .pdf or .svg.")] = Path(
+        "fused_sam_demo.png"
+    ),
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there too.")] = None,
+) -> None:
+    """Train a small network on images with wrong labels: SGD, SGD for twice the epochs, and fused SAM.
+
+    Learning rates and rho are chosen on a validation split whose labels are as wrong as the training labels;
+    the accuracies shown are those on clean test labels.
+    """
+    try:
+        settings = read_settings(
+            data=data,
+            data_dir=data_dir,
+            optimizer=optimizer or ["all"],
+            rho=rho or [],
+            lr=lr or [],
+            seeds=seeds,
+            epochs=epochs,
+            noise=noise,
+            batch_size=batch_size,
+            backend=backend,
+            threads=threads,
+            output=output,
+            json=json,
+        )
+        _run(settings)
+    except DemoError as error:
+        typer.echo(f"fused_sam demo: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
+def _run(settings: Settings) -> None:
+    # Here, so that --help and a bad option answer at once.
+    from .experiment import run
+
+    run(settings)

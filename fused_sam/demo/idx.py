@@ -1,0 +1,47 @@
+"""Reader of gzipped IDX files, the format of MNIST and its successors.
+
+A file is a big-endian header (two zero bytes, the type, the number of dimensions, one 32-bit size a dimension) and the
+elements in row order; images and labels are unsigned bytes (type 0x08).
+"""
+
+from __future__ import annotations
+
+import gzip
+import math
+import struct
+import zlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import DemoError
+
+UNSIGNED_BYTE = 0x08
+
+
+def read_idx(path: Path, dimensions: int) -> Tensor:
+    """The uint8 tensor of that many dimensions in an IDX .gz file.
+
+    Raises:
+        DemoError: the file is missing, truncated, or something else.
+    """
+    try:
+        content = gzip.decompress(path.read_bytes())
+    except FileNotFoundError:
+        raise DemoError(f"{path} is missing") from None
+    except (EOFError, gzip.BadGzipFile, zlib.error):
+        raise DemoError(f"{path} is truncated or not a gzip file: get it again") from None
+    except OSError as error:
+        raise DemoError(f"{path} cannot be read: {error.strerror}") from None
+
+    header = 4 + 4 * dimensions
+    magic = bytes((0, 0, UNSIGNED_BYTE, dimensions))
+    if content[:4] != magic:
+        raise DemoError(f"{path} starts with {content[:4].hex() or 'nothing'} where IDX has {magic.hex()}: wrong file")
+    if len(content) < header:
+        raise DemoError(f"{path} is truncated or corrupt: get it again")
+    shape = struct.unpack(f">{dimensions}I", content[4:header])
+    if 0 in shape or len(content) - header != math.prod(shape):
+        raise DemoError(f"{path} holds {len(content) - header} bytes and its header says {shape}: get it again")
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).reshape(shape)

@@ -1,0 +1,146 @@
+"""From the command line's words to Settings; a bad word is a DemoError that names its option.
+
+Everything that can be wrong is found here, before any training starts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from fused_sam import backends
+
+from . import DemoError
+from .methods import METHODS, Method
+from .presets import PRESETS, Preset
+
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+FIGURE_TYPES = (".png", ".pdf", ".svg")
+MOST_THREADS = 1024
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str
+    data_dir: Path  # of fashion-mnist
+    methods: tuple[Method, ...]
+    sgd_lrs: tuple[float, ...]
+    sam_lrs: tuple[float, ...]
+    rhos: tuple[float, ...]
+    seeds: int
+    epochs: int
+    noise: float
+    batch_size: int
+    backend: str
+    threads: int | None
+    output: Path
+    json: Path | None
+    preset: Preset
+
+
+def read_settings(
+    *,
+    data: str,
+    data_dir: Path | None,
+    optimizer: Sequence[str],
+    rho: Sequence[str],
+    lr: Sequence[str],
+    seeds: str | None,
+    epochs: str | None,
+    noise: str,
+    batch_size: str | None,
+    backend: str,
+    threads: str | None,
+    output: Path,
+    json: Path | None,
+) -> Settings:
+    if data not in PRESETS:
+        raise DemoError(f"--data must be one of {', '.join(PRESETS)}, not {data!r}")
+    if data_dir is not None and data != "fashion-mnist":
+        raise DemoError("--data-dir goes with --data fashion-mnist only")
+    preset = PRESETS[data]
+    lrs = _numbers("--lr", lr, "more than 0", lambda x: x > 0)
+    settings = Settings(
+        data=data,
+        data_dir=data_dir or FASHION_FOLDER,
+        methods=_methods(optimizer),
+        sgd_lrs=lrs or preset.sgd_lrs,
+        sam_lrs=lrs or preset.sam_lrs,
+        rhos=_numbers("--rho", rho, "0 or more", lambda x: x >= 0) or preset.rhos,
+        seeds=preset.seeds if seeds is None else _whole("--seeds", seeds),
+        epochs=preset.epochs if epochs is None else _whole("--epochs", epochs),
+        noise=_number("--noise", noise, "from 0 to 1", lambda x: 0 <= x <= 1),
+        batch_size=preset.batch_size if batch_size is None else _whole("--batch-size", batch_size),
+        backend=backend,
+        threads=None if threads is None else _whole("--threads", threads, MOST_THREADS),
+        output=output,
+        json=json,
+        preset=preset,
+    )
+    _check_backend(backend)
+    if output.suffix.lower() not in FIGURE_TYPES:
+        raise DemoError(f"--output must end in {', '.join(FIGURE_TYPES)}, not {str(output)!r}")
+    if json is not None and json.resolve() == output.resolve():
+        raise DemoError(f"--output and --json name the same file, {str(output)!r}")
+    _check_writable("--output", output)
+    if json is not None:
+        _check_writable("--json", json)
+    return settings
+
+
+def _words(values: Sequence[str]) -> list[str]:
+    """Of an option that may be repeated, or hold several values with commas between; each word once."""
+    return list(dict.fromkeys(word.strip() for value in values for word in value.split(",")))
+
+
+def _methods(values: Sequence[str]) -> tuple[Method, ...]:
+    words = _words(values)
+    for word in words:
+        if word != "all" and word not in METHODS:
+            raise DemoError(f"--optimizer must be one of all, {', '.join(METHODS)}, not {word!r}")
+    return tuple(method for name, method in METHODS.items() if name in words or "all" in words)
+
+
+def _number(option: str, word: str, range_: str, good: Callable[[float], bool]) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not (math.isfinite(value) and good(value)):
+        raise DemoError(f"{option} must be a number, {range_}, not {word!r}")
+    return value
+
+
+def _numbers(option: str, words: Sequence[str], range_: str, good: Callable[[float], bool]) -> tuple[float, ...]:
+    values = (_number(option, word, range_, good) for word in _words(words))
+    return tuple(dict.fromkeys(values))
+
+
+def _whole(option: str, word: str, most: int | None = None) -> int:
+    value = int(word) if word.strip().isdecimal() else 0
+    if value < 1 or (most is not None and value > most):
+        upper = "or more" if most is None else f"to {most}"
+        raise DemoError(f"{option} must be a whole number, 1 {upper}, not {word!r}")
+    return value
+
+
+def _check_backend(name: str) -> None:
+    try:
+        backends.choose(name, torch.device("cpu"))
+    except (ValueError, RuntimeError) as error:
+        raise DemoError(f"--backend: {error}") from None
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """By opening it, which permissions, a missing folder, a full or read-only disk all show."""
+    existed = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise DemoError(f"{option}: cannot write {str(path)!r}: {error.strerror}") from None
+    if not existed:
+        path.unlink()

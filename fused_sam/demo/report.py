@@ -1,0 +1,142 @@
+"""What the demo says in the end: two tables, one sentence, and the JSON file."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import statistics
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import box
+from rich.table import Table
+
+from fused_sam import __version__
+
+from .options import Settings
+from .tuning import Outcome
+from .versus import Spread, Versus
+
+# A mean difference of more than so many standard errors is called a win or a loss.
+CLEAR = 2.0
+
+
+def results_table(outcomes: Sequence[Outcome], epochs: int) -> Table:
+    seeds = len(outcomes[0].runs)
+    spread = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    table = _table(f"Accuracy on clean test labels ({spread})")
+    table.add_column("optimizer", no_wrap=True)
+    table.add_column("chosen")
+    for name in ("passes", "accuracy, %", "ms/step", "in optimizer"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for outcome in outcomes:
+        step = statistics.median(run.step_seconds for run in outcome.runs)
+        optimizer = statistics.median(run.optimizer_seconds for run in outcome.runs)
+        rho = "" if outcome.winner.rho is None else f", rho {outcome.winner.rho:g}"
+        table.add_row(
+            outcome.method.label,
+            f"lr {outcome.winner.lr:g}{rho}",
+            str(outcome.method.cost(epochs)),
+            accuracy(outcome),
+            f"{step * 1e3:.2f}",
+            f"{optimizer / step:.0%}",
+        )
+    return table
+
+
+def versus_table(versus: Versus) -> Table:
+    table = _table("SAM's step, fused and unfused by turns, median (quartiles)")
+    table.add_column("")
+    for name in (f"fused ({versus.backend})", "unfused", "unfused / fused"):
+        table.add_column(name, justify="right", no_wrap=True)
+    rows = (
+        ("optimizer, ms", versus.fused_optimizer, versus.unfused_optimizer, versus.optimizer_ratio),
+        ("whole step, ms", versus.fused_step, versus.unfused_step, versus.step_ratio),
+    )
+    for name, fused, unfused, ratio in rows:
+        table.add_row(name, _spread(fused, 1e3), _spread(unfused, 1e3), _spread(ratio, 1, "x"))
+    return table
+
+
+def accuracy(outcome: Outcome) -> str:
+    values = [100 * run.test_accuracy for run in outcome.runs]
+    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
+
+
+def closing_sentence(outcomes: Sequence[Outcome]) -> str:
+    """What SAM gained over each other optimizer, seed by seed on the same data."""
+    sam = next((outcome for outcome in outcomes if outcome.method.climbs), None)
+    others = [outcome for outcome in outcomes if not outcome.method.climbs]
+    if sam is None or not others:
+        reached = (f"{outcome.method.phrase} reaches {accuracy(outcome)} %" for outcome in outcomes)
+        return f"On clean test labels {' and '.join(reached)}."
+    verdicts = [_verdict(sam, other) for other in others]
+    return f"On clean test labels SAM {', and '.join(verdicts)}."
+
+
+def _verdict(sam: Outcome, other: Outcome) -> str:
+    gains = [100 * (a.test_accuracy - b.test_accuracy) for a, b in zip(sam.runs, other.runs, strict=True)]
+    gain, name = statistics.fmean(gains), other.method.phrase
+    if len(gains) == 1:
+        return f"is {abs(gain):.1f} points {'ahead of' if gain > 0 else 'behind'} {name} on the one seed"
+    error = statistics.stdev(gains) / math.sqrt(len(gains))
+    size = f"{abs(gain):.1f} ± {error:.1f} points"
+    ahead = f"ahead on {sum(g > 0 for g in gains)} of {len(gains)} seeds"
+    if abs(gain) <= CLEAR * error:
+        return f"and {name} are not clearly apart ({gain:+.1f} ± {error:.1f} points, {ahead})"
+    return f"{'beats' if gain > 0 else 'loses to'} {name} by {size} ({ahead})"
+
+
+def write_json(path: Path, settings: Settings, outcomes: Sequence[Outcome], versus: Versus | None) -> None:
+    """Settings, machine, every trial's validation accuracy, every run of the winners; times in seconds."""
+    content = {
+        "settings": asdict(settings),
+        "machine": {
+            "fused_sam": __version__,
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "processor": platform.machine(),
+            "threads": torch.get_num_threads(),
+        },
+        "outcomes": [
+            {
+                "optimizer": outcome.method.name,
+                "passes": outcome.method.cost(settings.epochs),
+                "trials": [
+                    {"lr": trial.lr, "rho": trial.rho, "validation_accuracy": score}
+                    for trial, score in zip(outcome.trials, outcome.validation, strict=True)
+                ],
+                "chosen": {"lr": outcome.winner.lr, "rho": outcome.winner.rho},
+                "runs": [{key: value for key, value in asdict(run).items() if key != "trial"} for run in outcome.runs],
+            }
+            for outcome in outcomes
+        ],
+        "fused_against_unfused": versus and asdict(versus),
+        "conclusion": closing_sentence(outcomes),
+    }
+    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """For JSON: paths as text, and a loss that is not finite as null."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return str(value) if isinstance(value, Path) else value
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+
+
+def _spread(spread: Spread, factor: float, unit: str = "") -> str:
+    low, median, high = (factor * x for x in (spread.low, spread.median, spread.high))
+    return f"{median:.2f}{unit} ({low:.2f}-{high:.2f})"

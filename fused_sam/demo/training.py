@@ -1,0 +1,153 @@
+"""One training run: the loop, what it measures, and the accuracies at its end.
+
+    loss.backward();  first_step();  loss.backward();  second_step()        (SGD: loss.backward();  step())
+
+The same network, batches, momentum and cosine schedule for every optimizer; the schedule is stretched to the run.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from time import perf_counter
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from fused_sam import SAM
+
+from .data import CLASSES, Part, Task
+from .methods import Method
+from .model import mlp
+from .unfused import UnfusedSAM
+
+MOMENTUM = 0.9
+
+Optimizer = torch.optim.SGD | SAM | UnfusedSAM
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What a validation split chooses between."""
+
+    method: Method
+    lr: float
+    rho: float | None  # None: no SAM
+
+    def __str__(self) -> str:
+        rho = "" if self.rho is None else f", rho {self.rho:g}"
+        return f"{self.method.label}, lr {self.lr:g}{rho}"
+
+
+@dataclass(frozen=True)
+class Curve:
+    """What was seen after each epoch."""
+
+    passes: list[int]  # gradient passes over the training data so far
+    train_loss: list[float]  # mean over the epoch, noisy labels, before the climb
+    test_loss: list[float]
+    test_accuracy: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    trial: Trial
+    seed: int
+    validation_accuracy: float  # noisy labels
+    curve: Curve
+    step_seconds: float  # median over the steps
+    optimizer_seconds: float  # median over the steps, of the optimizer's calls alone
+
+    @property
+    def test_accuracy(self) -> float:
+        """Clean labels, at the end of training."""
+        return self.curve.test_accuracy[-1]
+
+
+@dataclass(frozen=True)
+class Clock:
+    total: float  # seconds of a whole step
+    optimizer: float  # seconds of it in the optimizer
+
+
+def make_optimizer(model: nn.Module, trial: Trial, backend: str) -> torch.optim.SGD | SAM:
+    if trial.rho is None:
+        return torch.optim.SGD(model.parameters(), lr=trial.lr, momentum=MOMENTUM)
+    return SAM(model.parameters(), torch.optim.SGD, rho=trial.rho, backend=backend, lr=trial.lr, momentum=MOMENTUM)
+
+
+def step(model: nn.Module, optimizer: Optimizer, batch: Part) -> tuple[Tensor, Clock]:
+    """One step on a batch; the loss, detached, is that of the weights before it."""
+    start = perf_counter()
+    loss = cross_entropy(model(batch.x), batch.y)
+    loss.backward()
+    climb_start = climb_end = perf_counter()
+    if isinstance(optimizer, SAM | UnfusedSAM):
+        optimizer.first_step(zero_grad=True)
+        climb_end = perf_counter()
+        cross_entropy(model(batch.x), batch.y).backward()
+        descent_start = perf_counter()
+        optimizer.second_step(zero_grad=True)
+    else:
+        descent_start = climb_end
+        optimizer.step()
+        optimizer.zero_grad()
+    end = perf_counter()
+    return loss.detach(), Clock(end - start, climb_end - climb_start + end - descent_start)
+
+
+def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[Part]:
+    """The part once, in an order of the generator."""
+    for index in torch.randperm(len(part), generator=generator).split(size):
+        yield part[index]
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, part: Part) -> tuple[float, float]:
+    """Mean loss and accuracy."""
+    outputs = model(part.x)
+    return cross_entropy(outputs, part.y).item(), (outputs.argmax(1) == part.y).double().mean().item()
+
+
+def train(
+    task: Task,
+    trial: Trial,
+    seed: int,
+    *,
+    epochs: int,
+    batch_size: int,
+    backend: str = "auto",
+    on_epoch: Callable[[int], None] = lambda passes: None,
+) -> Run:
+    """Train for epochs * trial.method.stretch epochs; on_epoch hears of the passes over the data just made."""
+    method = trial.method
+    epochs *= method.stretch
+    model = mlp(task.train.x.shape[1], CLASSES, seed)
+    optimizer = make_optimizer(model, trial, backend)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
+    generator = torch.Generator().manual_seed(seed)
+    curve = Curve([], [], [], [])
+    clocks: list[Clock] = []
+    for epoch in range(1, epochs + 1):
+        losses = []
+        for batch in batches(task.train, batch_size, generator):
+            loss, clock = step(model, optimizer, batch)
+            losses.append(loss * len(batch))
+            clocks.append(clock)
+        schedule.step()
+        test_loss, test_accuracy = evaluate(model, task.test)
+        curve.passes.append(epoch * method.passes)
+        curve.train_loss.append(torch.stack(losses).sum().item() / len(task.train))
+        curve.test_loss.append(test_loss)
+        curve.test_accuracy.append(test_accuracy)
+        on_epoch(method.passes)
+    return Run(
+        trial,
+        seed,
+        evaluate(model, task.validation)[1],
+        curve,
+        statistics.median(clock.total for clock in clocks),
+        statistics.median(clock.optimizer for clock in clocks),
+    )

@@ -1,0 +1,46 @@
+"""SAM + SGD one tensor at a time, straight from the formula: the peer that fused SAM is timed against.
+
+    e = rho * g / (||g|| + 1e-12);  g_s = grad L(w + e);  w = SGD(w, g_s)
+
+Foret et al., ICLR 2021, arXiv 2010.01412. Each line of it is one torch call a tensor, as SAM packages commonly do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class UnfusedSAM(torch.optim.SGD):
+    """torch.optim.SGD with first_step() and second_step() around its step; every weight needs a gradient."""
+
+    def __init__(self, params: Iterable[Tensor], rho: float, lr: float, momentum: float) -> None:
+        super().__init__(params, lr=lr, momentum=momentum)
+        self.rho = rho
+        self._backup: list[Tensor] = []
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool = False) -> None:
+        weights = self._weights()
+        norm = torch.stack([w.grad.norm() for w in weights if w.grad is not None]).norm()
+        scale = self.rho / (norm + 1e-12)
+        self._backup = [w.clone() for w in weights]
+        for w in weights:
+            if w.grad is not None:
+                w.add_(w.grad * scale)
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool = False) -> None:
+        for w, backup in zip(self._weights(), self._backup, strict=True):
+            w.copy_(backup)
+        self._backup = []
+        self.step()
+        if zero_grad:
+            self.zero_grad()
+
+    def _weights(self) -> list[Tensor]:
+        return [w for group in self.param_groups for w in group["params"]]
