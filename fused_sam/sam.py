@@ -42,8 +42,8 @@ class SAM(Optimizer):
     A group's own options: `rho`, `adaptive`, `eta`, and `perturb` (False: updated, but neither perturbed nor counted in
     the norm). The norm is global over all perturbed groups.
 
-    The perturbation follows the gradients as they are, whatever the base optimizer makes of them: to maximize an objective
-    R against its worst case, minimize -R rather than setting the base optimizer's `maximize`.
+    The perturbation follows the gradients as they are, whatever the base optimizer makes of them: to maximize an
+    objective R against its worst case, minimize -R rather than setting the base optimizer's `maximize`.
 
     State is the base optimizer's, under torch's names. Weights of bf16 or fp16 have their momentum in fp32.
     A step whose first or second gradient is not finite changes no weight and no state; see `skipped`.
