@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from copy import copy
 from typing import Any
 
 import torch
@@ -13,16 +12,19 @@ from torch.optim import Optimizer
 # What the public SAM package saves beside the base optimizer's state: its own backup of the weights.
 _FOREIGN_BACKUP = "old_p"
 
+# State that has its weight's shape in every optimizer that keeps it; others' (Adafactor's rows and columns) may not.
+_OF_WEIGHTS_SHAPE = ("momentum_buffer", "exp_avg", "exp_avg_sq")
 
-def check_state_dict(state_dict: Any, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """A copy of an optimizer's state_dict, free to be edited, that fits `groups`.
+# Options that tell the classes apart; newer ones (maximize, foreach, ...) may be absent from an old checkpoint.
+_OF_A_CLASS = ("lr", "momentum", "dampening", "weight_decay", "betas")
+
+
+def check_state_dict(state_dict: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """A copy of an optimizer's state_dict that fits `groups`; SAM's options that it lacks are theirs.
 
     Raises:
-        TypeError: it is no mapping.
         ValueError: it is not an optimizer's, or of other parameters.
     """
-    if not isinstance(state_dict, Mapping):
-        raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
     missing = [key for key in ("state", "param_groups") if key not in state_dict]
     if missing:
         raise ValueError(
@@ -39,6 +41,11 @@ def check_state_dict(state_dict: Any, groups: list[dict[str, Any]]) -> dict[str,
                 f"group {k} of the state_dict has {len(saved['params'])} parameters, "
                 f"that of the optimizer {len(group['params'])}"
             )
+        lacking = [name for name in _OF_A_CLASS if name in group and name not in saved]
+        if lacking:
+            raise ValueError(
+                f"group {k} of the state_dict has no {lacking[0]!r}: it was saved by an optimizer of another class"
+            )
         params.update(zip(saved["params"], group["params"], strict=True))
     state = {}
     for key, entry in state_dict["state"].items():
@@ -48,21 +55,26 @@ def check_state_dict(state_dict: Any, groups: list[dict[str, Any]]) -> dict[str,
                 _check_shapes(key, entry, params[key])
         if entry or key not in params:
             state[key] = entry
-    checked = dict(copy(state_dict))
-    checked.update(state=state, param_groups=saved_groups)
-    return checked
+    for saved, group in zip(saved_groups, groups, strict=True):
+        for name in ("rho", "adaptive", "eta", "perturb"):
+            saved.setdefault(name, group[name])
+    return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
 def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor) -> None:
-    for name, value in entry.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and value.shape != p.shape:
+    for name in _OF_WEIGHTS_SHAPE:
+        value = entry.get(name)
+        if isinstance(value, Tensor) and value.shape != p.shape:
             raise ValueError(
                 f"the state_dict's {name!r} of parameter {key} is {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             )
 
 
-def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give loaded state the dtype that it was saved with: torch has cast it to the weights' dtype."""
+def keep_numbers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give loaded state the dtype that it was saved with: torch has cast it to the weights' dtype.
+
+    Momentum of -0.0 among other numbers becomes 0.0: -0.0 throughout is momentum that was never written.
+    """
     saved = (i for group in state_dict["param_groups"] for i in group["params"])
     params = (p for group in optimizer.param_groups for p in group["params"])
     for key, p in zip(saved, params, strict=True):
@@ -73,3 +85,6 @@ def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
         for name, value in original.items():
             if isinstance(value, Tensor) and isinstance(entry.get(name), Tensor) and entry[name].dtype != value.dtype:
                 entry[name] = value.to(device=p.device, copy=True, memory_format=torch.preserve_format)
+        momentum = entry.get("momentum_buffer")
+        if isinstance(momentum, Tensor) and momentum.any():
+            entry["momentum_buffer"] = momentum + 0.0

@@ -8,6 +8,7 @@ import platform
 import torch
 
 from . import __version__, backends
+from .backends import cuda
 
 
 def report() -> str:
@@ -23,13 +24,27 @@ def report() -> str:
         from fused_sam import _cpu  # type: ignore[attr-defined]
 
         lines.append(f"  (cpu runs its {_cpu.instruction_set()} kernels; can run {', '.join(_cpu.instruction_sets())})")
+    if cuda.Cuda.module is not None:
+        built, driver = cuda.Cuda.module.runtime_version(), cuda.Cuda.module.driver_version()
+        known = f"the driver knows {_version(driver)}" if driver else "there is no NVIDIA driver"
+        lines.append(f"  (cuda was built with CUDA {_version(built)}; {known})")
     lines += ["", "taken by backend='auto':"]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
     for device in devices:
         lines.append(f"  {device!s:<10} {_choice(device)}")
+        if device.type == "cuda":
+            capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            lines.append(f"  {'':<10} {torch.cuda.get_device_name(device)}, compute capability {capability}")
+            if cuda.Cuda.missing() is None and (reason := cuda.why_not(device)):
+                lines.append(f"  {'':<10} {reason}")
     return "\n".join(lines)
+
+
+def _version(number: int) -> str:
+    """CUDA's way to write 13.0 as 13000, undone."""
+    return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _choice(device: torch.device) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import operator
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.contract import Backend, Table, arithmetic_dtype
+from .backends.contract import NO_ADDRESSES, Backend, Table, arithmetic_dtype
 from .backends.reference import Reference
 from .reader import Reader, make_reader
 
@@ -33,7 +34,7 @@ class Scan:
 
     gradients: list[Tensor | None]
     codes: bytes  # ABSENT .. DISAGREEING for each parameter
-    addresses: list[int] | None = None  # of the gradients, where they have been read already
+    addresses: array[int] | None = None  # of the gradients, where they have been read already
 
 
 @dataclass(eq=False)
@@ -48,14 +49,14 @@ class Job:
         table, gradients, addresses = self.table, scan.gradients, scan.addresses
         if len(self.rows) != len(gradients):
             gradients = [gradients[i] for i in self.rows]
-            addresses = None if addresses is None else [addresses[i] for i in self.rows]
+            addresses = None if addresses is None else array("q", [addresses[i] for i in self.rows])
         table.gradients = gradients  # type: ignore[assignment]
         if table.agreeing:
-            table.gradient_addresses = addresses or [g.data_ptr() for g in gradients]  # type: ignore[union-attr]
+            table.gradient_addresses = addresses or array("q", [g.data_ptr() for g in gradients])  # type: ignore[union-attr]
 
     def detach(self) -> None:
         self.table.gradients = []
-        self.table.gradient_addresses = []
+        self.table.gradient_addresses = NO_ADDRESSES
 
 
 class attached:  # noqa: N801  # a context manager, and twice as fast as a generator's
@@ -115,6 +116,7 @@ class Plan:
         self._slow = Reference()
         self.params: list[Tensor] = [p for group in groups for p in group["params"]]
         self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
+        self._group_sizes = [len(group["params"]) for group in groups]
         self._names = _names(groups)
         self.reader = make_reader(self.params)
         self._places = [(p.data_ptr(), p.dtype, p.shape) for p in self.params]
@@ -169,7 +171,7 @@ class Plan:
         """Whether the parameters are still those planned for, where they were."""
         params = [p for group in groups for p in group["params"]]
         return (
-            len(params) == len(self.params)
+            [len(group["params"]) for group in groups] == self._group_sizes
             and all(map(operator.is_, params, self.params))
             and [(p.data_ptr(), p.dtype, p.shape) for p in params] == self._places
         )
@@ -182,14 +184,15 @@ class Plan:
         Raises:
             RuntimeError: a sparse gradient.
         """
-        if self._checked and self._all_served:
+        members = [group["params"] for group in groups]
+        if self._checked and self._all_served and list(map(len, members)) == self._group_sizes:
             # The common case: what p.grad's setter guarantees was checked once, what it does not is read each time.
             try:
-                reading = self.reader.read([group["params"] for group in groups])
+                reading = self.reader.read(members)
             except RuntimeError:  # a sparse gradient
                 reading = None
             if reading is not None:
-                return Scan(reading[0], self._all_alike, reading[1])  # type: ignore[arg-type]
+                return Scan(reading[0], self._all_alike, array("q", reading[1]))  # type: ignore[arg-type]
         if not self.holds(groups):
             return None
         gradients = [p.grad for p in self.params]

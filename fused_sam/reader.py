@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import operator
+from array import array
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-Reading = tuple[list[Tensor], list[int]]
+Reading = tuple[list[Tensor], bytes]
 
 
 class Reader(Protocol):
     """What an update asks of a fixed list of parameters and of the optimizer's state."""
 
     def read(self, groups: list[list[Tensor]]) -> Reading | None:
-        """(gradients, their addresses), or None unless the common case holds.
+        """(gradients, their addresses as packed int64), or None unless the common case holds.
 
         That is: the parameters of `groups` are those given, in order and where they were, and every one has a gradient
         of its own dtype and layout. A reader may recognise contiguous layouts alone.
@@ -38,21 +39,21 @@ class Reader(Protocol):
 class PythonReader:
     def __init__(self, params: list[Tensor]) -> None:
         self._params = params
-        self._addresses = [p.data_ptr() for p in params]
+        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in params]
 
     def read(self, groups: list[list[Tensor]]) -> Reading | None:
         params = [p for group in groups for p in group]
         if len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return None
         gradients = []
-        for p, address in zip(params, self._addresses, strict=True):
+        for p, place in zip(params, self._places, strict=True):
             g = p.grad
-            if g is None or g.dtype is not p.dtype or p.data_ptr() != address:
+            if g is None or g.dtype is not p.dtype or (p.data_ptr(), p.dtype, p.shape) != place:
                 return None
             if not (g.is_contiguous() and p.is_contiguous()):
                 return None
             gradients.append(g)
-        return gradients, [g.data_ptr() for g in gradients]
+        return gradients, array("q", [g.data_ptr() for g in gradients]).tobytes()
 
     def unchanged(
         self,

@@ -265,6 +265,8 @@ class SAM(Optimizer):
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
             checked.update(check_state_dict(adapted, self.param_groups))
+            for k, group in enumerate(checked["param_groups"]):
+                _check_options(group, k)
             return checked
 
         last = self.register_load_state_dict_pre_hook(check)  # after hooks of the user's, which may adapt it
@@ -330,7 +332,11 @@ class SAM(Optimizer):
         return [self._group_numbers(group, k) for k, group in enumerate(self.param_groups)]
 
     def _group_numbers(self, group: dict[str, Any], k: int) -> Group:
-        numbers = self._base.numbers(group)
+        try:
+            numbers = self._base.numbers(group)
+        except (TypeError, ValueError, RuntimeError):
+            _check_options(group, k)
+            raise
         if not (0 <= numbers.rho < math.inf and 0 <= numbers.eta < math.inf):
             _check_options(group, k)
         return numbers
@@ -411,7 +417,7 @@ class SAM(Optimizer):
 
 
 def _is_number(x: Any) -> bool:
-    return isinstance(x, (int, float, Tensor)) and not isinstance(x, bool)
+    return x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, (int, float)) and not isinstance(x, bool)
 
 
 def _check_options(group: dict[str, Any], k: int) -> None:

@@ -23,6 +23,15 @@ namespace {
 
 using Addresses = std::vector<uintptr_t>;
 
+// Addresses of Python's array("q"), or of any sequence of integers.
+Addresses unpacked(const py::object& addresses) {
+  if (!PyObject_CheckBuffer(addresses.ptr())) return addresses.cast<Addresses>();
+  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(addresses).request();
+  if (info.itemsize != 8 || info.ndim != 1) throw std::invalid_argument("addresses are 64-bit integers");
+  const auto* first = static_cast<const uintptr_t*>(info.ptr);
+  return Addresses(first, first + info.size);
+}
+
 template <class Field>
 void set_column(Table& table, const Addresses& addresses, Field Entry::*field) {
   std::vector<Entry>& entries = table.entries();
@@ -54,7 +63,7 @@ PYBIND11_MODULE(_cpu, m) {
            py::arg("weight_dtype"), py::arg("gradient_dtype"), py::arg("sizes"), py::arg("groups"))
       .def("set_weights", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::weight); })
       .def("set_backups", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::backup); })
-      .def("set_gradients", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::gradient); })
+      .def("set_gradients", [](Table& t, const py::object& a) { set_column(t, unpacked(a), &Entry::gradient); })
       .def("set_momenta", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::momentum); })
       .def(
           "norm",

@@ -30,7 +30,7 @@ class Reader {
     for (const py::handle p : params) addresses_.push_back(address(p));
   }
 
-  // (gradients, their addresses), or None unless the parameters of `groups` are those given, in order and where they
+  // (gradients, their addresses as packed int64), or None unless the parameters of `groups` are those given, in order and where they
   // were, and every one has a gradient of its own dtype and layout. Without DLPack only contiguous layouts are
   // recognised.
   py::object read(const py::list& groups) const {
@@ -42,7 +42,10 @@ class Reader {
         if (i >= count || PyList_GET_ITEM(members.ptr(), k) != PyList_GET_ITEM(params_.ptr(), i)) return py::none();
     }
     if (i != count) return py::none();
-    py::list gradients(count), gradient_addresses(count);
+    py::list gradients(count);
+    py::object packed = py::reinterpret_steal<py::object>(PyBytes_FromStringAndSize(nullptr, count * 8));
+    if (!packed) throw py::error_already_set();
+    auto* gradient_addresses = reinterpret_cast<int64_t*>(PyBytes_AS_STRING(packed.ptr()));
     for (i = 0; i < count; ++i) {
       const py::handle p = PyList_GET_ITEM(params_.ptr(), i);
       const bool fast = is_plain(p);
@@ -51,7 +54,7 @@ class Reader {
       if (fast && view_.usable()) {
         const DlTensor weight = view_(p), gradient = view_(g);
         if (weight.address() != addresses_[size_t(i)] || !alike(weight, gradient)) return py::none();
-        PyList_SET_ITEM(gradient_addresses.ptr(), i, py::int_(gradient.address()).release().ptr());
+        gradient_addresses[i] = int64_t(gradient.address());
         PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
         continue;
       }
@@ -60,10 +63,10 @@ class Reader {
         return py::none();
       if (dtype_.get(g, fast_g).ptr() != dtype_.get(p, fast).ptr()) return py::none();
       if (address(p) != addresses_[size_t(i)]) return py::none();
-      PyList_SET_ITEM(gradient_addresses.ptr(), i, data_ptr_.call(g, fast_g).release().ptr());
+      gradient_addresses[i] = int64_t(address(g));
       PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
     }
-    return py::make_tuple(gradients, gradient_addresses);
+    return py::make_tuple(gradients, packed);
   }
 
   // Whether the state has just these entries, in order, and entries[i][key] is values[i].

@@ -8,6 +8,7 @@ primitive makes the host wait for the device.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
@@ -23,6 +24,7 @@ SKIP = 3  # not 0: a gradient was not finite, and no weight or momentum may chan
 UPDATE_NORM = 4  # global norm of the gradient that updates
 STATUS_SIZE = 8
 
+NO_ADDRESSES = array("q")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
@@ -70,7 +72,7 @@ class Table:
     momenta: list[Tensor | None] = field(default_factory=list)
     # Set before a primitive runs and dropped after it, so that gradients can be freed.
     gradients: list[Tensor] = field(default_factory=list)
-    gradient_addresses: list[int] = field(default_factory=list)
+    gradient_addresses: array[int] = field(default_factory=lambda: NO_ADDRESSES)  # of 64 bits each
     native: Any = None  # whatever the backend keeps for this table
     bound: Any = None  # the gradient addresses that `native` has
 
