@@ -9,6 +9,7 @@ With adaptive=True, ASAM: e = rho * T^2 g / (||T g|| + eps), T = |w| + eta; Kwon
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -302,10 +303,12 @@ class SAM(Optimizer):
     _plan: Plan | None = None
     _perturbed: list[Job] | None = None  # what first_step() perturbed; None: it was not called
     _numbers: Tensor | None = None
+    _host_numbers: array[float] | None = None  # the same memory, where it is the host's: read without a call into torch
 
     def _forget(self) -> None:
         self._perturbed = None
         self._numbers = None
+        self._host_numbers = None
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -320,13 +323,17 @@ class SAM(Optimizer):
         """What the primitives leave for each other: backends/contract.py names its places."""
         device = self._device()
         if self._numbers is None or self._numbers.device != device:
-            self._numbers = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
+            if device.type == "cpu":
+                self._host_numbers = array("d", bytes(8 * STATUS_SIZE))
+                self._numbers = torch.frombuffer(self._host_numbers, dtype=status_dtype(device))
+            else:
+                self._host_numbers = None
+                self._numbers = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
         return self._numbers
 
     def _known_skip(self) -> bool:
         """Whether the host knows that this step is skipped; on an accelerator only the kernels do."""
-        status = self._status()
-        return status.is_cpu and bool(status.tolist()[SKIP])
+        return self._host_numbers is not None and self._host_numbers[SKIP] != 0
 
     def _groups(self) -> list[Group]:
         return [self._group_numbers(group, k) for k, group in enumerate(self.param_groups)]
