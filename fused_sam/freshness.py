@@ -19,7 +19,7 @@ _MARKS = 8
 
 
 def mark_used(gradients: Sequence[Tensor | None]) -> None:
-    used = [g for g in gradients if g is not None]
+    used = [g for g in gradients if g is not None and not g.is_inference()]  # those have no version
     for g in used[:: max(1, len(used) // _MARKS)]:
         setattr(g, _MARK, g._version)
 

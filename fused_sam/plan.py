@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends.contract import NO_ADDRESSES, Backend, Table, arithmetic_dtype
+from .backends.contract import LOW_PRECISION, NO_ADDRESSES, Backend, Table, arithmetic_dtype
 from .backends.reference import Reference
 from .reader import Reader, make_reader
 
@@ -144,7 +144,7 @@ class Plan:
         spans = []
         for i, p in enumerate(self.params):
             devices.setdefault(p.device, i)
-            if not p.is_floating_point():
+            if p.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):
                 raise TypeError(
                     f"{self.name(i)} is {p.dtype}: SAM takes real floating-point weights; "
                     "store a complex weight as pairs of reals and use torch.view_as_complex in forward()"

@@ -8,9 +8,11 @@ With adaptive=True, ASAM: e = rho * T^2 g / (||T g|| + eps), T = |w| + eta; Kwon
 
 from __future__ import annotations
 
+import inspect
 import math
 from array import array
 from collections.abc import Callable, Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -24,6 +26,8 @@ from .checkpoint import check_state_dict, keep_numbers
 from .freshness import fresh_gradients, mark_used
 from .plan import Job, Plan, Scan, attached
 
+_EPS = 1e-12
+
 
 class SAM(Optimizer):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
@@ -36,7 +40,8 @@ class SAM(Optimizer):
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
         adaptive: scale the perturbation by the weights' magnitudes (ASAM).
         eta: ASAM's offset, T = |w| + eta; used where adaptive.
-        eps: added to the gradient norm before dividing by it.
+        eps: added to the gradient norm before dividing by it. Where the base optimizer has an `eps` of its own (Adam),
+            that one is set, and SAM's stays 1e-12.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
         **base_options: the base optimizer's own (lr, momentum, weight_decay, ...).
 
@@ -73,7 +78,7 @@ class SAM(Optimizer):
         adaptive: bool = False,
         *,
         eta: float = 0.0,
-        eps: float = 1e-12,
+        eps: float = _EPS,
         backend: str = "auto",
         **base_options: Any,
     ) -> None:
@@ -82,6 +87,8 @@ class SAM(Optimizer):
             raise TypeError("base_optimizer is SAM itself; pass the optimizer that is to move the weights")
         if not (_is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
+        if eps != _EPS and "eps" in inspect.signature(base_optimizer).parameters:
+            base_options["eps"], eps = eps, _EPS
         self._eps = float(eps)
         self._backend_name = backend
         self._base_class = base_optimizer
@@ -424,7 +431,7 @@ class SAM(Optimizer):
 
 
 def _is_number(x: Any) -> bool:
-    return x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, (int, float)) and not isinstance(x, bool)
+    return x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, Real) and not isinstance(x, bool)
 
 
 def _check_options(group: dict[str, Any], k: int) -> None:
@@ -436,5 +443,5 @@ def _check_options(group: dict[str, Any], k: int) -> None:
         if not 0 <= value < math.inf:
             raise ValueError(f"{name} of group {k} must be a finite number of 0 or more, not {value!r}")
     for name in ("adaptive", "perturb"):
-        if not isinstance(group[name], bool):
+        if isinstance(group[name], str) or group[name] not in (False, True):
             raise TypeError(f"{name} of group {k} must be True or False, not {group[name]!r}")

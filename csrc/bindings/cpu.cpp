@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/addresses.h"
 #include "bindings/groups.h"
 #include "bindings/reader.h"
 #include "cpu/lists.h"
@@ -20,17 +21,6 @@ using fused_sam::Status;
 using fused_sam::Table;
 
 namespace {
-
-using Addresses = std::vector<uintptr_t>;
-
-// Addresses of Python's array("q"), or of any sequence of integers.
-Addresses unpacked(const py::object& addresses) {
-  if (!PyObject_CheckBuffer(addresses.ptr())) return addresses.cast<Addresses>();
-  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(addresses).request();
-  if (info.itemsize != 8 || info.ndim != 1) throw std::invalid_argument("addresses are 64-bit integers");
-  const auto* first = static_cast<const uintptr_t*>(info.ptr);
-  return Addresses(first, first + info.size);
-}
 
 template <class Field>
 void set_column(Table& table, const Addresses& addresses, Field Entry::*field) {

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "bindings/addresses.h"
 #include "bindings/groups.h"
 #include "cuda/table.h"
 
@@ -17,8 +18,6 @@ namespace py = pybind11;
 using namespace fused_sam;
 
 namespace {
-
-using Addresses = std::vector<uintptr_t>;
 
 // rates: None where every learning rate is a number of the host, else (address, is it a double) for each group.
 std::vector<DeviceRate> rates_from(const py::object& rates) {
@@ -58,7 +57,7 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
       .def("set_backups", [](CudaTable& t, const Addresses& a) { t.set(kBackup, "backup", a, t.weight_size(), true); })
       .def("set_momenta", [](CudaTable& t, const Addresses& a) { t.set(kMomentum, "momentum", a, 4, true); })
       .def("set_gradients",
-           [](CudaTable& t, const Addresses& a) { t.set(kGradient, "gradient", a, t.gradient_size(), false); })
+           [](CudaTable& t, const py::object& a) { t.set(kGradient, "gradient", unpacked(a), t.gradient_size(), false); })
       .def(
           "norm",
           [](CudaTable& t, const py::sequence& groups, uintptr_t status, bool scaled, bool carry, bool begin, bool finish,

@@ -34,6 +34,15 @@ inline bool alike(const DlTensor& a, const DlTensor& b) {
   return true;
 }
 
+// One number for a tensor's dtype, shape and strides.
+inline uint64_t form_of(const DlTensor& t) {
+  uint64_t form = uint64_t(t.dtype_code) << 8 | t.dtype_bits;
+  const auto mix = [&form](int64_t x) { form = (form ^ uint64_t(x)) * 0x9e3779b97f4a7c15u + (form >> 29); };
+  for (int32_t i = 0; i < t.dimensions; ++i) mix(t.shape[i]), mix(t.strides[i]);
+  mix(t.dimensions);
+  return form;
+}
+
 class DlpackView {
  public:
   // cls: a tensor class. Without an exchange table of major version 1 on it, the view is not usable.

@@ -25,14 +25,15 @@ class Reader {
         dtype_(tensor_base, "dtype"),
         data_ptr_(tensor_base, "data_ptr"),
         is_contiguous_(tensor_base, "is_contiguous"),
+        numel_(tensor_base, "numel"),
         plain_(plain),
         view_(plain[0]) {
-    for (const py::handle p : params) addresses_.push_back(address(p));
+    for (const py::handle p : params) places_.push_back(place(p, is_plain(p)));
   }
 
-  // (gradients, their addresses as packed int64), or None unless the parameters of `groups` are those given, in order and where they
-  // were, and every one has a gradient of its own dtype and layout. Without DLPack only contiguous layouts are
-  // recognised.
+  // (gradients, their addresses as packed int64), or None unless the parameters of `groups` are those given, in
+  // order, where they were and as they were, and every one has a gradient of its own dtype and layout. Without DLPack
+  // only contiguous layouts are recognised.
   py::object read(const py::list& groups) const {
     const py::ssize_t count = PyList_GET_SIZE(params_.ptr());
     py::ssize_t i = 0;
@@ -53,7 +54,7 @@ class Reader {
       if (g.is_none()) return py::none();
       if (fast && view_.usable()) {
         const DlTensor weight = view_(p), gradient = view_(g);
-        if (weight.address() != addresses_[size_t(i)] || !alike(weight, gradient)) return py::none();
+        if (!(place(weight) == places_[size_t(i)]) || !alike(weight, gradient)) return py::none();
         gradient_addresses[i] = int64_t(gradient.address());
         PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
         continue;
@@ -62,7 +63,7 @@ class Reader {
       if (is_contiguous_.call(g, fast_g).ptr() != Py_True || is_contiguous_.call(p, fast).ptr() != Py_True)
         return py::none();
       if (dtype_.get(g, fast_g).ptr() != dtype_.get(p, fast).ptr()) return py::none();
-      if (address(p) != addresses_[size_t(i)]) return py::none();
+      if (!(place(p, fast) == places_[size_t(i)])) return py::none();
       gradient_addresses[i] = int64_t(address(g));
       PyList_SET_ITEM(gradients.ptr(), i, g.release().ptr());
     }
@@ -86,6 +87,29 @@ class Reader {
   }
 
  private:
+  // What the tables assume of a weight. The address alone would not do: memory that one weight freed may be the
+  // same weight's again, in another dtype or size.
+  struct Place {
+    uintptr_t address;
+    uint64_t form;  // of DLPack's view, else of dtype and size
+
+    bool operator==(const Place& other) const { return address == other.address && form == other.form; }
+  };
+
+  static Place place(const DlTensor& tensor) { return {tensor.address(), form_of(tensor)}; }
+
+  Place place(py::handle p, bool fast) const {
+    if (fast && view_.usable()) {
+      try {
+        return place(view_(p));
+      } catch (const py::error_already_set&) {  // nothing that DLPack describes, and so never the common case
+        return {0, 0};
+      }
+    }
+    const auto dtype = reinterpret_cast<uintptr_t>(dtype_.get(p, fast).ptr());  // dtypes live for ever
+    return {address(p), uint64_t(numel_.call(p, fast).cast<int64_t>()) * 31 + dtype};
+  }
+
   uintptr_t address(py::handle tensor) const {
     return data_ptr_.call(tensor, is_plain(tensor)).cast<uintptr_t>();
   }
@@ -136,11 +160,11 @@ class Reader {
   }
 
   py::list params_;
-  std::vector<uintptr_t> addresses_;
   Attribute grad_, dtype_;
-  Method data_ptr_, is_contiguous_;
+  Method data_ptr_, is_contiguous_, numel_;
   py::tuple plain_;
   DlpackView view_;
+  std::vector<Place> places_;
 };
 
 }  // namespace fused_sam
