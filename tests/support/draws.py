@@ -1,0 +1,77 @@
+"""Weights of every shape, dtype and layout, and gradients for them, from fixed seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+# Around vector widths, tile (1,024) and chunk (16,384) of the kernels, a scalar, an empty tensor, more than one chunk.
+ODD_SHAPES: list[tuple[int, ...]] = [
+    (1,), (7,), (33,), (1023,), (1025,), (16385,), (), (0,), (3, 0), (5, 3, 2, 2), (100003,),
+]  # fmt: skip
+
+
+def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal numbers that `dtype` holds exactly, drawn alike for every dtype."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
+
+
+def weights(shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:
+    return [nn.Parameter(values(s, seed + i, dtype)) for i, s in enumerate(shapes)]
+
+
+def doubled(params: Sequence[Tensor]) -> list[nn.Parameter]:
+    """The same numbers in float64, contiguous."""
+    return [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format).double()) for p in params]
+
+
+# Layouts of a weight; each takes the numbers it is to hold.
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "gaps": lambda x: _in_gaps(x),
+}
+
+
+def _in_gaps(x: Tensor) -> Tensor:
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 7.0, dtype=x.dtype)
+    wide[..., 1::2] = x
+    return wide[..., 1::2]
+
+
+def set_gradients(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """Gradients of the weight's dtype, or as given where they carry another layout."""
+    for p, g in zip(params, gradients, strict=True):
+        p.grad = None if g is None else g.to(p.dtype)
+
+
+Pass = Sequence[Tensor | None]
+
+
+def draw_passes(params: Sequence[Tensor], steps: int, seed: int = 100) -> list[tuple[list[Tensor], list[Tensor]]]:
+    """For each step the first and the second gradient of every parameter, in the parameters' dtypes."""
+    drawn = []
+    for step in range(steps):
+        both = [
+            [values(p.shape, seed + 1000 * step + 500 * half + i, p.dtype) for i, p in enumerate(params)]
+            for half in range(2)
+        ]
+        drawn.append((both[0], both[1]))
+    return drawn
+
+
+def drive(optimizer: Optimizer, params: Sequence[Tensor], passes: Sequence[tuple[Pass, Pass]]) -> list[list[Tensor]]:
+    """Steps with the given gradients; returns the weights at the perturbed point of each step."""
+    seen = []
+    for first, second in passes:
+        set_gradients(params, first)
+        optimizer.first_step(zero_grad=True)  # type: ignore[attr-defined]
+        seen.append([p.detach().clone() for p in params])
+        set_gradients(params, second)
+        optimizer.second_step(zero_grad=True)  # type: ignore[attr-defined]
+    return seen
