@@ -1,0 +1,99 @@
+"""The ways to run a SAM step that are compared, by name: how each is built and where it runs."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+from torch.nn import Parameter
+from torch.optim import SGD
+
+from bench.errors import BenchError
+from bench.hyper import Hyper
+from bench.stock import Compiled, Foreach, InPlace, PerTensor
+
+
+class Peer(Protocol):
+    """Takes `.grad` of its parameters as the first, then as the second gradient."""
+
+    def first_step(self) -> object: ...
+
+    def second_step(self) -> object: ...
+
+
+def pytorch_optimizer_sam(params: list[Parameter], hyper: Hyper) -> Peer:
+    """The `pytorch-optimizer` package's SAM, as a user gets it."""
+    sam = importlib.import_module("pytorch_optimizer").SAM
+    return sam(params, SGD, rho=hyper.rho, perturb_eps=hyper.eps, **hyper.sgd())
+
+
+def fused_sam(params: list[Parameter], hyper: Hyper, backend: str) -> Peer:
+    """This package."""
+    sam = importlib.import_module("fused_sam").SAM
+    return sam(params, SGD, rho=hyper.rho, eps=hyper.eps, backend=backend, **hyper.sgd())
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A peer's label in tables and plots, how to build it, and the devices where it runs unasked."""
+
+    label: str
+    build: Callable[[list[Parameter], Hyper], Peer]
+    default_on: tuple[str, ...] = ()
+    ours: bool = False
+
+
+PEERS: dict[str, Entry] = {
+    "per-tensor": Entry("per-tensor SAM + SGD", PerTensor, ("cpu", "cuda")),
+    "pytorch-optimizer": Entry("pytorch-optimizer SAM", pytorch_optimizer_sam, ("cpu", "cuda")),
+    "foreach": Entry("foreach SAM + SGD(foreach)", partial(Foreach, foreach=True), ("cpu", "cuda")),
+    "foreach-fused": Entry("foreach SAM + SGD(fused)", partial(Foreach, fused=True), ("cpu", "cuda")),
+    "in-place": Entry("foreach in place + SGD(fused)", InPlace, ("cpu", "cuda")),
+    "compiled": Entry("foreach in place, compiled", Compiled, ("cuda",)),
+    "ours-cpu": Entry("fused_sam (cpu)", partial(fused_sam, backend="cpu"), ("cpu",), ours=True),
+    "ours-cuda": Entry("fused_sam (cuda)", partial(fused_sam, backend="cuda"), ("cuda",), ours=True),
+    "ours-triton": Entry("fused_sam (triton)", partial(fused_sam, backend="triton"), ("cuda",), ours=True),
+    "ours-foreach": Entry("fused_sam (foreach)", partial(fused_sam, backend="foreach"), ours=True),
+    "ours-reference": Entry("fused_sam (reference)", partial(fused_sam, backend="reference"), ours=True),
+}
+
+
+def choose(device: torch.device, names: Sequence[str], compiled: bool = False) -> tuple[list[str], list[str]]:
+    """The peers to run and notes on those left out: what is named, or the device's usual that can run.
+
+    `compiled` adds the multi-tensor code under torch.compile.
+
+    Raises:
+        BenchError: a peer that is named is unknown, or none is left.
+    """
+    for name in names:
+        if name not in PEERS:
+            raise BenchError(f"unknown peer {name!r}: choose from {', '.join(PEERS)}")
+    usual = [name for name, peer in PEERS.items() if device.type in peer.default_on]
+    problems = {name: problem(name, device) for name in ([] if names else usual)}
+    chosen = list(dict.fromkeys([*names, *(name for name in problems if not problems[name])]))
+    if compiled and "compiled" not in chosen:
+        chosen.insert(0, "compiled")
+    if not any(PEERS[name].ours for name in chosen) and not names:
+        ours = next(name for name in usual if PEERS[name].ours)
+        raise BenchError(f"{PEERS[ours].label} cannot run on {device}: {problems[ours]}")
+    return chosen, [f"left out {PEERS[name].label}: {reason}" for name, reason in problems.items() if reason]
+
+
+def problem(name: str, device: torch.device) -> str:
+    """Why a peer cannot run on the device, in one line; empty where it can."""
+    param = Parameter(torch.zeros(1, device=device))
+    try:
+        PEERS[name].build([param], Hyper())
+    except (ImportError, RuntimeError, ValueError) as error:
+        return str(error).splitlines()[0]
+    return ""
+
+
+def baseline(names: list[str]) -> str:
+    """The peer that the ratios are over: the first of ours, or the last named where none is ours."""
+    return next((name for name in names if PEERS[name].ours), names[-1])

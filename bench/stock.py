@@ -1,0 +1,145 @@
+"""SAM with SGD in torch's own operations, three ways: a loop over tensors, multi-tensor operations, compiled.
+
+All compute arXiv 2010.01412, equation 2: e = rho * g / (||g|| + eps), the norm over all tensors; the weights
+go to w + e, then back to w, and SGD steps from there with the second gradient.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch._inductor.config
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import SGD
+
+from bench.hyper import Hyper
+
+
+def gradients(params: list[Parameter]) -> list[Tensor]:
+    return [param.grad for param in params if param.grad is not None]
+
+
+def scale_of(grads: list[Tensor], hyper: Hyper) -> Tensor:
+    """rho / (||g|| + eps), 0-dim."""
+    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+    return hyper.rho / (norm + hyper.eps)
+
+
+class PerTensor:
+    """The public SAM package's way, a loop over tensors: clone, add, swap the clone back in, SGD's loop."""
+
+    def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
+        self.params, self.hyper = params, hyper
+        self.backup: list[Tensor] = []
+        self.sgd = SGD(params, **hyper.sgd(), foreach=False)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        grads = gradients(self.params)
+        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
+        scale = self.hyper.rho / (norm + self.hyper.eps)
+        for param, grad in zip(self.params, grads, strict=True):
+            self.backup.append(param.detach().clone())
+            param.add_(grad * scale)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        for param, backup in zip(self.params, self.backup, strict=True):
+            param.data = backup
+        self.backup.clear()
+        self.sgd.step()
+
+
+class Foreach:
+    """Multi-tensor operations as they are usually written: a fresh clone, and e as tensors of its own."""
+
+    def __init__(self, params: list[Parameter], hyper: Hyper, **sgd: bool) -> None:
+        self.params, self.hyper = params, hyper
+        self.weights: list[Tensor] = list(params)
+        self.backup: list[Tensor] = []
+        self.sgd = SGD(params, **hyper.sgd(), **sgd)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        grads = gradients(self.params)
+        self.backup = [weight.detach().clone() for weight in self.weights]
+        torch._foreach_add_(self.weights, list(torch._foreach_mul(grads, scale_of(grads, self.hyper))))
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.weights, self.backup)
+        self.backup = []
+        self.sgd.step()
+
+
+class InPlace:
+    """The best that torch's multi-tensor operations do: no temporaries, a backup that is allocated once."""
+
+    def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
+        self.params, self.hyper = params, hyper
+        self.weights: list[Tensor] = list(params)
+        self.backup = [torch.empty_like(weight) for weight in self.weights]
+        self.sgd = SGD(params, **hyper.sgd(), fused=True)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        grads = gradients(self.params)
+        scale = scale_of(grads, self.hyper)
+        torch._foreach_copy_(self.backup, self.weights)
+        if scale.is_cuda:  # a temporary costs less than waiting for the device to read the scale
+            torch._foreach_add_(self.weights, list(torch._foreach_mul(grads, scale)))
+        else:
+            torch._foreach_add_(self.weights, grads, alpha=scale.item())
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        torch._foreach_copy_(self.weights, self.backup)
+        self.sgd.step()
+
+
+class Compiled:
+    """The multi-tensor code, SGD included, under `torch.compile`: as few passes as the compiler finds."""
+
+    def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
+        self.params, self.hyper = params, hyper
+        self.weights = [param.detach() for param in params]
+        self.backup = [torch.empty_like(weight) for weight in self.weights]
+        self.momentum: list[Tensor] = []
+        torch._inductor.config.compile_threads = 1  # no compiler processes beside the clock
+        torch._dynamo.reset()  # one graph a list of shapes: none may count against another's recompile limit
+        self.perturb = torch.compile(perturb, dynamic=False, fullgraph=True)
+        self.undo_sgd = torch.compile(undo_sgd, dynamic=False, fullgraph=True)
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        self.perturb(self.weights, gradients(self.params), self.backup, self.hyper)
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        grads = gradients(self.params)
+        if self.momentum:
+            self.undo_sgd(self.weights, grads, self.backup, self.momentum, self.hyper)
+            return
+        # SGD's momentum starts as the first gradient, undamped
+        self.momentum = list(torch._foreach_add(grads, self.backup, alpha=self.hyper.weight_decay))
+        torch._foreach_copy_(self.weights, self.backup)
+        lookahead = self.hyper.momentum if self.hyper.nesterov else 0.0
+        torch._foreach_add_(self.weights, self.momentum, alpha=-self.hyper.lr * (1 + lookahead))
+
+
+def perturb(weights: list[Tensor], grads: list[Tensor], backup: list[Tensor], hyper: Hyper) -> None:
+    torch._foreach_copy_(backup, weights)
+    torch._foreach_add_(weights, list(torch._foreach_mul(grads, scale_of(grads, hyper))))
+
+
+def undo_sgd(
+    weights: list[Tensor], grads: list[Tensor], backup: list[Tensor], momentum: list[Tensor], hyper: Hyper
+) -> None:
+    steps = torch._foreach_add(grads, backup, alpha=hyper.weight_decay)
+    torch._foreach_mul_(momentum, hyper.momentum)
+    torch._foreach_add_(momentum, steps, alpha=1 - hyper.dampening)
+    torch._foreach_copy_(weights, backup)
+    if hyper.nesterov:
+        torch._foreach_add_(weights, torch._foreach_add(steps, momentum, alpha=hyper.momentum), alpha=-hyper.lr)
+    else:
+        torch._foreach_add_(weights, momentum, alpha=-hyper.lr)

@@ -1,0 +1,146 @@
+"""The benchmarks: right shapes, peers that agree, sound statistics, and a command line that writes what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("rich")
+pytest.importorskip("typer")
+
+from bench import agreement, memory, shapes, stats, traffic
+from bench.__main__ import main
+from bench.errors import BenchError
+from bench.hyper import Hyper
+from bench.peers import PEERS, choose
+from bench.side_by_side import build
+
+CPU = torch.device("cpu")
+ON_CPU = [name for name in PEERS if name not in ("compiled", "ours-cuda", "ours-triton")]
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "parameters"),
+    [
+        ("resnet50", 161, 25_557_032),
+        ("vit-b16", 152, 86_567_656),
+        ("transformer24m", 26, 24_110_400),
+        ("1000x256", 1000, 256_000),
+    ],
+)
+def test_shapes_hold_the_parameters_of_the_network(name: str, tensors: int, parameters: int) -> None:
+    assert len(shapes.by_name(name)) == tensors
+    assert shapes.numel(shapes.by_name(name)) == parameters
+
+
+@pytest.mark.parametrize(
+    "hyper",
+    [
+        Hyper(),
+        Hyper(rho=0.7, lr=0.03, momentum=0.6, weight_decay=0.02, nesterov=True),
+        Hyper(rho=0.2, momentum=0.8, dampening=0.3, weight_decay=0.0),
+    ],
+)
+def test_peers_agree(hyper: Hyper) -> None:
+    peers = build(ON_CPU, "7x33", CPU, hyper)
+    agreement.check(peers, shapes.by_name("7x33"), steps=5)
+
+
+@pytest.mark.parametrize("wrong", [Hyper(rho=0.06), Hyper(weight_decay=1e-3), Hyper(momentum=0.91)])
+def test_a_peer_that_computes_something_else_gets_no_ratio(wrong: Hyper) -> None:
+    peers = build(["per-tensor"], "7x33", CPU, Hyper())
+    peers["wrong"] = build(["foreach"], "7x33", CPU, wrong)["foreach"]
+    with pytest.raises(BenchError, match="no ratio: wrong disagrees with per-tensor at step"):
+        agreement.check(peers, shapes.by_name("7x33"))
+
+
+def test_the_guard_leaves_the_gradients_as_they_were() -> None:
+    peers = build(["per-tensor", "foreach"], "2x5", CPU, Hyper())
+    before = [param.grad.clone() for _, params in peers.values() for param in params if param.grad is not None]
+    agreement.check(peers, shapes.by_name("2x5"))
+    after = [param.grad for _, params in peers.values() for param in params]
+    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True) if b is not None)
+
+
+def test_summary_gives_order_statistics() -> None:
+    assert stats.summary(np.array([5.0, 1.0, 3.0, 2.0, 4.0])) == stats.Summary(5, 3.0, 2.0, 4.0, 1.0, 5.0)
+
+
+def test_ratio_of_medians_and_its_interval() -> None:
+    bottom = np.random.default_rng(1).normal(1.0, 0.1, 50)
+    exact = stats.ratio_of_medians(2 * bottom, bottom)
+    assert exact.low == exact.high == exact.value == 2.0
+    noisy = stats.ratio_of_medians(np.random.default_rng(2).normal(3.0, 0.3, 50), bottom)
+    assert noisy.low < noisy.value < noisy.high
+    assert noisy.low < 3.0 < noisy.high
+
+
+def test_line_through_samples_of_all_magnitudes() -> None:
+    counts = np.array([10.0, 100.0, 1000.0, 10000.0])
+    line = stats.fit_line(counts, 20 + 0.5 * counts)
+    assert line.intercept == pytest.approx(20)
+    assert line.slope == pytest.approx(0.5)
+    assert line.worst == pytest.approx(0, abs=1e-9)
+    assert stats.fit_line(counts, 1e-3 * counts**2).worst > 0.5
+
+
+def test_bytes_of_a_step() -> None:
+    assert (traffic.step_bytes(10), traffic.copy_bytes(10)) == (440, 80)
+
+
+@pytest.mark.parametrize("peer", ["ours-cpu", "in-place"])
+def test_memory_of_a_step_is_one_backup(peer: str) -> None:
+    usage = memory.measure(peer, "3x100000", CPU, Hyper())
+    assert usage.weights <= usage.kept < 1.01 * usage.weights
+    assert usage.temporary < usage.smallest_tensor / 100
+
+
+def test_memory_of_clones_shows() -> None:
+    usage = memory.measure("per-tensor", "3x100000", CPU, Hyper())
+    assert usage.kept < 0.01 * usage.weights
+    assert usage.temporary > usage.weights
+    assert usage.largest == usage.smallest_tensor
+
+
+def test_the_usual_peers_all_run_on_a_cpu() -> None:
+    chosen, notes = choose(CPU, [])
+    assert chosen == [name for name, peer in PEERS.items() if "cpu" in peer.default_on]
+    assert notes == []
+
+
+def test_command_line_writes_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peers = ["--peer", "per-tensor", "--peer", "ours-cpu"]
+    assert main(["side-by-side", "--shape", "10x256", "--rounds", "2", "--out", str(tmp_path), *peers]) == 0
+    (folder,) = tmp_path.iterdir()
+    written = json.loads((folder / "side_by_side.json").read_text())
+    assert written["machine"]["torch"] == torch.__version__
+    (run,) = written["side_by_side"]
+    assert (run["shape"], run["numel"], run["baseline"]) == ("10x256", 2560, "ours-cpu")
+    assert run["peers"]["per-tensor"]["step"]["count"] == 2
+    assert run["peers"]["ours-cpu"]["ratio"]["value"] == 1
+    assert (folder / "ratios.png").read_bytes().startswith(b"\x89PNG")
+    assert "fused_sam (cpu)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["side-by-side", "--shape", "resnet18"], "unknown shape 'resnet18': choose transformer24m, "),
+        (["side-by-side", "--shape", "0x256"], "unknown shape '0x256'"),
+        (["side-by-side", "--peer", "ours"], "unknown peer 'ours': choose from per-tensor, "),
+        (["memory", "--shape", "nothing"], "unknown shape 'nothing'"),
+        (["--device", "tpu"], "unknown device 'tpu': choose cpu or cuda"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {message}")
+    assert error.count("\n") == 1
