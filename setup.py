@@ -1,0 +1,161 @@
+"""Builds the native modules by CMake while setuptools builds the package; what is missing, one line says.
+
+FUSED_SAM_CUDA (0, 1 or auto) chooses whether fused_sam._cuda is built, FUSED_SAM_CUDA_ARCHS for which GPUs.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+def stop(message: str) -> NoReturn:
+    """End with the message alone: a missing compiler is no bug, and a traceback would hide the words."""
+    raise SystemExit(f"fused_sam: {message}")
+
+
+def find_nvcc() -> str | None:
+    """Where nvcc is: as CUDACXX says, on the path, in CUDA_HOME, or where NVIDIA's installer puts it."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def gpu_visible() -> bool:
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and b"GPU" in subprocess.run([smi, "-L"], capture_output=True, check=False).stdout
+
+
+def wants_cuda() -> bool:
+    choice = os.environ.get("FUSED_SAM_CUDA") or "auto"
+    if choice not in ("0", "1", "auto"):
+        stop(f"FUSED_SAM_CUDA is {choice!r}; it takes 0 (no CUDA module), 1 (build it), auto (1 with a GPU)")
+    if choice == "0":
+        return False
+    missing = None
+    if not any(ROOT.glob("csrc/cuda/*.cu")):
+        missing = "this source tree has no csrc/cuda/*.cu"
+    elif find_nvcc() is None:
+        missing = "nvcc is missing: apt install nvidia-cuda-toolkit, or set CUDA_HOME"
+    if choice == "1" and missing:
+        stop(f"FUSED_SAM_CUDA=1, but {missing}")
+    return choice == "1" or (missing is None and gpu_visible())
+
+
+def cuda_archs() -> str:
+    """FUSED_SAM_CUDA_ARCHS as CMake writes a list; empty means all that the kernels are built for."""
+    value = os.environ.get("FUSED_SAM_CUDA_ARCHS", "")
+    archs = [arch for arch in re.split(r"[;,\s]+", value) if arch]
+    if archs != ["native"] and not all(re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", a) for a in archs):
+        stop(f"FUSED_SAM_CUDA_ARCHS is {value!r}; it takes numbers such as 90 or 80;90, or native")
+    return ";".join(archs)
+
+
+def check_compiler() -> None:
+    wanted = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
+    if not any(shutil.which(name) for name in wanted):
+        stop(f"no C++ compiler found (looked for {', '.join(wanted)}): apt install g++")
+    include = Path(sysconfig.get_path("include"))
+    if not (include / "Python.h").is_file():
+        stop(f"no Python.h in {include}: apt install python3-dev")
+
+
+def build_tool(name: str) -> str:
+    """cmake or ninja: the one that its Python package brings, else the system's."""
+    folder = None
+    try:
+        module = importlib.import_module(name)
+        folder = getattr(module, f"{name.upper()}_BIN_DIR", None) or getattr(module, "BIN_DIR", None)
+    except ImportError:
+        pass
+    found = (shutil.which(name, path=folder) if folder else None) or shutil.which(name)
+    return found or stop(f"{name} is missing: pip install {name}, or build without --no-build-isolation")
+
+
+def run(command: list[str], log: Path) -> None:
+    """Run one command into the log; where it fails, show the first error, not the thousand lines after it."""
+    with log.open("ab") as out:
+        start = out.tell()
+        code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
+    lines = log.read_bytes()[start:].decode(errors="replace").splitlines()
+    if code != 0:
+        sign = re.compile(r"error:|CMake Error|undefined reference|cannot find|fatal", re.IGNORECASE)
+        first = next((n for n, line in enumerate(lines) if sign.search(line)), max(0, len(lines) - 12))
+        rest = lines[first : first + 12]
+        end = next((n for n, line in enumerate(rest) if n and re.match(r"\[\d+/|FAILED:", line)), len(rest))
+        excerpt = "\n  ".join(line for line in rest[:end] if line.strip())
+        stop(f"the native build failed, and this is where it begins:\n  {excerpt}\nThe whole log: {log}")
+    for line in lines:
+        if "warning" in line.lower():
+            print(line, file=sys.stderr)
+
+
+class CMakeBuild(build_ext):
+    """One CMake build makes both modules; setuptools then puts them where it wants them."""
+
+    def run(self) -> None:
+        self.with_cuda = wants_cuda()
+        check_compiler()
+        if not self.with_cuda:
+            self.extensions = [ext for ext in self.extensions if ext.name != "fused_sam._cuda"]
+            if self.inplace:
+                remove_cuda_modules(ROOT / "fused_sam")
+        super().run()
+
+    def build_extensions(self) -> None:
+        try:
+            import pybind11
+        except ImportError:
+            stop("pybind11 is missing: pip install pybind11, or build without --no-build-isolation")
+        target = Path(self.get_ext_fullpath("fused_sam._cpu")).resolve().parent
+        target.mkdir(parents=True, exist_ok=True)
+        if not self.with_cuda:
+            remove_cuda_modules(target)
+        cmake = build_tool("cmake")
+        build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        build.mkdir(parents=True, exist_ok=True)
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_MAKE_PROGRAM": build_tool("ninja"),
+            "Python_EXECUTABLE": sys.executable,
+            "pybind11_DIR": pybind11.get_cmake_dir(),
+            "FUSED_SAM_CUDA": "ON" if self.with_cuda else "OFF",
+        }
+        if self.with_cuda:
+            settings |= {"CMAKE_CUDA_COMPILER": find_nvcc(), "FUSED_SAM_CUDA_ARCHS": cuda_archs()}
+        # Another folder, compiler or (in pip's isolated builds) pybind11: CMake must forget what it remembers.
+        made_by = repr([ROOT, settings["pybind11_DIR"], find_nvcc(), *map(os.environ.get, ("CXX", "CXXFLAGS"))])
+        used = build / "made-by.txt"
+        fresh = [] if used.exists() and used.read_text() == made_by else ["--fresh"]
+        used.unlink(missing_ok=True)
+        log = build / "build.log"
+        log.write_bytes(b"")
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        run([cmake, *fresh, "-S", str(ROOT), "-B", str(build), "-G", "Ninja", *defines], log)
+        used.write_text(made_by)
+        jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
+        run([cmake, "--build", str(build), "--parallel", jobs], log)
+
+
+def remove_cuda_modules(folder: Path) -> None:
+    """A module of an earlier build would answer for sources that it was not made from."""
+    for stale in folder.glob("_cuda.*.so"):
+        stale.unlink()
+
+
+setup(
+    ext_modules=[Extension("fused_sam._cpu", sources=[]), Extension("fused_sam._cuda", sources=[])],
+    cmdclass={"build_ext": CMakeBuild},
+)

@@ -1,0 +1,110 @@
+"""Set-up behaves as promised: errors of one line, a whole source distribution, modules that load anywhere."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+HAS_BUILD_FILES = (ROOT / "setup.py").is_file()
+pytestmark = pytest.mark.skipif(not HAS_BUILD_FILES, reason="runs in a source tree only")
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A copy of the sources that a build may write into."""
+    skip = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "*.egg-info", "__pycache__")
+    return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=skip))
+
+
+def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("FUSED_SAM_")}
+    return subprocess.run(
+        [sys.executable, "setup.py", "--quiet", *command],
+        cwd=tree, env={**clean, **env}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def refused(tree: Path, **env: str) -> str:
+    """The one line with which a build in place refuses to start."""
+    done = setup(tree, "build_ext", "--inplace", **env)
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1 and len(lines) == 1, done.stderr
+    return lines[0]
+
+
+def test_wrong_choice_of_cuda_is_refused(tree: Path) -> None:
+    line = refused(tree, FUSED_SAM_CUDA="bogus")
+    assert "FUSED_SAM_CUDA is 'bogus'" in line and "auto" in line
+
+
+def test_cuda_without_nvcc_says_what_to_install(tree: Path, tmp_path: Path) -> None:
+    (tree / "csrc" / "cuda").mkdir(exist_ok=True)
+    (tree / "csrc" / "cuda" / "any.cu").touch()
+    line = refused(tree, FUSED_SAM_CUDA="1", CUDACXX="no-such-nvcc", CUDA_HOME=str(tmp_path))
+    assert "nvcc is missing" in line and "apt install" in line
+
+
+def test_missing_compiler_says_what_to_install(tree: Path) -> None:
+    assert "apt install g++" in refused(tree, CXX="no-such-compiler", FUSED_SAM_CUDA="0")
+    assert "apt install g++" in refused(tree, CXX="", PATH=str(tree), FUSED_SAM_CUDA="0")
+
+
+def test_failing_compile_shows_its_first_error(tree: Path) -> None:
+    (tree / "csrc" / "bindings" / "cpu.cpp").write_text("int wrong() { return no_such_name; }\n")
+    for kernels in (tree / "csrc" / "cpu").glob("*.cpp"):
+        kernels.write_text("")
+    done = setup(tree, "build_ext", "--inplace", FUSED_SAM_CUDA="0")
+    assert done.returncode == 1
+    assert "no_such_name" in done.stderr and "The whole log:" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 20
+
+
+def test_source_distribution_is_whole(tree: Path, tmp_path: Path) -> None:
+    done = setup(tree, "sdist", "--formats=gztar", f"--dist-dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        inside = {name.partition("/")[2] for name in tar.getnames()}
+    wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
+    wanted |= {str(path.relative_to(tree)) for path in (tree / "fused_sam").rglob("*.py")}
+    wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    assert wanted <= inside
+
+
+def test_version_stands_in_one_place() -> None:
+    import fused_sam
+
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert fused_sam.__version__ == version("fused_sam") == declared.group(1)
+    assert declared.group(1) in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_wide_kernels_share_no_symbol() -> None:
+    """A shared inline function compiled for AVX-512 could be the copy that an older processor then runs."""
+    objects = sorted((ROOT / "build").glob("cmake-*/CMakeFiles/kernels_avx*.dir/**/kernels.cpp.o"))
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("no object files of an x86-64 build here")
+    for path in objects:
+        table = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r" [uVW] .*", table), path
+
+
+def test_no_file_names_a_package_registry() -> None:
+    """Where packages come from is the user's pip configuration, never this tree."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    hosts = re.compile(rb"pypi\.(org|python)|pythonhosted|download\.pytorch|anaconda\.(org|com)|npmjs|deb\.debian")
+    files = [ROOT / os.fsdecode(name) for name in listed.stdout.split(b"\0") if name]
+    named = [path for path in files if path.is_file() and path != Path(__file__) and hosts.search(path.read_bytes())]
+    assert not named
