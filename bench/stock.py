@@ -26,27 +26,30 @@ def scale_of(grads: list[Tensor], hyper: Hyper) -> Tensor:
 
 
 class PerTensor:
-    """The public SAM package's way, a loop over tensors: clone, add, swap the clone back in, SGD's loop."""
+    """The public SAM package's way, operation by operation, in a loop over tensors.
+
+    T_w = 1 multiplies every gradient, in the norm and in e, as that package does where it is not adaptive; the clone
+    takes the weight's place again, and the next step replaces it.
+    """
 
     def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
         self.params, self.hyper = params, hyper
-        self.backup: list[Tensor] = []
+        self.backup: dict[Parameter, Tensor] = {}
         self.sgd = SGD(params, **hyper.sgd(), foreach=False)
 
     @torch.no_grad()
     def first_step(self) -> None:
         grads = gradients(self.params)
-        norm = torch.stack([torch.linalg.vector_norm(grad) for grad in grads]).norm()
+        norm = torch.stack([torch.linalg.vector_norm(1.0 * grad) for grad in grads]).norm()
         scale = self.hyper.rho / (norm + self.hyper.eps)
         for param, grad in zip(self.params, grads, strict=True):
-            self.backup.append(param.detach().clone())
-            param.add_(grad * scale)
+            self.backup[param] = param.detach().clone()
+            param.add_(1.0 * grad * scale)
 
     @torch.no_grad()
     def second_step(self) -> None:
-        for param, backup in zip(self.params, self.backup, strict=True):
-            param.data = backup
-        self.backup.clear()
+        for param in self.params:
+            param.data = self.backup[param]
         self.sgd.step()
 
 

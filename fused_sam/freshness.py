@@ -19,9 +19,11 @@ _MARKS = 8
 
 
 def mark_used(gradients: Sequence[Tensor | None]) -> None:
-    used = [g for g in gradients if g is not None and not g.is_inference()]  # those have no version
-    for g in used[:: max(1, len(used) // _MARKS)]:
-        setattr(g, _MARK, g._version)
+    stride = max(1, len(gradients) // _MARKS)
+    for begin in range(0, len(gradients), stride):
+        g = next((g for g in gradients[begin : begin + stride] if g is not None), None)
+        if g is not None and not g.is_inference():  # an inference tensor has no version
+            setattr(g, _MARK, g._version)
 
 
 def fresh_gradients(params: Iterable[Tensor]) -> bool:
