@@ -12,16 +12,17 @@ import torch
 
 from .contract import Backend
 from .cpu import Cpu
+from .cuda import Cuda
 from .foreach import Foreach
 from .reference import Reference
 from .triton import Triton
 
-BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Reference, Foreach, Cpu, Triton)}
+BACKENDS: dict[str, type[Backend]] = {b.name: b for b in (Reference, Foreach, Cpu, Cuda, Triton)}
 
 # What "auto" tries, best first, for a device type; other device types take foreach.
 PREFERENCE: dict[str, tuple[str, ...]] = {
     "cpu": ("cpu", "foreach"),
-    "cuda": ("triton", "foreach"),
+    "cuda": ("cuda", "triton", "foreach"),
     "xpu": ("triton", "foreach"),
 }
 
@@ -46,7 +47,11 @@ def choose(name: str, device: torch.device) -> Backend:
         name = os.environ.get("FUSED_SAM_BACKEND") or "auto"
     if name == "auto":
         usable = (BACKENDS[n] for n in preference(device))
-        return next(backend() for backend in usable if backend.missing() is None)
+        return next(
+            backend()
+            for backend in usable
+            if backend.missing() is None and backend().serves(device, torch.float32, torch.float32)
+        )
     if name not in BACKENDS:
         raise ValueError(f"unknown backend {name!r}; there are 'auto', " + ", ".join(map(repr, BACKENDS)))
     reason = BACKENDS[name].missing()

@@ -1,31 +1,37 @@
 """The CUDA kernels (csrc/cuda) behind the backend contract: one launch a primitive, for all tensors of a table.
 
-Nothing here waits for the GPU, allocates in a step or copies to the device: tables travel as kernel arguments, so a step
-can be captured in a torch.cuda.CUDAGraph. docs/gpu.md tells what it costs.
+Nothing here waits for the GPU, allocates in a step or copies to the device: tables travel as kernel arguments, so that
+a step can be captured in a torch.cuda.CUDAGraph. docs/gpu.md tells what it costs.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .contract import LOW_PRECISION, Backend, Group, Lists, Table
 from .reference import Reference
+from .versions import bump_versions
 
 _cuda: ModuleType | None
 try:
-    from fused_sam import _cuda  # type: ignore[attr-defined, no-redef]
-
-    _import_error = ""
+    _cuda = import_module("fused_sam._cuda")
+    _reason = ""
+except ModuleNotFoundError:
+    _cuda = None
+    _reason = (
+        "the compiled module fused_sam._cuda is not built; build it with `FUSED_SAM_CUDA=1 pip install .`, "
+        "which needs nvcc (NVIDIA's CUDA toolkit 12 or 13)"
+    )
 except ImportError as error:
     _cuda = None
-    _import_error = str(error)
+    _reason = f"the compiled module fused_sam._cuda did not load ({error}); build it anew"
 
 _CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
 
@@ -37,10 +43,7 @@ class Cuda(Backend):
     @classmethod
     def missing(cls) -> str | None:
         if cls.module is None:
-            return (
-                f"the compiled module fused_sam._cuda is not there ({_import_error}); build it with "
-                "`FUSED_SAM_CUDA=1 pip install .`, which needs nvcc (NVIDIA's CUDA toolkit, 12.1 or newer)"
-            )
+            return _reason
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
         return cls.module.problem() or None
@@ -72,10 +75,8 @@ class Cuda(Backend):
 
     def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
         native, _ = self._table(table)
-        native.perturb(
-            _host_rates(groups), self._address(status, table.weights, "status"), self._stream(status.device)
-        )
-        increment_version(table.weights)
+        native.perturb(_host_rates(groups), self._address(status, table.weights, "status"), self._stream(status.device))
+        bump_versions(table.weights)
 
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         native, _ = self._table(table)
@@ -86,12 +87,12 @@ class Cuda(Backend):
             0 if grad_scale is None else self._address(grad_scale, table.weights, "gradient scale"),
             self._stream(status.device),
         )
-        increment_version(table.weights)  # momentum takes no part in autograd
+        bump_versions(table.weights)  # momentum takes no part in autograd
 
     def restore(self, table: Table) -> None:
         native, _ = self._table(table)
         native.restore(self._stream(table.weights[0].device))
-        increment_version(table.weights)
+        bump_versions(table.weights)
 
     # ---- P4 to P6 -----------------------------------------------------------------------------------------
 
@@ -124,7 +125,7 @@ class Cuda(Backend):
     def _combine(self, native: Any, lists: Lists, out: list[Tensor], coefficients: int, a: float, b: float) -> None:
         x, y, code = _addresses(lists.x), _addresses(lists.y), _CODES[out[0].dtype]
         native.combine(x, y, code, _addresses(out), coefficients, a, b, self._stream(out[0].device))
-        increment_version(out)
+        bump_versions(out)
 
     # ---- within -------------------------------------------------------------------------------------------
 
@@ -177,7 +178,7 @@ class Cuda(Backend):
         if table.gradient_addresses and table.gradient_addresses is not table.bound:
             table.native[0].set_gradients(table.gradient_addresses)
             table.bound = table.gradient_addresses
-        return table.native  # type: ignore[no-any-return]
+        return table.native
 
     def _lists(self, lists: Lists) -> tuple[Any, Tensor] | None:
         """The native lists and their workspace; None for dtypes that no kernel serves (fp64, bf16 with fp16)."""
@@ -189,7 +190,7 @@ class Cuda(Backend):
             device = _one_device(lists.x, lists.y)
             native = self.module.Lists(x, y, device.index or 0, [t.numel() for t in lists.x])
             lists.native = native, _workspace(native, device)
-        return lists.native  # type: ignore[no-any-return]
+        return lists.native
 
 
 def why_not(device: torch.device) -> str | None:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from .contract import LOW_PRECISION, Backend, Group, Lists, Table
 from .reference import Reference
 from .triton_tables import Memory, Native, NativeLists, NativeTable, Reserve, copy_rates
+from .versions import bump_versions
 
 _OLDEST = (3, 6)  # the launches below are those of Triton 3.6 and newer
 _SERVED = (torch.float32, *LOW_PRECISION)
@@ -46,8 +46,7 @@ def _missing_triton() -> str | None:
 def _missing_gpu() -> str | None:
     if not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available())):
         return (
-            "no GPU that torch can use; to try the kernels on CPU tensors, slowly, set TRITON_INTERPRET=1 before Python "
-            "starts"
+            "torch finds no GPU; to try the kernels on CPU tensors, slowly, set TRITON_INTERPRET=1 before Python starts"
         )
     # Triton compiles a small launcher the first time it runs.
     if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
@@ -104,7 +103,7 @@ class Triton(Backend):
                 ("owner", "rows", "gradients", "hyper", status),
                 (table.weights[0].dtype, table.gradient_dtype, native.blocks.size),
             )  # fmt: skip
-        increment_version(table.weights)
+        bump_versions(table.weights)
 
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
         native = _native(table)
@@ -119,7 +118,7 @@ class Triton(Backend):
                 ("owner", "rows", "gradients", "hyper", "rates", status, scale),
                 (table.weights[0].dtype, table.gradient_dtype, native.blocks.size),
             )  # fmt: skip
-        increment_version(table.weights)  # momentum takes no part in autograd
+        bump_versions(table.weights)  # momentum takes no part in autograd
 
     def restore(self, table: Table) -> None:
         native = _native(table)
@@ -129,7 +128,7 @@ class Triton(Backend):
                 native, memory, "restore", native.blocks.count,
                 ("owner", "rows"), (table.weights[0].dtype, native.blocks.size),
             )  # fmt: skip
-        increment_version(table.weights)
+        bump_versions(table.weights)
 
     def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
         if not _served(lists):
@@ -156,7 +155,7 @@ class Triton(Backend):
                 ("owner", "rows", "xs", "ys", "outs", coefficients),
                 (lists.x[0].dtype, lists.y[0].dtype, out[0].dtype, native.blocks.size),
             )  # fmt: skip
-        increment_version(out)
+        bump_versions(out)
 
     def average(self, lists: Lists, decay: float) -> None:
         if not _served(lists):
@@ -170,7 +169,7 @@ class Triton(Backend):
                 ("owner", "rows", "xs", "ys", decay, 1 - decay),
                 (lists.x[0].dtype, lists.y[0].dtype, native.blocks.size),
             )  # fmt: skip
-        increment_version(lists.x)
+        bump_versions(lists.x)
 
 
 def _native(table: Table) -> NativeTable:
@@ -206,15 +205,15 @@ def _launch(
 ) -> None:
     """Run a kernel. An argument that is a string is the array of that name in `memory`.
 
-    Triton binds and inspects arguments anew at every launch, 20 to 40 us for kernels like these. They are made so that
-    a compiled one fits every call, so that all but the first go to it at once, with plain addresses.
+    Triton binds and inspects the arguments of every launch anew, 20 us of Python for kernels like these. They are made
+    so that what is compiled once fits every call; so all but the first go straight to it, with plain addresses.
     """
     key = (name, constants)
     launcher = native.launchers.get(key)
     if launcher is not None:
         run, values = launcher
-        places = memory.addresses
-        run(*[places[a] if type(a) is str else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], *values)
+        at = memory.addresses
+        run(*[at[a] if type(a) is str else a.data_ptr() if isinstance(a, Tensor) else a for a in arguments], *values)
         return
     import triton.language as tl
 

@@ -10,7 +10,7 @@ tensor fills the block and all addresses are multiples of 16; EVEN, a tail that 
 16 elements, under a mask; ODD, anything else, one element at a time under a mask.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import triton
@@ -36,12 +36,24 @@ POINTERS = [
 
 
 @triton.jit
+def is_set(x):
+    """Whether a scalar is not 0: the comparison as a bool, which in Triton's interpreter has the operands' type."""
+    return tl.where(x != 0, True, False)
+
+
+@triton.jit
 def find(owner, rows, block, BLOCK: tl.constexpr):
     """A block's row, the row's place, the block's first element and how many elements the tensor has of it."""
     row = tl.load(owner + block)
     entry = rows + row * ROW
     begin = (block - tl.load(entry + FIRST)) * BLOCK
     return row, entry, begin, tl.minimum(tl.load(entry + SIZE) - begin, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def from_the_end():
+    """This program's block where the norm ran just before: its end is what the cache still holds."""
+    return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit

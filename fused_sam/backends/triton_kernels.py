@@ -10,7 +10,7 @@ Beside the table of triton_blocks.py, whose names these are, a kernel reads
 Arithmetic is fp32, and a weight is rounded once, when it is written. Sums have the status's type.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import triton
@@ -18,7 +18,22 @@ import triton.language as tl
 
 from . import contract
 from .triton_blocks import (
-    BACKUP, EVEN, GROUP, MOMENTUM, ODD, POINTERS, WEIGHT, WHOLE, find, inside, is_last, lanes, path_of, sum_slots,
+    BACKUP,
+    EVEN,
+    GROUP,
+    MOMENTUM,
+    ODD,
+    POINTERS,
+    WEIGHT,
+    WHOLE,
+    find,
+    from_the_end,
+    inside,
+    is_last,
+    is_set,
+    lanes,
+    path_of,
+    sum_slots,
 )  # fmt: skip
 
 RHO = tl.constexpr(0)
@@ -86,7 +101,7 @@ def norm(
             w = tl.load(entry + WEIGHT)
             group = hyper + tl.load(entry + GROUP) * HYPER
             eta = tl.load(group + ETA)
-            adaptive = tl.load(group + ADAPTIVE) != 0
+            adaptive = is_set(tl.load(group + ADAPTIVE))
         path = path_of(w | g, count, BLOCK)
         if path == WHOLE:
             sums += _squares(w, g, begin, count, adaptive, eta, S, W, G, SCALED, BLOCK, WHOLE)
@@ -103,15 +118,15 @@ def norm(
         tl.store(status + SUM, total)
         if (flags & FINISH) != 0:
             length = _root(total)
-            bad = (total < float("inf")) == 0
+            bad = tl.where(total < float("inf"), 0, 1)
             if SCALED:
                 inverse = 1.0 / (length + eps)
                 tl.store(status + NORM, length)
-                tl.store(status + INVERSE, tl.where((inverse <= 1e30) & (bad == 0), inverse, 0.0))
+                tl.store(status + INVERSE, tl.where((inverse <= 1e30), inverse, 0.0))
             else:
                 tl.store(status + UPDATE_NORM, length)
             if (flags & CARRY) != 0:
-                bad = bad | (tl.load(status + SKIP) != 0)
+                bad = tl.where(tl.load(status + SKIP) != 0, 1, bad)
             tl.store(status + SKIP, bad.to(S))
 
 
@@ -139,15 +154,15 @@ def perturb(
 
     SAM's equation 2 for p = 2 (arXiv 2010.01412), ASAM's equation 5 where adaptive (arXiv 2102.11600).
     """
-    row, entry, begin, count = find(owner, rows, tl.program_id(0), BLOCK)
+    row, entry, begin, count = find(owner, rows, from_the_end(), BLOCK)
     g = tl.load(gradients + row)
     w = tl.load(entry + WEIGHT)
     b = tl.load(entry + BACKUP)
     group = hyper + tl.load(entry + GROUP) * HYPER
-    adaptive = tl.load(group + ADAPTIVE) != 0
+    adaptive = is_set(tl.load(group + ADAPTIVE))
     eta = tl.load(group + ETA)
     step = tl.load(group + RHO) * tl.load(status + INVERSE).to(tl.float32)
-    move = tl.load(status + SKIP) == 0
+    move = tl.where(tl.load(status + SKIP) != 0, False, True)
     path = path_of(w | g | b, count, BLOCK)
     if path == WHOLE:
         _perturb_block(w, g, b, begin, count, move, step, adaptive, eta, W, G, BLOCK, WHOLE)
@@ -164,7 +179,7 @@ def _sgd_block(
 ):  # fmt: skip
     here = inside(count, True, BLOCK, PATH)
     moved = inside(count, move, BLOCK, PATH)
-    with_momentum = inside(count, move & (m != 0), BLOCK, PATH)
+    with_momentum = inside(count, move & is_set(m), BLOCK, PATH)
     old = tl.load(lanes(b, begin, W, BLOCK, PATH), here, 0)
     x = tl.load(lanes(g, begin, G, BLOCK, PATH), moved, 0).to(tl.float32)
     momenta = lanes(m, begin, tl.float32, BLOCK, PATH)
@@ -190,7 +205,7 @@ def sgd(
 
     With Nesterov's momentum w = w - rate * (d + mu * m); without momentum m is d; -g for g to maximize.
     """
-    row, entry, begin, count = find(owner, rows, tl.program_id(0), BLOCK)
+    row, entry, begin, count = find(owner, rows, from_the_end(), BLOCK)
     g = tl.load(gradients + row)
     w = tl.load(entry + WEIGHT)
     b = tl.load(entry + BACKUP)
@@ -201,11 +216,11 @@ def sgd(
     m = tl.where(mu != 0, m, 0)
     mu = tl.where(m != 0, mu, 0.0)
     keep = tl.where(m != 0, tl.load(group + KEEP), 1.0)
-    nesterov = tl.load(group + NESTEROV) != 0
+    nesterov = is_set(tl.load(group + NESTEROV))
     decay = tl.load(group + DECAY)
     factor = tl.div_rn(tl.load(group + SIGN), tl.load(scale))
     rate = tl.load(tl.load(rates + k).to(tl.pointer_type(tl.float32)))
-    move = tl.load(status + SKIP) == 0
+    move = tl.where(tl.load(status + SKIP) != 0, False, True)
     path = path_of(w | g | b | m, count, BLOCK)
     if path == WHOLE:
         _sgd_block(w, g, b, m, begin, count, move, factor, decay, mu, keep, nesterov, rate, W, G, BLOCK, WHOLE)

@@ -16,12 +16,12 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from .contract import Group, Lists, Table, status_dtype
+from .contract import NO_ADDRESSES, Group, Lists, Table, status_dtype
 
 WORD = 8  # bytes; sizes and offsets below are in words
 ROW = 8  # words of a row, HYPER of a group's hyper-parameters: triton_blocks.py and triton_kernels.py name the places
@@ -38,9 +38,14 @@ class Device:
     warp: int  # threads
 
     @property
+    def programs(self) -> int:
+        """Of a reduction, at most: 8 of 256 threads are all that a processor holds at a time."""
+        return 8 * self.processors
+
+    @property
     def slots(self) -> int:
-        """Programs of a reduction at most: 2048 threads a processor, which is all that one can hold."""
-        return 1 << (8 * self.processors - 1).bit_length()
+        """For their sums: a power of 2, as Triton wants."""
+        return 1 << (self.programs - 1).bit_length()
 
     @property
     def _module(self) -> Any:
@@ -78,18 +83,17 @@ class Blocks:
     first: list[int]
 
     @staticmethod
-    def cut(sizes: Sequence[int], itemsize: int, device: Device) -> Blocks:
-        """Blocks of 8 KB of the narrowest tensor, of 2 KB where 8 would not give each processor two.
+    def cut(sizes: Sequence[int], device: Device) -> Blocks:
+        """2048 elements for each 256 threads, or 512 for 64 where that would not give each processor two blocks.
 
-        256 threads then make two 16-byte accesses a column, and a processor that holds 4 or more such blocks has about
-        100 KB under way in an update, where an H100 needs 20 and a B200 45 (latency 0.7 us times bandwidth). With more
-        bytes a thread, registers would leave room for fewer blocks; with less, looking up the addresses would weigh
-        more. 2 KB is one access for each of 128 threads.
+        Eight elements a thread are one 16-byte access of a column in bf16 and two in fp32, and leave registers enough
+        for six blocks a processor (40 of them in perturb and sgd in fp32). These have 150 KB of an fp32 update under
+        way, where an H100 needs 20 and a B200 45 (latency of 0.7 us times bandwidth): more elements a thread gain
+        nothing, fewer make looking up the addresses weigh more.
         """
-        large = sum(sizes) * itemsize >= 2 * 8192 * device.processors
-        size, threads = (8192 // itemsize, 256) if large else (2048 // itemsize, 128)
+        size, threads = (2048, 256) if sum(sizes) >= 2 * 2048 * device.processors else (512, 64)
         ends = list(accumulate(-(-n // size) for n in sizes))
-        return Blocks(size, threads // device.warp, ends[-1], [0, *ends[:-1]])
+        return Blocks(size, max(threads // device.warp, 1), ends[-1], [0, *ends[:-1]])
 
 
 class Memory:
@@ -110,6 +114,7 @@ class Memory:
         self.sent = self.changing + sum(fixed.values())
         self.words = torch.empty(ends[-1], dtype=torch.int64, device=device)
         self.picture = array("q", bytes(self.sent * WORD))
+        self._bytes = memoryview(self.picture).cast("B")
         self.addresses = {name: self.words.data_ptr() + place * WORD for name, place in self._place.items()}
         self._dtypes = {
             **dict.fromkeys(("owner", "counter"), torch.int32),
@@ -118,16 +123,20 @@ class Memory:
         }
 
     def tensor(self, name: str) -> Tensor:
+        """An array on the device."""
         start = self._place[name]
         return self.words[start : start + self._sizes[name]].view(self._dtypes.get(name, torch.int64))
 
     def write(self, name: str, words: array[int]) -> None:
+        """Into the picture, from the array's beginning."""
+        assert len(words) <= self._sizes[name]
         start = self._place[name]
         self.picture[start : start + len(words)] = words
 
     def write_packed(self, name: str, offset: int, layout: str, *values: float) -> None:
-        with memoryview(self.picture) as view, view.cast("B") as raw:
-            struct.pack_into(layout, raw, (self._place[name] + offset) * WORD, *values)
+        """Into the picture, `offset` words behind the array's beginning; `layout` as in the module struct."""
+        assert 0 <= offset < self._sizes[name]
+        struct.pack_into(layout, self._bytes, (self._place[name] + offset) * WORD, *values)
 
     def send(self, words: int) -> None:
         """Copy the first `words` of the picture to the device."""
@@ -137,6 +146,7 @@ class Memory:
         self.words[:words].copy_(source, non_blocking=True)
 
     def send_in_graph(self, pinned: Tensor) -> None:
+        """The same of all that is sent, out of memory that stays as it is; while a graph is captured."""
         pinned.copy_(torch.frombuffer(self.picture, dtype=torch.int64))
         self.words[: self.sent].copy_(pinned, non_blocking=True)
 
@@ -147,13 +157,17 @@ class Reserve:
     def __init__(self) -> None:
         self._piece: Tensor | None = None
         self._used = 0
+        self._drawn = False
         self._kept: list[Any] = []  # what graphs use: it lives as long as the optimizer
 
     def keep(self, used: Any) -> None:
         self._kept.append(used)
 
-    def stock(self, words: int) -> None:
-        """Set aside enough for four tables of this size."""
+    def stock(self, memory: Memory, *, fresh: bool) -> None:
+        """Outside captures: set aside enough for four tables like this one, if it is new or something was taken."""
+        if not (fresh or self._drawn) or memory.words.device.type != "cuda":
+            return
+        words, self._drawn = memory.sent, False
         if self._piece is None or self._piece.numel() - self._used < 4 * words:
             self._piece = torch.empty(max(8 * words, 1 << 14), dtype=torch.int64, pin_memory=True)
             self._used = 0
@@ -166,6 +180,7 @@ class Reserve:
             )
         piece = self._piece[self._used : self._used + words]
         self._used += words
+        self._drawn = True
         self.keep(piece)
         return piece
 
@@ -173,20 +188,19 @@ class Reserve:
 class Native:
     """What the backend keeps for a table: its cut into blocks, its memory, and the compiled kernels' launchers."""
 
-    def __init__(self, tensors: Sequence[Tensor], itemsize: int, unsent: int, changing: dict[str, int]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], sums: int, changing: dict[str, int]) -> None:
         self.device = device_of(tensors[0].device)
         sizes = [t.numel() for t in tensors]
-        self.blocks = Blocks.cut(sizes, itemsize, self.device)
-        self.programs = min(self.blocks.count, self.device.slots)
+        self.blocks = Blocks.cut(sizes, self.device)
+        self.programs = min(self.blocks.count, self.device.programs)
         self.launchers: dict[Any, Any] = {}
         self._changing = changing
-        self._unsent = unsent * self.device.slots * status_dtype(tensors[0].device).itemsize // WORD
+        self._unsent = sums * self.device.slots * status_dtype(tensors[0].device).itemsize // WORD
         self._rows = array("q", bytes(ROW * WORD * len(sizes)))
         self._rows[3::ROW] = array("q", sizes)
         self._rows[4::ROW] = array("q", self.blocks.first)
-        fixed = {"rows": ROW * len(sizes), "owner": (self.blocks.count + 1) // 2, "counter": 1, "unit": 1}
-        self._fixed = fixed
-        self.words_to_send = sum(changing.values()) + sum(fixed.values())
+        self._fixed = {"rows": ROW * len(sizes), "owner": (self.blocks.count + 1) // 2, "counter": 1, "unit": 1}
+        self.words_to_send = sum(changing.values()) + sum(self._fixed.values())
         self._memory: Memory | None = None
 
     def new_memory(self) -> Memory:
@@ -208,13 +222,14 @@ class NativeTable(Native):
     """For the primitives on weights."""
 
     def __init__(self, table: Table) -> None:
-        w, groups = table.weights, max(table.groups) + 1
-        super().__init__(w, w[0].itemsize, 1, {"gradients": len(w), "rates": groups, "hyper": HYPER * groups})
+        w, self._groups = table.weights, max(table.groups) + 1
+        changing = {"gradients": len(w), "rates": self._groups, "hyper": HYPER * self._groups}
+        super().__init__(w, 1, changing)
         self._fill(0, w)
         self._fill(1, table.backups)
         self._fill(2, table.momenta)
         self._rows[5::ROW] = array("q", table.groups)
-        self._gradients: list[int] = []
+        self._gradients = NO_ADDRESSES
         self._climb: Any = None  # the hyper-parameters that were sent
         self._descend: Any = None
         self._captured: Memory | None = None
@@ -248,10 +263,11 @@ class NativeTable(Native):
 
     def _refreshed(self, table: Table, groups: Sequence[Group], reserve: Reserve, *, climb: bool) -> Memory:
         memory = self._memory or self.new_memory()
+        groups = groups[: self._groups]
         stale = False
         if table.gradient_addresses is not table.bound and table.gradient_addresses != self._gradients:
-            self._gradients = list(table.gradient_addresses)
-            memory.write("gradients", array("q", self._gradients))
+            memory.write("gradients", table.gradient_addresses)
+            self._gradients = table.gradient_addresses
             stale = True
         table.bound = table.gradient_addresses
         # Sent whole, compared in part: a learning rate that changes every step is no news to the perturbation.
@@ -259,20 +275,18 @@ class NativeTable(Native):
             self._climb, self._descend = _climb(groups), _descend(groups)
             write_groups(memory, groups)
             stale = True
-        if self._memory is None:
-            memory.send(memory.sent)
-            if self.device.device.type == "cuda":
-                reserve.stock(memory.sent)
-            self._memory = memory
-        elif stale:
-            memory.send(memory.changing)
+        fresh = self._memory is None
+        if fresh or stale:
+            memory.send(memory.sent if fresh else memory.changing)
+        reserve.stock(memory, fresh=fresh)
+        self._memory = memory
         return memory
 
     def _for_graph(self, table: Table, groups: Sequence[Group], reserve: Reserve) -> Memory:
         pinned = reserve.take(self.words_to_send)
         memory = self.new_memory()
-        memory.write("gradients", array("q", table.gradient_addresses))
-        write_groups(memory, groups)
+        memory.write("gradients", table.gradient_addresses)
+        write_groups(memory, groups[: self._groups])
         memory.send_in_graph(pinned)
         reserve.keep(memory)
         return memory
@@ -283,8 +297,7 @@ class NativeLists(Native):
 
     def __init__(self, lists: Lists) -> None:
         n = len(lists.x)
-        itemsize = min(lists.x[0].itemsize, lists.y[0].itemsize)
-        super().__init__(lists.x, itemsize, 3, {"xs": n, "ys": n, "outs": n})
+        super().__init__(lists.x, 3, {"xs": n, "ys": n, "outs": n})
         self._columns: list[array[int]] = []
 
     def memory(self, x: Sequence[Tensor], y: Sequence[Tensor], out: Sequence[Tensor], reserve: Reserve) -> Memory:
@@ -298,14 +311,13 @@ class NativeLists(Native):
             reserve.keep(memory)
             return memory
         memory = self._memory or self.new_memory()
+        fresh = self._memory is None
         if columns != self._columns:
             _write_columns(memory, columns)
-            memory.send(memory.changing if self._memory else memory.sent)
+            memory.send(memory.sent if fresh else memory.changing)
             self._columns = columns
-        if self._memory is None:
-            if self.device.device.type == "cuda":
-                reserve.stock(memory.sent)
-            self._memory = memory
+        reserve.stock(memory, fresh=fresh)
+        self._memory = memory
         return memory
 
 
@@ -329,13 +341,15 @@ def write_groups(memory: Memory, groups: Sequence[Group]) -> None:
 
 def copy_rates(memory: Memory, groups: Sequence[Group]) -> None:
     """Bring learning rates here that lie on the device in another type, or on another device."""
-    for k, h in enumerate(groups):
+    if not any(isinstance(h.lr, Tensor) for h in groups):
+        return
+    for k, h in enumerate(groups[: len(memory.tensor("rates"))]):
         if isinstance(h.lr, Tensor) and not _read_in_place(h.lr, memory):
             place = memory.tensor("hyper")[k * HYPER * 2 + RATE]
             place.copy_(h.lr.reshape(()), non_blocking=True)
 
 
-def _read_in_place(lr: Any, memory: Memory) -> bool:
+def _read_in_place(lr: Any, memory: Memory) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.dtype is torch.float32 and lr.device == memory.words.device
 
 
@@ -346,4 +360,4 @@ def _climb(groups: Sequence[Group]) -> Any:
 
 def _descend(groups: Sequence[Group]) -> Any:
     """What sgd reads of the groups; a learning rate that is a tensor counts by where it is, not by its value."""
-    return [g[3:] if type(g.lr) is float else (id(g.lr), g.lr.data_ptr(), *g[4:]) for g in groups]  # type: ignore[union-attr]
+    return [(id(g.lr), g.lr.data_ptr(), *g[4:]) if isinstance(g.lr, Tensor) else g[3:] for g in groups]

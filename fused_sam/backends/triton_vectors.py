@@ -1,17 +1,17 @@
 """The primitives on gradients and kept vectors as Triton kernels, P4 to P6: dots, combine, average.
 
-They read the table of triton_blocks.py, of whose rows only sizes and first blocks count, and three columns of addresses,
-xs, ys and outs: int64 (rows). Arithmetic is fp32; sums have the type of `sums`.
+They read the table of triton_blocks.py, of whose rows only sizes and first blocks count, and three columns of
+addresses, xs, ys and outs: int64 (rows). Arithmetic is fp32; sums have the type of `sums`.
 """
 
-# mypy: disable-error-code="no-untyped-def"
+# mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 from . import contract
-from .triton_blocks import EVEN, ODD, POINTERS, WHOLE, find, inside, is_last, lanes, path_of, sum_slots
+from .triton_blocks import EVEN, ODD, POINTERS, WHOLE, find, inside, is_last, is_set, lanes, path_of, sum_slots
 
 XY = tl.constexpr(contract.XY)
 XX = tl.constexpr(contract.XX)
@@ -73,8 +73,8 @@ def _combine_block(
     X: tl.constexpr, Y: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.constexpr, PATH: tl.constexpr,
 ):  # fmt: skip
     # A column with coefficient 0 is not read, and counts as 0.
-    u = tl.load(lanes(x, begin, X, BLOCK, PATH), inside(count, a != 0, BLOCK, PATH), 0).to(tl.float32)
-    v = tl.load(lanes(y, begin, Y, BLOCK, PATH), inside(count, b != 0, BLOCK, PATH), 0).to(tl.float32)
+    u = tl.load(lanes(x, begin, X, BLOCK, PATH), inside(count, is_set(a), BLOCK, PATH), 0).to(tl.float32)
+    v = tl.load(lanes(y, begin, Y, BLOCK, PATH), inside(count, is_set(b), BLOCK, PATH), 0).to(tl.float32)
     tl.store(lanes(out, begin, OUT, BLOCK, PATH), (a * u + b * v).to(OUT), inside(count, True, BLOCK, PATH))
 
 

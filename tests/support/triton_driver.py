@@ -1,0 +1,77 @@
+"""A Triton driver without a GPU: kernels compile for sm_90, and launches are noted down instead of run."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+
+from fused_sam.backends import triton_kernels, triton_vectors
+
+
+@dataclass
+class Launch:
+    programs: int
+    arguments: tuple[Any, ...]  # of the kernel; a tensor where the driver would take its address
+
+
+@dataclass
+class NotingDriver:
+    launches: list[Launch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
+        self.utils = SimpleNamespace(
+            load_binary=lambda *_: (object(), 1, 32, 0, 1024),
+            get_device_properties=lambda _: properties,
+            unload_module=lambda _: None,
+        )
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def set_current_device(self, _: int) -> None:
+        pass
+
+    def get_current_stream(self, _: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: Any, _: Any) -> Any:
+        count = len(source.fn.arg_names)
+
+        def launch(programs: int, *rest: Any) -> None:
+            self.launches.append(Launch(programs, rest[-count:]))
+
+        return launch
+
+
+@contextmanager
+def noting_driver() -> Iterator[NotingDriver]:
+    driver = NotingDriver()
+    config = triton.runtime.driver
+    before = getattr(config, "_active", None)
+    _forget_compiled()
+    config.set_active(driver)
+    try:
+        yield driver
+    finally:
+        _forget_compiled()
+        config._active = before
+
+
+def _forget_compiled() -> None:
+    """A compiled kernel keeps to the driver that it was first launched with."""
+    for module in (triton_kernels, triton_vectors):
+        for kernel in vars(module).values():
+            if isinstance(kernel, triton.JITFunction):
+                kernel.device_caches.clear()
+    gc.collect()  # a kernel that goes asks the driver of that moment to unload it

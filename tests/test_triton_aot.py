@@ -1,0 +1,127 @@
+"""The Triton kernels compiled for GPUs that need not be there, and what the backend says where it cannot run."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_sam
+from fused_sam.backends import BACKENDS, choose
+from fused_sam.backends.triton import Triton
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET"):
+    pytest.skip("TRITON_INTERPRET is set: this process cannot compile", allow_module_level=True)
+
+from support.triton_aot import (  # noqa: E402  # after the skip: it imports triton's compiler
+    BLOCK,
+    KERNELS,
+    THREADS,
+    GPUTarget,
+    Kernel,
+    compiled,
+    resources,
+    tl,
+    unmasked_loads,
+    wide_accesses,
+)  # fmt: skip
+
+DTYPES = [(tl.float32, tl.float32), (tl.bfloat16, tl.bfloat16), (tl.bfloat16, tl.float32), (tl.float16, tl.float16)]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_code_for_nvidia(kernel: Kernel, dtypes: tuple[tl.dtype, tl.dtype], capability: int, tmp_path: Path) -> None:
+    """128-bit accesses in both aligned paths of a block, unmasked in the main one; no local memory, no spills."""
+    code = compiled(kernel, *dtypes, GPUTarget("cuda", capability, 32))
+    ptx = code.asm["ptx"]
+
+    def accesses(columns: str) -> int:
+        sizes = {"w": dtypes[0].primitive_bitwidth, "g": dtypes[1].primitive_bitwidth, "m": 32}
+        return sum(2 * BLOCK * sizes[c] // (128 * THREADS) for c in columns)
+
+    found = wide_accesses(ptx)
+    assert found["ld"] >= accesses(kernel.reads)
+    assert found["st"] >= accesses(kernel.writes)
+    if kernel.name in ("norm", "perturb", "sgd", "restore", "dots"):
+        assert unmasked_loads(ptx) > 0
+    assert ".local" not in ptx
+    used = resources(code.asm["cubin"], tmp_path)
+    assert used["STACK"] == 0 and used["LOCAL"] == 0
+    assert used["REG"] <= 80  # three blocks of 256 threads and more share a processor's 65,536
+
+
+@pytest.mark.parametrize("dtypes", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("kernel", KERNELS, ids=str)
+def test_code_for_amd(kernel: Kernel, dtypes: tuple[tl.dtype, tl.dtype]) -> None:
+    code = compiled(kernel, *dtypes, GPUTarget("hip", "gfx942", 64)).asm["amdgcn"]
+    assert "load_dwordx4" in code
+    assert not kernel.writes or "store_dwordx4" in code
+    assert "scratch_" not in code
+
+
+def test_adding_up_knows_no_atomics_on_values() -> None:
+    for kernel in KERNELS:
+        ptx = compiled(kernel, tl.float32, tl.float32, GPUTarget("cuda", 90, 32)).asm["ptx"]
+        atomics = re.findall(r"(?<![\w.])(?:atom|red)\.\S+", ptx)
+        assert atomics in ([], ["atom.global.gpu.acq_rel.add.u32"])
+
+
+def test_arithmetic_is_fp32() -> None:
+    """No fp64 instruction, whatever Python floats stand in the source."""
+    for kernel in KERNELS:
+        assert ".f64" not in compiled(kernel, tl.bfloat16, tl.bfloat16, GPUTarget("cuda", 90, 32)).asm["ptx"]
+
+
+# ---- choosing and explaining ----------------------------------------------------------------------------------
+
+NO_GPU = not (torch.cuda.is_available() or (hasattr(torch, "xpu") and torch.xpu.is_available()))
+
+
+@pytest.mark.skipif(not NO_GPU, reason="there is a GPU")
+def test_without_a_gpu_it_says_so() -> None:
+    assert fused_sam.backends.available()["triton"] == Triton.missing()
+    with pytest.raises(RuntimeError, match=r"torch finds no GPU; .* set TRITON_INTERPRET=1 before Python starts"):
+        choose("triton", torch.device("cpu"))
+
+
+def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fused_sam.backends.triton.find_spec", lambda _: None)
+    assert "triton is not installed" in (Triton.missing() or "")
+    assert "pip install triton" in (Triton.missing() or "")
+
+
+def test_with_an_old_triton_it_says_which_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", "3.5.1")
+    assert "triton 3.5.1 is too old; 3.6 or newer is needed" in (Triton.missing() or "")
+
+
+def test_without_a_c_compiler_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "needs a C compiler" in (Triton.missing() or "")
+
+
+def test_it_serves_gpus_and_what_kernels_there_are() -> None:
+    backend = Triton()
+    for device in ("cuda", "xpu"):
+        where = torch.device(device)
+        assert all(backend.serves(where, t, t) for t in (torch.float32, torch.bfloat16, torch.float16))
+        assert backend.serves(where, torch.bfloat16, torch.float32)
+        assert not backend.serves(where, torch.float64, torch.float64)
+        assert not backend.serves(where, torch.float32, torch.bfloat16)
+    assert not backend.serves(torch.device("cpu"), torch.float32, torch.float32)
+    assert BACKENDS["triton"] is Triton
+
+
+def test_importing_the_package_does_not_import_triton() -> None:
+    command = "import sys, fused_sam; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", command], check=False).returncode == 0

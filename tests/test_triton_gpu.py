@@ -1,0 +1,186 @@
+"""The Triton backend on a GPU: against the reference, in CUDA graphs, without waiting for the device."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from support.bits import assert_same_bits
+from support.triton_draws import DTYPES, GROUPS, assert_near, draw_case
+from torch import Tensor, nn
+
+from fused_sam import SAM
+from fused_sam.backends.contract import SKIP
+from fused_sam.backends.reference import Reference
+from fused_sam.backends.triton import Triton
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
+    pytest.mark.skipif(Triton.missing() is not None, reason=f"triton cannot run: {Triton.missing()}"),
+]
+
+SIZES = [1, 15, 16, 17, 511, 512, 513, 2047, 2048, 2049, 40_000, 1_000_003]
+OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+
+@pytest.mark.parametrize("sizes", [SIZES, SIZES[:6], [3] * 700, [5_000_000]], ids=["large", "small", "many", "one"])
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
+def test_step(dtypes: tuple[torch.dtype, torch.dtype], shift: int, sizes: list[int]) -> None:
+    case = draw_case(sizes, dtypes, shift=shift, device="cuda")
+    sides = ((Triton(), case.table, case.status), (Reference(), case.twin, case.twin_status))
+    for scaled in (True, False):
+        for backend, table, status in sides:
+            how = {"scaled": scaled, "carry": not scaled, "begin": True, "finish": True, "eps": 1e-12}
+            backend.norm(table, GROUPS, status, **how)
+            if scaled:
+                backend.perturb(table, GROUPS, status)
+            else:
+                backend.sgd(table, GROUPS, status, None)
+        assert_near(case.table.weights, case.twin.weights, "weight")
+    assert_near(case.table.momenta, case.twin.momenta, "momentum")
+    torch.testing.assert_close(case.status, case.twin_status, rtol=1e-5, atol=0)
+    assert_same_bits(case.table.backups, case.twin.backups)
+
+
+def test_norm_is_the_same_every_time() -> None:
+    case = draw_case([30_000_000, 17, 5_000_001], DTYPES[0], device="cuda")
+    backend, seen = Triton(), []
+    for _ in range(20):
+        backend.norm(case.table, GROUPS, case.status, scaled=True, carry=False, begin=True, finish=True, eps=0.0)
+        seen.append(case.status.clone())
+    assert_same_bits(seen[1:], seen[:1] * 19)
+
+
+class Bowl:
+    """Weights of several shapes and a loss whose gradients are the same every time, bit for bit."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        torch.manual_seed(0)
+        shapes = [(300, 70), (5,), (64, 3, 3, 3), (20_000,)]
+        self.params = [nn.Parameter(torch.randn(s, device="cuda").to(dtype)) for s in shapes]
+        self.target = [torch.randn_like(p) for p in self.params]
+
+    def backward(self) -> None:
+        total = sum((((p - t) * 1.5).sin().square().sum() for p, t in zip(self.params, self.target, strict=True)))
+        total.backward()  # type: ignore[union-attr]
+
+    def optimizer(self, **options: object) -> SAM:
+        return SAM(self.params, rho=0.3, backend="triton", **{**OPTIONS, **options})  # type: ignore[arg-type]
+
+    def step(self, optimizer: SAM) -> None:
+        optimizer.zero_grad()
+        self.backward()
+        optimizer.first_step(zero_grad=True)
+        self.backward()
+        optimizer.second_step(zero_grad=True)
+
+
+def captured(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph
+
+
+@pytest.mark.parametrize("warm", [1, 3])
+def test_a_captured_step_is_the_eager_step(warm: int) -> None:
+    """Bit for bit, also with a learning rate that changes, and with eager steps between the replays."""
+    bowl = Bowl()
+    twin = copy.deepcopy(bowl)
+    rates = [torch.tensor(0.1, device="cuda") for _ in range(2)]
+    ours, other = bowl.optimizer(lr=rates[0]), twin.optimizer(lr=rates[1])
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(warm):
+            bowl.step(ours)
+    torch.cuda.current_stream().wait_stream(side)
+    for _ in range(warm):
+        twin.step(other)
+    graph = captured(lambda: bowl.step(ours))
+    for i in range(6):
+        for rate in rates:
+            rate.fill_(0.1 / (1 + i))
+        if i % 3 == 2:
+            bowl.step(ours)
+        else:
+            graph.replay()
+        twin.step(other)
+        assert_same_bits(bowl.params, twin.params)
+        assert torch.equal(ours.grad_norm, other.grad_norm)
+
+
+def test_two_graphs_of_one_optimizer() -> None:
+    bowl = Bowl()
+    twin = copy.deepcopy(bowl)
+    ours, other = bowl.optimizer(), twin.optimizer()
+    for _ in range(2):
+        bowl.step(ours)
+        twin.step(other)
+    graphs = [captured(lambda: bowl.step(ours)) for _ in range(2)]
+    for graph in graphs * 2:
+        graph.replay()
+        twin.step(other)
+        assert_same_bits(bowl.params, twin.params)
+
+
+@pytest.mark.parametrize("with_scaler", [False, True])
+def test_launches_of_a_step(with_scaler: bool) -> None:
+    bowl = Bowl()
+    optimizer = bowl.optimizer()
+    bowl.step(optimizer)
+    bowl.backward()
+    if with_scaler:
+        optimizer.found_inf = torch.zeros((), device="cuda")  # type: ignore[attr-defined]
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        optimizer.first_step()
+        optimizer.second_step()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.name in ("norm", "perturb", "sgd", "restore")]
+    assert sorted(names) == (["norm", "perturb", "sgd"] if with_scaler else ["norm", "norm", "perturb", "sgd"])
+
+
+def test_a_step_never_waits_for_the_device() -> None:
+    bowl = Bowl(torch.bfloat16)
+    optimizer = bowl.optimizer(lr=torch.tensor(0.1, device="cuda", dtype=torch.float64))
+    for _ in range(2):
+        bowl.step(optimizer)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i in range(3):
+            optimizer.param_groups[0]["rho"] = 0.1 * (i + 1)
+            spare = torch.empty(10_000 * (i + 1), device="cuda")  # so that gradients move
+            bowl.step(optimizer)
+            del spare
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_non_finite_gradient_changes_nothing() -> None:
+    bowl = Bowl()
+    optimizer = bowl.optimizer()
+    bowl.step(optimizer)
+    for half in range(2):
+        weights = [p.detach().clone() for p in bowl.params]
+        momenta: list[Tensor] = [optimizer.state[p]["momentum_buffer"].clone() for p in bowl.params]
+        for now, run in enumerate((optimizer.first_step, optimizer.second_step)):
+            bowl.backward()
+            if now == half:
+                bowl.params[2].grad[-1, -1, -1, -1] = float("nan")  # type: ignore[index]
+            run(zero_grad=True)
+        assert optimizer.skipped and optimizer._status()[SKIP] == 1
+        assert_same_bits(bowl.params, weights)
+        assert_same_bits([optimizer.state[p]["momentum_buffer"] for p in bowl.params], momenta)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
+def test_weights_on_another_device_than_the_current_one() -> None:
+    case = draw_case(SIZES, DTYPES[0], device="cuda:1")
+    assert torch.cuda.current_device() == 0
+    Triton().perturb(case.table, GROUPS, case.status)
+    assert_same_bits(case.table.backups, case.twin.weights)

@@ -1,0 +1,35 @@
+"""The Triton kernels in Triton's interpreter, on CPU tensors: in processes of their own.
+
+Triton looks for TRITON_INTERPRET when it is imported, so that one process either interprets or compiles.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+
+# Files of tests, and which of their tests: all of the first, of the others those that run on each backend.
+SUITES = {
+    "primitives": ("tests/interpreted/primitives.py", ""),
+    "backends": ("tests/test_backends.py", "triton"),
+    "steps": ("tests/test_steps.py", "triton"),
+}
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_interpreted(suite: str) -> None:
+    path, keyword = SUITES[suite]
+    command = [sys.executable, "-m", "pytest", path, "-k", keyword, "-q", "--tb=short", "-p", "no:cacheprovider"]
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    print(done.stdout.strip().splitlines()[-1])
