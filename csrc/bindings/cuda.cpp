@@ -43,7 +43,8 @@ void add_columns(py::class_<T>& cls) {
 PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
   m.doc() = "fused_sam's CUDA kernels";
 
-  py::class_<CudaTable> table(m, "Table", "Tensors of equal dtypes on one GPU: addresses, sizes, group numbers.");
+  // Local to the module: the test-only build of this file may be in the same process.
+  py::class_<CudaTable> table(m, "Table", py::module_local(), "Tensors of equal dtypes on one GPU: addresses, sizes, group numbers.");
   add_columns(table);
   table
       .def(py::init([](int weight, int gradient, int device, std::vector<int64_t> sizes, std::vector<int32_t> groups,
@@ -78,7 +79,7 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
           "P3: one step of SGD from the backup into the weight.")
       .def("restore", &CudaTable::restore, "Backup to weight.");
 
-  py::class_<CudaLists> lists(m, "Lists", "Two lists of tensors on one GPU, without groups.");
+  py::class_<CudaLists> lists(m, "Lists", py::module_local(), "Two lists of tensors on one GPU, without groups.");
   add_columns(lists);
   lists
       .def(py::init([](int x, int y, int device, std::vector<int64_t> sizes, int64_t chunk) {

@@ -60,40 +60,21 @@ FUSED_SAM_DEVICE float sum_squares(const void* weight, const void* gradient, flo
   return operation.sum();
 }
 
-// Sum of squares of g, or of T_w g (core/formulas.h), in one launch: every block leaves its sum in a slot, and the last
-// block to finish adds the slots in their order, so that equal gradients give equal norms. Squares of |g| above 1.8e19
-// overflow, which counts as a gradient that is not finite.
+// Sum of squares of g, or of T_w g (core/formulas.h), and what follows from it. Equal gradients give equal norms, bit
+// for bit. Squares of |g| above 1.8e19 overflow, which counts as a gradient that is not finite.
 template <class T, class G, class Table>
 __global__ void __launch_bounds__(kThreads)
-    norm_kernel(const __grid_constant__ Table table, NormSlots slots, StatusOf<float>* status, float eps, NormFlags flags,
-                bool last_launch) {
-  __shared__ bool last_block;
-  float sum = 0;
-  if (int32_t(blockIdx.x) < table.prefix[table.count]) {
-    const Part part = part_of(table, int32_t(blockIdx.x));
-    const int32_t group = table.group_of[part.tensor];
-    const void* gradient = table.gradient[part.tensor];
-    if (flags.scaled && table.group[group].adaptive)
-      sum = sum_squares<T, G, true>(table.weight[part.tensor], gradient, table.group[group].eta, part);
-    else
-      sum = sum_squares<T, G, false>(nullptr, gradient, 0, part);
-  }
-  sum = block_sum(sum);
-  if (threadIdx.x == 0) {
-    slots.sums[slots.first + blockIdx.x] = sum;
-    __threadfence();  // the slot is seen by whoever sees the ticket
-    last_block = last_launch && atomicAdd(slots.ticket, 1u) == gridDim.x - 1;
-  }
-  __syncthreads();
-  if (!last_block) return;
-  __threadfence();
-  float total = 0;
-  for (int64_t i = threadIdx.x; i < slots.count; i += kThreads) total += __ldcg(slots.sums + i);
-  total = block_sum(total);
-  if (threadIdx.x == 0) {
-    *slots.ticket = 0;
-    add_norm<float>(*status, total, eps, flags);
-  }
+    norm_kernel(const Table __grid_constant__ table, Slots slots, StatusOf<float>* status, float eps, NormFlags flags) {
+  const Part part = part_of(table, int32_t(blockIdx.x));
+  const GroupOf<float>& group = table.group[table.group_of[part.tensor]];
+  const void* weight = table.data[kWeight][part.tensor];
+  const void* gradient = table.data[kGradient][part.tensor];
+  float sums[1];
+  if (flags.scaled && group.adaptive)
+    sums[0] = sum_squares<T, G, true>(weight, gradient, group.eta, part);
+  else
+    sums[0] = sum_squares<T, G, false>(weight, gradient, 0, part);
+  if (reduce(sums, slots)) add_norm<float>(*status, sums[0], eps, flags);
 }
 
 // ---- P2: perturb ------------------------------------------------------------------------------------------
@@ -161,15 +142,15 @@ FUSED_SAM_DEVICE int32_t chunk_from_the_end() { return int32_t(gridDim.x - 1 - b
 
 template <class T, class G, class Table>
 __global__ void __launch_bounds__(kThreads)
-    perturb_kernel(const __grid_constant__ Table table, const StatusOf<float>* status) {
+    perturb_kernel(const Table __grid_constant__ table, const StatusOf<float>* status) {
   const Part part = part_of(table, chunk_from_the_end());
-  void* weight = table.weight[part.tensor];
-  void* backup = table.backup[part.tensor];
+  void* weight = table.data[kWeight][part.tensor];
+  void* backup = table.data[kBackup][part.tensor];
   if (status->skip != 0) return copy<T>(backup, weight, part);
   const GroupOf<float>& group = table.group[table.group_of[part.tensor]];
   T* w = static_cast<T*>(weight) + part.begin;
   T* b = static_cast<T*>(backup) + part.begin;
-  const G* g = static_cast<const G*>(table.gradient[part.tensor]) + part.begin;
+  const G* g = static_cast<const G*>(table.data[kGradient][part.tensor]) + part.begin;
   const float step = group.rho * status->inverse;
   if (group.adaptive) {
     Perturb<T, G, true> operation{w, b, g, step, group.eta};
@@ -239,10 +220,10 @@ FUSED_SAM_DEVICE void sgd(T* w, const T* b, const G* g, float* m, const GroupOf<
 
 template <class T, class G, class Table>
 __global__ void __launch_bounds__(kThreads)
-    sgd_kernel(const __grid_constant__ Table table, const StatusOf<float>* status, const float* grad_scale) {
+    sgd_kernel(const Table __grid_constant__ table, const StatusOf<float>* status, const float* grad_scale) {
   const Part part = part_of(table, chunk_from_the_end());
-  void* weight = table.weight[part.tensor];
-  const void* backup = table.backup[part.tensor];
+  void* weight = table.data[kWeight][part.tensor];
+  const void* backup = table.data[kBackup][part.tensor];
   if (status->skip != 0) {
     if (backup != weight) copy<T>(weight, backup, part);
     return;
@@ -254,8 +235,8 @@ __global__ void __launch_bounds__(kThreads)
   if (grad_scale != nullptr) h.factor /= *grad_scale;
   T* w = static_cast<T*>(weight) + part.begin;
   const T* b = static_cast<const T*>(backup) + part.begin;
-  const G* g = static_cast<const G*>(table.gradient[part.tensor]) + part.begin;
-  float* m = static_cast<float*>(table.momentum[part.tensor]);
+  const G* g = static_cast<const G*>(table.data[kGradient][part.tensor]) + part.begin;
+  float* m = static_cast<float*>(table.data[kMomentum][part.tensor]);
   if (h.momentum == 0 || m == nullptr) return sgd<T, G, Momentum::none>(w, b, g, nullptr, h, part.length);
   m += part.begin;
   if (h.nesterov) return sgd<T, G, Momentum::nesterov>(w, b, g, m, h, part.length);  // torch: no dampening beside it
@@ -266,9 +247,102 @@ __global__ void __launch_bounds__(kThreads)
 // ---- undo -------------------------------------------------------------------------------------------------
 
 template <class T, class Table>
-__global__ void __launch_bounds__(kThreads) restore_kernel(const __grid_constant__ Table table) {
+__global__ void __launch_bounds__(kThreads) restore_kernel(const Table __grid_constant__ table) {
   const Part part = part_of(table, chunk_from_the_end());
-  copy<T>(table.weight[part.tensor], table.backup[part.tensor], part);
+  copy<T>(table.data[kWeight][part.tensor], table.data[kBackup][part.tensor], part);
+}
+
+// ---- P4: dot products -------------------------------------------------------------------------------------
+
+template <class X, class Y>
+constexpr int kPackOfBoth = 16 / int(sizeof(X) < sizeof(Y) ? sizeof(X) : sizeof(Y));
+
+template <class X, class Y>
+struct Dots {
+  static constexpr int kPack = kPackOfBoth<X, Y>;
+
+  const X* x;
+  const Y* y;
+  float sums[3];
+
+  template <int N>
+  struct Held {
+    Pack<X, N> x;
+    Pack<Y, N> y;
+  };
+  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(x) | uintptr_t(y); }
+  template <int N>
+  FUSED_SAM_METHOD Held<N> load(int32_t i) const {
+    const int64_t at = int64_t(i) * N;
+    return {fused_sam::load<N, Use::again>(x + at), fused_sam::load<N, Use::again>(y + at)};
+  }
+  template <int N>
+  FUSED_SAM_METHOD void finish(const Held<N>& held, int32_t, int) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float a = widen(held.x.at[k]), b = widen(held.y.at[k]);
+      sums[0] += a * b;
+      sums[1] += a * a;
+      sums[2] += b * b;
+    }
+  }
+};
+
+template <class X, class Y, class Table>
+__global__ void __launch_bounds__(kThreads)
+    dots_kernel(const Table __grid_constant__ table, Slots slots, float* sums, bool begin) {
+  const Part part = part_of(table, int32_t(blockIdx.x));
+  Dots<X, Y> operation{static_cast<const X*>(table.data[kX][part.tensor]) + part.begin,
+                       static_cast<const Y*>(table.data[kY][part.tensor]) + part.begin,
+                       {}};
+  run(operation, part.length);
+  if (reduce(operation.sums, slots)) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) sums[k] = begin ? operation.sums[k] : sums[k] + operation.sums[k];
+  }
+}
+
+// ---- P5 and P6: a * x + b * y -----------------------------------------------------------------------------
+
+template <class X, class Y, class O>
+struct Combine {
+  static constexpr int kPack = kPackOfBoth<X, Y>;
+
+  const X* x;
+  const Y* y;
+  O* out;  // may be x or y
+  float a, b;
+
+  template <int N>
+  struct Held {
+    Pack<X, N> x;
+    Pack<Y, N> y;
+  };
+  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(x) | uintptr_t(y) | uintptr_t(out); }
+  template <int N>
+  FUSED_SAM_METHOD Held<N> load(int32_t i) const {
+    const int64_t at = int64_t(i) * N;
+    return {fused_sam::load<N, Use::again>(x + at), fused_sam::load<N, Use::again>(y + at)};
+  }
+  template <int N>
+  FUSED_SAM_METHOD void finish(const Held<N>& held, int32_t i, int) const {
+    Pack<O, N> result;
+#pragma unroll
+    for (int k = 0; k < N; ++k)
+      result.at[k] = Narrow<O, float>::of(combined<float>(a, widen(held.x.at[k]), b, widen(held.y.at[k])));
+    store<N, Use::again>(out + int64_t(i) * N, result);
+  }
+};
+
+template <class X, class Y, class O, class Table>
+__global__ void __launch_bounds__(kThreads) combine_kernel(const Table __grid_constant__ table, Coefficients by) {
+  const Part part = part_of(table, chunk_from_the_end());
+  Combine<X, Y, O> operation{static_cast<const X*>(table.data[kX][part.tensor]) + part.begin,
+                             static_cast<const Y*>(table.data[kY][part.tensor]) + part.begin,
+                             static_cast<O*>(table.data[kOut][part.tensor]) + part.begin,
+                             by.device == nullptr ? by.a : by.device[0],
+                             by.device == nullptr ? by.b : by.device[1]};
+  run(operation, part.length);
 }
 
 // ---- launchers --------------------------------------------------------------------------------------------
@@ -286,12 +360,24 @@ void with_types(Dtypes d, F&& call) {
   return d.gradient == Dtype::f32 ? call(Type<f16>{}, Type<float>{}) : call(Type<f16>{}, Type<f16>{});
 }
 
+// Two lists have one dtype, or one of them has fp32.
+template <class F>
+void with_types(ListDtypes d, F&& call) {
+  if (d.x == Dtype::f32 && d.y == Dtype::f32) return call(Type<float>{}, Type<float>{});
+  if (d.x == Dtype::bf16)
+    return d.y == Dtype::f32 ? call(Type<bf16>{}, Type<float>{}) : call(Type<bf16>{}, Type<bf16>{});
+  if (d.x == Dtype::f16) return d.y == Dtype::f32 ? call(Type<f16>{}, Type<float>{}) : call(Type<f16>{}, Type<f16>{});
+  return d.y == Dtype::bf16 ? call(Type<float>{}, Type<bf16>{}) : call(Type<float>{}, Type<f16>{});
+}
+
 const char* name_of(Dtype d) {
   return d == Dtype::f32 ? "fp32" : d == Dtype::f64 ? "fp64" : d == Dtype::bf16 ? "bf16" : "fp16";
 }
+std::string name_of(Dtypes d) { return std::string(name_of(d.weight)) + " weights, " + name_of(d.gradient) + " gradients"; }
+std::string name_of(ListDtypes d) { return std::string(name_of(d.x)) + " and " + name_of(d.y); }
 
-template <class... Parameters, class... Arguments>
-void launch(const char* name, Dtypes dtypes, int32_t blocks, cudaStream_t stream, void (*kernel)(Parameters...),
+template <class D, class... Parameters, class... Arguments>
+void launch(const char* name, D dtypes, int32_t blocks, cudaStream_t stream, void (*kernel)(Parameters...),
             const Arguments&... arguments) {
   if (blocks == 0) return;
   cudaLaunchConfig_t config = {};
@@ -302,19 +388,18 @@ void launch(const char* name, Dtypes dtypes, int32_t blocks, cudaStream_t stream
   const cudaError_t last = cudaGetLastError();  // taken, so that it is not reported to whoever asks next
   const cudaError_t error = launched != cudaSuccess ? launched : last;
   if (error != cudaSuccess)
-    throw std::runtime_error(std::string("CUDA kernel ") + name + " (" + name_of(dtypes.weight) + " weights, " +
-                             name_of(dtypes.gradient) + " gradients, " + std::to_string(blocks) +
+    throw std::runtime_error(std::string("CUDA kernel ") + name + " (" + name_of(dtypes) + ", " + std::to_string(blocks) +
                              " blocks) was not launched: " + cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
 }
 
 }  // namespace
 
 template <class Table>
-void Launchers<Table>::norm(Dtypes d, const Table& table, int32_t blocks, NormSlots slots, StatusOf<float>* status,
-                            float eps, NormFlags flags, bool last, cudaStream_t stream) {
+void Launchers<Table>::norm(Dtypes d, const Table& table, int32_t blocks, Slots slots, StatusOf<float>* status,
+                            float eps, NormFlags flags, cudaStream_t stream) {
   with_types(d, [&](auto t, auto g) {
     launch("norm", d, blocks, stream, norm_kernel<typename decltype(t)::type, typename decltype(g)::type, Table>, table,
-           slots, status, eps, flags, last);
+           slots, status, eps, flags);
   });
 }
 
@@ -344,6 +429,27 @@ void Launchers<Table>::restore(Dtypes d, const Table& table, int32_t blocks, cud
     launch("restore", d, blocks, stream, restore_kernel<bf16, Table>, table);
 }
 
+template <class Table>
+void Launchers<Table>::dots(ListDtypes d, const Table& table, int32_t blocks, Slots slots, float* sums, bool begin,
+                            cudaStream_t stream) {
+  with_types(d, [&](auto x, auto y) {
+    launch("dots", d, blocks, stream, dots_kernel<typename decltype(x)::type, typename decltype(y)::type, Table>, table,
+           slots, sums, begin);
+  });
+}
+
+template <class Table>
+void Launchers<Table>::combine(ListDtypes d, const Table& table, int32_t blocks, Coefficients by, cudaStream_t stream) {
+  with_types(d, [&](auto x, auto y) {
+    using X = typename decltype(x)::type;
+    using Y = typename decltype(y)::type;
+    if (d.out == d.x)
+      launch("combine", d, blocks, stream, combine_kernel<X, Y, X, Table>, table, by);
+    else
+      launch("combine", d, blocks, stream, combine_kernel<X, Y, Y, Table>, table, by);
+  });
+}
+
 template struct Launchers<SmallTable>;
 #if CUDART_VERSION >= 12010
 template struct Launchers<LargeTable>;
@@ -355,6 +461,11 @@ bool large_tables_compiled() { return false; }
 bool has_cuda_instance(Dtypes d) {
   const bool narrow = d.weight == Dtype::bf16 || d.weight == Dtype::f16;
   return (d.weight == Dtype::f32 || narrow) && (d.gradient == d.weight || (narrow && d.gradient == Dtype::f32));
+}
+
+bool has_cuda_instance(ListDtypes d) {
+  const bool known = d.x != Dtype::f64 && d.y != Dtype::f64;
+  return known && (d.x == d.y || d.x == Dtype::f32 || d.y == Dtype::f32) && (d.out == d.x || d.out == d.y);
 }
 
 cudaError_t kernels_fit_device() {

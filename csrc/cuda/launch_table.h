@@ -14,6 +14,9 @@
 
 namespace fused_sam {
 
+// What a column of addresses holds: of a table (P1 to P3), of lists (P4 to P6).
+enum Column : int { kWeight, kBackup, kGradient, kMomentum, kColumns, kX = 0, kY = 1, kOut = 2 };
+
 // Columns of tensors, chunks numbered through by `prefix` (core/tensor_table.h), and the hyper-parameters of the
 // groups that these tensors belong to, numbered from 0 within the launch.
 template <int kTensorSlots, int kGroupSlots>
@@ -21,16 +24,13 @@ struct LaunchTable {
   static constexpr int kTensors = kTensorSlots;
   static constexpr int kGroups = kGroupSlots;
 
-  void* weight[kTensors];
-  void* backup[kTensors];
-  const void* gradient[kTensors];
-  void* momentum[kTensors];    // null where the group has none
-  int64_t size[kTensors];      // elements
-  const void* lr[kGroups];     // on the device; null: the number in `group`
+  void* data[kColumns][kTensors];  // momentum is null where the group has none
+  int64_t size[kTensors];          // elements
+  const void* lr[kGroups];         // on the device; null: the number in `group`
   GroupOf<float> group[kGroups];
   int32_t prefix[kTensors + 1];
-  int32_t count;               // of tensors
-  int32_t chunk;               // elements a block takes
+  int32_t count;                   // of tensors
+  int32_t chunk;                   // elements a block takes
   uint8_t group_of[kTensors];
   bool lr_is_double[kGroups];
 };

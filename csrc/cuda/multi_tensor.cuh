@@ -12,6 +12,7 @@
 
 #include "core/storage.h"
 #include "core/tensor_table.h"
+#include "cuda/kernels.h"
 #include "cuda/launch_table.h"
 #include "cuda/tuning.h"
 
@@ -122,6 +123,33 @@ FUSED_SAM_DEVICE float block_sum(float x) {
   }
   __syncthreads();  // before the next sum writes there
   return sum;
+}
+
+// A deterministic reduction over all blocks of all launches of a table: every block leaves its sums in slots, and the
+// last block to finish adds the slots up, in the chunks' order. True in one thread of that block, with the totals in
+// `sums`; called by every thread with its own sums.
+template <int kSums>
+FUSED_SAM_DEVICE bool reduce(float (&sums)[kSums], const Slots& slots) {
+  __shared__ bool last_block;
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) sums[k] = block_sum(sums[k]);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < kSums; ++k) slots.sums[k * slots.count + slots.first + blockIdx.x] = sums[k];
+    __threadfence();  // who sees the ticket sees the slots
+    last_block = slots.last && atomicAdd(slots.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last_block) return false;
+  __threadfence();
+#pragma unroll
+  for (int k = 0; k < kSums; ++k) {
+    float total = 0;
+    for (int64_t i = threadIdx.x; i < slots.count; i += kThreads) total += __ldcg(slots.sums + k * slots.count + i);
+    sums[k] = block_sum(total);
+  }
+  if (threadIdx.x == 0) *slots.ticket = 0;
+  return threadIdx.x == 0;
 }
 
 }  // namespace fused_sam

@@ -1,0 +1,166 @@
+// A stand-in for CUDA's header that lets g++ compile and run csrc/cuda on a machine without a GPU. Tests only.
+//
+// A kernel's blocks run one after another; the threads of a block are fibers (fibers.h), switched at barriers and
+// shuffles. Shared memory is static storage. What a test needs to pretend stands in cuda_shim::machine().
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "fibers.h"
+
+#define CUDART_VERSION 13000
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __shared__ static
+#define __grid_constant__ &  // "const T __grid_constant__ x": one copy for all threads, as on a GPU
+#define __launch_bounds__(...)
+
+struct dim3 {
+  unsigned x, y, z;
+  dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+
+// ---- the runtime ------------------------------------------------------------------------------------------
+
+enum cudaError_t {
+  cudaSuccess,
+  cudaErrorInvalidValue,
+  cudaErrorInsufficientDriver,
+  cudaErrorNoDevice,
+  cudaErrorInvalidDevice,
+  cudaErrorNoKernelImageForDevice,
+  cudaErrorInvalidResourceHandle,
+};
+enum cudaMemoryType { cudaMemoryTypeUnregistered, cudaMemoryTypeHost, cudaMemoryTypeDevice, cudaMemoryTypeManaged };
+enum cudaDeviceAttr {
+  cudaDevAttrMultiProcessorCount,
+  cudaDevAttrComputeCapabilityMajor,
+  cudaDevAttrComputeCapabilityMinor,
+};
+struct cudaPointerAttributes {
+  cudaMemoryType type;
+  int device;
+};
+struct cudaFuncAttributes {};
+struct cudaStreamValue;
+using cudaStream_t = cudaStreamValue*;
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+};
+
+namespace cuda_shim {
+
+struct Machine {
+  int driver = 13000;
+  int devices = 2;
+  int current_device = 0;
+  int sm_count = 2;
+  int capability = 9;
+  cudaError_t device_count_error = cudaSuccess;
+  cudaError_t kernel_image = cudaSuccess;
+  cudaError_t next_launch = cudaSuccess;  // what the next launch answers, once
+  uintptr_t freed_stream = 0;             // a stream that no launch takes
+  int launches = 0;
+  std::map<uintptr_t, cudaPointerAttributes> memory;  // addresses that are not memory of device 0
+};
+inline Machine& machine() {
+  static Machine the_machine;
+  return the_machine;
+}
+
+}  // namespace cuda_shim
+
+inline dim3 gridDim, blockDim, blockIdx;
+#define threadIdx dim3(unsigned(::cuda_shim::current_thread()), 0, 0)
+
+inline const char* cudaGetErrorName(cudaError_t error) {
+  switch (error) {
+    case cudaSuccess: return "cudaSuccess";
+    case cudaErrorInvalidValue: return "cudaErrorInvalidValue";
+    case cudaErrorInsufficientDriver: return "cudaErrorInsufficientDriver";
+    case cudaErrorNoDevice: return "cudaErrorNoDevice";
+    case cudaErrorInvalidDevice: return "cudaErrorInvalidDevice";
+    case cudaErrorNoKernelImageForDevice: return "cudaErrorNoKernelImageForDevice";
+    case cudaErrorInvalidResourceHandle: return "cudaErrorInvalidResourceHandle";
+  }
+  return "unknown";
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "said by the stand-in for CUDA"; }
+inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
+inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_shim::machine().driver, cudaSuccess; }
+inline cudaError_t cudaGetDeviceCount(int* count) {
+  *count = cuda_shim::machine().devices;
+  return cuda_shim::machine().device_count_error;
+}
+inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_shim::machine().current_device, cudaSuccess; }
+inline cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= cuda_shim::machine().devices) return cudaErrorInvalidDevice;
+  cuda_shim::machine().current_device = device;
+  return cudaSuccess;
+}
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
+  if (device < 0 || device >= cuda_shim::machine().devices) return cudaErrorInvalidDevice;
+  *value = which == cudaDevAttrMultiProcessorCount      ? cuda_shim::machine().sm_count
+           : which == cudaDevAttrComputeCapabilityMajor ? cuda_shim::machine().capability
+                                                        : 0;
+  return cudaSuccess;
+}
+inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+  const auto found = cuda_shim::machine().memory.find(reinterpret_cast<uintptr_t>(address));
+  *attributes = found != cuda_shim::machine().memory.end()
+                    ? found->second
+                    : cudaPointerAttributes{cudaMemoryTypeDevice, cuda_shim::machine().current_device};
+  return cudaSuccess;
+}
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cuda_shim::machine().kernel_image; }
+
+// Runs the whole grid before it returns.
+template <class... Parameters, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               const Arguments&... arguments) {
+  cuda_shim::Machine& machine = cuda_shim::machine();
+  ++machine.launches;
+  const cudaError_t answer = std::exchange(machine.next_launch, cudaSuccess);
+  if (answer != cudaSuccess) return answer;
+  if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
+    return cudaErrorInvalidResourceHandle;
+  gridDim = config->gridDim;
+  blockDim = config->blockDim;
+  const auto body = [&] { kernel(arguments...); };
+  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+    blockIdx = dim3(block, 0, 0);
+    cuda_shim::run_block(int(config->blockDim.x), body);
+  }
+  return cudaSuccess;
+}
+
+// ---- what a kernel calls ----------------------------------------------------------------------------------
+
+inline void __syncthreads() { cuda_shim::wait_for_block(); }
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
+
+template <class T>
+inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return cuda_shim::exchange(mask, value, cuda_shim::current_thread() % 32 ^ lanes);
+}
+
+// Cache hints change nothing; a misaligned vector access is an error on a GPU, and the sanitizer's here.
+template <class T>
+inline T __ldcs(const T* from) { return *from; }
+template <class T>
+inline T __ldcg(const T* from) { return *from; }
+template <class T>
+inline void __stcs(T* to, T value) { *to = value; }

@@ -1,0 +1,126 @@
+// The planner of CUDA launches: slots of tensors and groups, empty tensors, sizes beyond 32 bits.
+#include <cstdlib>
+#include <numeric>
+
+#include "check_words.h"
+#include "cuda/launch_table.h"
+#include "cuda/tuning.h"
+
+using namespace fused_sam;
+
+namespace {
+
+using Sizes = std::vector<int64_t>;
+using Numbers = std::vector<int32_t>;
+
+// Every tensor that is not empty stands in one launch, in order, with its own group and its chunks.
+void check_plan(const Sizes& sizes, const Numbers& groups, int64_t chunk, int max_tensors, int max_groups) {
+  const std::vector<LaunchPlan> launches = plan_launches(sizes, groups, chunk, max_tensors, max_groups);
+  int64_t chunks = 0;
+  size_t next = 0;
+  for (const LaunchPlan& launch : launches) {
+    CHECK(!launch.tensors.empty());
+    CHECK(int(launch.tensors.size()) <= max_tensors && int(launch.groups.size()) <= max_groups);
+    CHECK(launch.prefix.size() == launch.tensors.size() + 1 && launch.group_of.size() == launch.tensors.size());
+    CHECK(launch.first_chunk == chunks && launch.prefix.front() == 0);
+    for (size_t i = 0; i < launch.tensors.size(); ++i) {
+      while (next < sizes.size() && sizes[next] == 0) ++next;
+      CHECK(size_t(launch.tensors[i]) == next);
+      CHECK(launch.groups[launch.group_of[i]] == groups[next]);
+      const int64_t own = launch.prefix[i + 1] - launch.prefix[i];
+      CHECK(own > 0 && own == (sizes[next] - 1) / chunk + 1);
+      CHECK(tensor_of_chunk<int32_t>(launch.prefix.data(), int32_t(launch.tensors.size()), launch.prefix[i]) == int(i));
+      CHECK(tensor_of_chunk<int32_t>(launch.prefix.data(), int32_t(launch.tensors.size()), launch.prefix[i + 1] - 1) ==
+            int(i));
+      ++next;
+    }
+    chunks += launch.chunks();
+  }
+  while (next < sizes.size() && sizes[next] == 0) ++next;
+  CHECK(next == sizes.size());
+}
+
+void test_slots_of_tensors() {
+  for (int count : {1, LargeTable::kTensors - 1, LargeTable::kTensors, LargeTable::kTensors + 1, 1000}) {
+    const Sizes sizes(size_t(count), 256);
+    check_plan(sizes, Numbers(sizes.size(), 0), 4096, LargeTable::kTensors, LargeTable::kGroups);
+    const auto launches = plan_launches(sizes, Numbers(sizes.size(), 0), 4096, LargeTable::kTensors, LargeTable::kGroups);
+    CHECK(int(launches.size()) == (count - 1) / LargeTable::kTensors + 1);
+  }
+}
+
+void test_empty_tensors_take_no_slot() {
+  for (int empty_at = -1; empty_at <= SmallTable::kTensors; ++empty_at) {  // in the last slot, and after it, too
+    Sizes sizes(SmallTable::kTensors, 10);
+    if (empty_at >= 0) sizes.insert(sizes.begin() + empty_at, 0);
+    check_plan(sizes, Numbers(sizes.size(), 0), 4, SmallTable::kTensors, SmallTable::kGroups);
+    CHECK(plan_launches(sizes, Numbers(sizes.size(), 0), 4, SmallTable::kTensors, SmallTable::kGroups).size() == 1);
+  }
+  check_plan({0, 0, 3, 0, 5, 0}, {0, 1, 2, 3, 4, 5}, 2, 8, 8);
+  CHECK(plan_launches({}, {}, 4, 8, 8).empty());
+  CHECK(plan_launches({0, 0}, {0, 0}, 4, 8, 8).empty());
+}
+
+void test_slots_of_groups() {
+  for (int count : {1, 2, 50, LargeTable::kGroups - 1, LargeTable::kGroups, LargeTable::kGroups + 1, 400}) {
+    Sizes sizes(400, 7);
+    Numbers groups(sizes.size());
+    for (size_t i = 0; i < groups.size(); ++i) groups[i] = int32_t(i) % count * 3 + 5;  // with holes, out of order
+    check_plan(sizes, groups, 4, LargeTable::kTensors, LargeTable::kGroups);
+    if (count <= LargeTable::kGroups) CHECK(plan_launches(sizes, groups, 4, 600, LargeTable::kGroups).size() == 1);
+  }
+}
+
+void test_sizes_beyond_32_bits() {
+  const int64_t huge = (int64_t(1) << 31) + 555;
+  for (int64_t chunk : {int64_t(333), int64_t(33333), kLongestChunk}) {
+    check_plan({huge, 555, 5 * huge, 1}, {0, 1, 0, 1}, chunk, 64, 24);
+  }
+  check_plan({huge * 100, huge * 200, 3}, {0, 0, 0}, 333, 64, 24);  // more blocks than one grid has: two launches
+  CHECK(plan_launches({huge * 100, huge * 300, 3}, {0, 0, 0}, 333, 64, 24).size() == 2);
+  CHECK_WORDS(plan_launches({huge * 1000}, {0}, 333, 64, 24), "too many for one launch");
+  CHECK_WORDS(plan_launches({-1}, {0}, 333, 64, 24), "negative");
+  CHECK_WORDS(plan_launches({1}, {0}, 0, 64, 24), "positive");
+  CHECK_WORDS(plan_launches({1}, {0}, (int64_t(1) << 30) + 1, 64, 24), "2^30");
+  CHECK_WORDS(plan_launches({1}, {}, 1, 64, 24), "group number");
+}
+
+void test_matrix() {
+  const std::pair<int64_t, int64_t> pairs[] = {{7777 * 77, 555 * 555}, {2048 * 32 + 1, 555}, {33333, 555}, {1, 1}, {0, 1}};
+  for (const auto& [a, b] : pairs)
+    for (int64_t chunk : {int64_t(333), int64_t(33333), kTile})
+      for (int repeat : {1, 39, 64, 65}) {
+        Sizes sizes;
+        for (int i = 0; i < repeat; ++i) sizes.insert(sizes.end(), {a, b, 0});
+        check_plan(sizes, Numbers(sizes.size(), 3), chunk, SmallTable::kTensors, SmallTable::kGroups);
+      }
+}
+
+void test_chunk_size() {
+  const Tuning hopper = tuning_of(9);
+  CHECK(chunk_for(0, 132, hopper) == kTile && chunk_for(1000, 132, hopper) == kTile);
+  CHECK(chunk_for(25'600'000, 132, hopper) == kTile);
+  CHECK(chunk_for(100'000'000, 132, hopper) == 2 * kTile);
+  CHECK(chunk_for(int64_t(1) << 40, 132, hopper) == kLongestChunk);
+  for (int64_t elements = 1; elements < int64_t(1) << 40; elements *= 3)
+    for (int major : {8, 9, 10, 12}) CHECK(chunk_for(elements, 1, tuning_of(major)) % kTile == 0);
+}
+
+void test_numbers_of_a_group() {
+  const GroupOf<float> g = in_fp32(GroupOf<double>{1, 2, 3, 4, 5, 6, 7, true, false});
+  CHECK(g.rho == 1 && g.eta == 2 && g.lr == 3 && g.momentum == 4 && g.keep == 5 && g.weight_decay == 6 && g.factor == 7);
+  CHECK(g.adaptive && !g.nesterov);
+}
+
+}  // namespace
+
+int main() {
+  test_slots_of_tensors();
+  test_empty_tensors_take_no_slot();
+  test_slots_of_groups();
+  test_sizes_beyond_32_bits();
+  test_matrix();
+  test_chunk_size();
+  test_numbers_of_a_group();
+  return fused_sam_test::result();
+}

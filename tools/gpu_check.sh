@@ -1,0 +1,131 @@
+#!/usr/bin/env bash
+# Checks fused_sam on a machine with a GPU: builds for that GPU, runs the GPU tests, compute-sanitizer and the benchmarks.
+#
+#   tools/gpu_check.sh OUTDIR [build] [tests] [sanitizer] [bench]     all four where none is named
+#
+# Needs no network: python3 with torch, pytest, pytest-benchmark, pybind11, cmake and ninja, and nvcc. Builds in a copy of
+# the source tree (FUSED_SAM_SCRATCH, else under TMPDIR) that later runs go on from. Ends within FUSED_SAM_SECONDS (570).
+# OUTDIR gets logs, JSON and PNG, and summary.json: for each step ok, failed or skipped, and its seconds.
+# Where there is no GPU the build takes FUSED_SAM_CUDA_ARCHS (90) and what needs one is skipped by name.
+set -euo pipefail
+
+usage() { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
+[ $# -ge 1 ] || usage
+out=$1; shift
+[ $# -gt 0 ] || set -- build tests sanitizer bench
+for stage in "$@"; do
+  case $stage in build | tests | sanitizer | bench) ;; *) echo "unknown stage: $stage" >&2; usage ;; esac
+done
+
+source_tree=$(cd "$(dirname "$0")/.." && pwd)
+mkdir -p "$out"
+out=$(cd "$out" && pwd)
+scratch=${FUSED_SAM_SCRATCH:-${TMPDIR:-/tmp}/fused_sam_gpu_check}
+python=${PYTHON:-python3}
+limit=${FUSED_SAM_SECONDS:-570}
+rows=()
+failed=0
+
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || gpu=
+echo "GPU: ${gpu:-none}; source: $source_tree; scratch: $scratch; results: $out"
+
+note() { # NAME RESULT SECONDS [WORDS]
+  rows+=("  {\"step\": \"$1\", \"result\": \"$2\", \"seconds\": $3, \"note\": \"${4:-}\"}")
+  printf '%-22s %-8s %4s s  %s\n' "$1" "$2" "$3" "${4:-}"
+}
+
+step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than that or than what is left
+  local name=$1 most=$2 begin=$SECONDS code=0
+  shift 2
+  local left=$((limit - SECONDS))
+  [ "$left" -lt "$most" ] && most=$left
+  if [ "$most" -le 5 ]; then
+    note "$name" skipped 0 "no time left of $limit s"
+    failed=1
+    return 1
+  fi
+  (cd "$scratch/tree" && PYTHONPATH="$scratch/tree" timeout -k 10 "$most" "$@") >"$out/$name.log" 2>&1 || code=$?
+  if [ "$code" -eq 0 ]; then
+    note "$name" ok $((SECONDS - begin))
+  else
+    note "$name" failed $((SECONDS - begin)) "exit status $code, see $name.log"
+    tail -n 15 "$out/$name.log"
+    failed=1
+    return 1
+  fi
+}
+
+ready() { # the copy, and the modules in it; seconds where nothing has changed
+  [ -n "${is_ready:-}" ] && return 0
+  mkdir -p "$scratch/tree"
+  # Contents without times: a file that did not change is not compiled anew.
+  (cd "$source_tree" && tar cf - --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=__pycache__ .) |
+    (cd "$scratch/tree" && tar xf - --keep-directory-symlink)
+  local archs=native
+  [ -n "$gpu" ] || archs=${FUSED_SAM_CUDA_ARCHS:-90}
+  step build 300 env FUSED_SAM_CUDA=1 FUSED_SAM_CUDA_ARCHS="$archs" "$python" setup.py build_ext --inplace || return 1
+  step info 60 "$python" -m fused_sam info || return 1
+  # With a GPU, tests that skip themselves would look like tests that passed.
+  [ -z "$gpu" ] || step available 60 "$python" -c \
+    'import sys; from fused_sam import backends; sys.exit([r for r in [backends.available()["cuda"]] if r is not True] or 0)' || return 1
+  is_ready=1
+}
+
+with_gpu() { # NAME: false, and a note, where there is none
+  [ -n "$gpu" ] && return 0
+  note "$1" skipped 0 "no GPU"
+  return 1
+}
+
+tests() {
+  # Without a GPU they skip themselves, each saying why. Other files may import what this machine lacks.
+  local files
+  mapfile -t files < <(cd "$scratch/tree" && grep -l 'mark\.gpu' tests/test_*.py)
+  step tests 200 "$python" -m pytest -q -p no:cacheprovider -m gpu --junitxml="$out/tests.xml" "${files[@]}" || true
+}
+
+sanitizer() {
+  with_gpu sanitizer || return 0
+  local tool=compute-sanitizer
+  command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
+  if ! command -v "$tool" >/dev/null; then
+    note sanitizer skipped 0 "compute-sanitizer is missing (CUDA toolkit)"
+    return 0
+  fi
+  # Every tensor is an allocation of its own, so that an access outside of it is seen.
+  for check in memcheck racecheck initcheck; do
+    step "$check" 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_SAM_SANITIZER=1 \
+      "$tool" --tool "$check" --error-exitcode 86 --report-api-errors no --print-limit 20 \
+      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_gpu.py -k "reference or finite or lists" || true
+  done
+}
+
+bench() {
+  with_gpu bench || return 0
+  step kernels 60 "$python" tools/gpu_kernels.py --out "$out" || true
+  if ! (cd "$scratch/tree" && "$python" -c 'import typer, rich, matplotlib' 2>"$out/bench.log"); then
+    note side_by_side skipped 0 "$(tail -n 1 "$out/bench.log" | tr -d '"')"
+  else
+    step side_by_side 100 "$python" -m bench side-by-side --device cuda --seconds 5 --shape 128x1048576 --shape resnet50 \
+      --shape 44x262144 --shape 1000x256 --out "$out" || true
+    step memory 40 "$python" -m bench memory --device cuda --out "$out" || true
+    step compiled 120 "$python" -m bench side-by-side --device cuda --seconds 5 --peer ours-cuda --peer compiled \
+      --shape resnet50 --out "$out/compiled" || true
+  fi
+  step micro 60 env BENCH_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider --rootdir=bench bench/micro \
+    --benchmark-json="$out/micro.json" || true
+}
+
+finish() {
+  local text=
+  for row in "${rows[@]}"; do text+="${text:+,
+}$row"; done
+  printf '{"gpu": "%s", "seconds": %s, "steps": [\n%s\n]}\n' "$gpu" "$SECONDS" "$text" >"$out/summary.json"
+}
+trap finish EXIT
+
+ready || exit 1
+for stage in "$@"; do
+  [ "$stage" = build ] || "$stage"
+done
+exit "$failed"
