@@ -417,10 +417,13 @@ class SAM(Optimizer):
         if found_inf is None:
             self._norm(jobs, groups, scaled=False, carry=carry)
         else:  # GradScaler has looked at every gradient
-            status = self._status()
-            bad = (found_inf != 0).to(status.device).reshape(())
-            status[SKIP] = (bad | (status[SKIP] != 0)) if carry else bad
-            status[UPDATE_NORM] = math.nan
+            skip = self._status()[SKIP : SKIP + 1]
+            found_inf = found_inf.reshape(1).to(skip, non_blocking=True)
+            if carry:
+                skip.add_(found_inf)  # neither is ever negative, and any number but 0 skips
+            else:
+                skip.copy_(found_inf)
+            self._status()[UPDATE_NORM].fill_(math.nan)  # nobody took it
 
     def _refuse_perturbed(self, what: str) -> None:
         if self._perturbed is not None:

@@ -62,7 +62,7 @@ PYBIND11_MODULE(_cpu, m) {
             const std::vector<Group> g = groups_from(groups, 1.0);
             Status& s = status_at(status);
             py::gil_scoped_release release;
-            t.norm(g, s, scaled, carry, begin, finish, eps, threads);
+            t.norm(g, s, {scaled, carry, begin, finish}, eps, threads);
           },
           "P1: global sum of squares and, with finish, norm, inverse and skip flag into the status.")
       .def(

@@ -3,8 +3,6 @@
 
 #include <unistd.h>
 
-#include <cmath>
-
 namespace fused_sam {
 namespace {
 
@@ -48,27 +46,16 @@ void Table::each_chunk(int threads, F&& work) {
   });
 }
 
-void Table::norm(const std::vector<Group>& groups, Status& status, bool scaled, bool carry, bool begin, bool finish,
-                 double eps, int threads) {
+void Table::norm(const std::vector<Group>& groups, Status& status, NormFlags flags, double eps, int threads) {
   check(groups);
   const auto kernel = kernels().sum_squares;
   each_chunk(threads, [&](size_t i, const Chunk& c) {
     const Entry& e = entries_[c.tensor];
-    partial_[i] = kernel(dtypes_, e, groups[e.group], scaled, c.begin, c.length);
+    partial_[i] = kernel(dtypes_, e, groups[e.group], flags.scaled, c.begin, c.length);
   });
-  double sum = begin ? 0 : status.sum;
+  double sum = 0;
   for (double x : partial_) sum += x;
-  status.sum = sum;
-  if (!finish) return;
-  const double norm = std::sqrt(sum);
-  const double skip = std::isfinite(sum) ? 0 : 1;
-  status.skip = carry && status.skip != 0 ? 1 : skip;
-  if (!scaled) {
-    status.update_norm = norm;
-    return;
-  }
-  status.norm = norm;
-  status.inverse = skip != 0 ? 0 : inverse_norm<double>(norm, eps);
+  add_norm(status, sum, eps, flags);
 }
 
 void Table::perturb(const std::vector<Group>& groups, const Status& status, int threads) {

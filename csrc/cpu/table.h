@@ -4,20 +4,14 @@
 #include <string>
 #include <vector>
 
+#include "core/status.h"
 #include "cpu/kernels.h"
 #include "cpu/threads.h"
 
 namespace fused_sam {
 
-// What a step leaves behind for the next pass and for the reader, as doubles in memory of the caller's.
-// fused_sam/backends/contract.py holds the same order.
-struct Status {
-  double sum;          // of squares, of all tables so far
-  double norm;         // of the gradient that perturbs, scaled by T_w
-  double inverse;      // inverse_norm(norm)
-  double skip;         // not 0: a gradient was not finite, and no weight or momentum may change
-  double update_norm;  // of the gradient that updates
-};
+// In memory of the caller's.
+using Status = StatusOf<double>;
 
 class Table {
  public:
@@ -26,10 +20,8 @@ class Table {
   std::vector<Entry>& entries() { return entries_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }
 
-  // P1. begin: first table of this norm; finish: last one, which writes norm, inverse and skip.
-  // scaled: of T_w g, for perturb; else of g, for the update. carry: keep a skip that is already set.
-  void norm(const std::vector<Group>&, Status&, bool scaled, bool carry, bool begin, bool finish, double eps,
-            int threads);
+  // P1.
+  void norm(const std::vector<Group>&, Status&, NormFlags, double eps, int threads);
   // P2. Where status.skip is set, only the backups are written.
   void perturb(const std::vector<Group>&, const Status&, int threads);
   // P3. Where status.skip is set, restores instead.

@@ -79,7 +79,7 @@ void test_a_step(Dtypes dtypes, double tolerance) {
     const std::vector<Group> groups = {group(0.5, 0.25, 0.0), group(2.0, 0.5, 0.5)};
     const auto before = model.weights;
     Status status{};
-    model.table.norm(groups, status, true, false, true, true, 0.0, threads);
+    model.table.norm(groups, status, {true, false, true, true}, 0.0, threads);
     CHECK(status.skip == 0);
     CHECK(std::fabs(status.norm - std::sqrt(model.squares())) <= 1e-9 * status.norm);
     model.table.perturb(groups, status, threads);
@@ -93,7 +93,7 @@ void test_a_step(Dtypes dtypes, double tolerance) {
       }
     CHECK(worst <= tolerance);
 
-    model.table.norm(groups, status, false, true, true, true, 0.0, threads);
+    model.table.norm(groups, status, {false, true, true, true}, 0.0, threads);
     CHECK(std::fabs(status.update_norm - status.norm) <= 1e-9 * status.norm);
     model.table.sgd(groups, status, threads);
     worst = 0;
@@ -121,16 +121,16 @@ void test_gradients_that_are_not_finite_change_nothing() {
       const auto momenta = model.momenta;
       model.gradients[9][size_t(at)] = float(bad);
       Status status{};
-      model.table.norm(groups, status, true, false, true, true, 1e-12, 2);
+      model.table.norm(groups, status, {true, false, true, true}, 1e-12, 2);
       CHECK(status.skip != 0 && status.inverse == 0);
       model.table.perturb(groups, status, 2);
       CHECK(same(model.weights, before) && same(model.backups, before));
       model.gradients[9][size_t(at)] = 1.0f;
-      model.table.norm(groups, status, false, true, true, true, 1e-12, 2);
+      model.table.norm(groups, status, {false, true, true, true}, 1e-12, 2);
       CHECK(status.skip != 0);  // carried over from the first pass
       model.table.sgd(groups, status, 2);
       CHECK(same(model.weights, before) && same(model.momenta, momenta));
-      model.table.norm(groups, status, false, false, true, true, 1e-12, 2);
+      model.table.norm(groups, status, {false, false, true, true}, 1e-12, 2);
       CHECK(status.skip == 0);
     }
 }
@@ -157,7 +157,7 @@ void test_the_norm_does_not_depend_on_threads() {
   for (int threads : {1, 2, 3, 5, 8}) {
     Model<float> model(kSizes, kGroups, {Dtype::f32, Dtype::f32});
     Status status{};
-    model.table.norm({group(1, 1, 0), group(1, 1, 0)}, status, true, false, true, true, 0.0, threads);
+    model.table.norm({group(1, 1, 0), group(1, 1, 0)}, status, {true, false, true, true}, 0.0, threads);
     if (threads == 1) first = status;
     CHECK(std::memcmp(&status.sum, &first.sum, sizeof(double)) == 0);
   }
@@ -168,9 +168,9 @@ void test_the_norm_spans_tables() {
   Model<double> b({4}, {0}, {Dtype::f64, Dtype::f64});
   const std::vector<Group> groups = {group(1, 1, 0)};
   Status status{};
-  a.table.norm(groups, status, true, false, true, false, 0.0, 1);
-  b.table.norm(groups, status, true, false, false, false, 0.0, 1);
-  empty.table.norm(groups, status, true, false, false, true, 0.0, 1);
+  a.table.norm(groups, status, {true, false, true, false}, 0.0, 1);
+  b.table.norm(groups, status, {true, false, false, false}, 0.0, 1);
+  empty.table.norm(groups, status, {true, false, false, true}, 0.0, 1);
   CHECK(std::fabs(status.norm - std::sqrt(a.squares() + b.squares())) < 1e-12);
   empty.table.perturb(groups, status, 4);
   empty.table.sgd(groups, status, 4);
@@ -187,7 +187,7 @@ void test_low_precision_weights_with_fp32_gradients() {
   e.backup = backup.data();
   e.gradient = gradient.data();
   Status status{};
-  table.norm({group(0, 1, 0)}, status, true, false, true, true, 0.0, 1);
+  table.norm({group(0, 1, 0)}, status, {true, false, true, true}, 0.0, 1);
   CHECK(std::fabs(status.norm - 0.25 * std::sqrt(1030.0)) < 1e-9);
   table.perturb({group(0, 1, 0)}, status, 1);
   table.sgd({group(0, 1, 0)}, status, 1);
