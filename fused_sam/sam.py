@@ -44,8 +44,8 @@ class SAM(Optimizer):
             that one is set, and SAM's stays 1e-12.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
         check_update: look through the second gradients before the first weight is written, so that an inf or a NaN
-            among them changes nothing. False saves that pass (4 of 44 bytes a parameter, one launch of four) and trusts them,
-            as torch.optim.SGD does. Under GradScaler, which has looked already, the pass is left out anyway.
+            among them changes nothing. False saves that pass (4 of 44 bytes a parameter, one launch of four) and trusts
+            them, as torch.optim.SGD does. Under GradScaler, which has looked already, the pass is left out anyway.
         **base_options: the base optimizer's own (lr, momentum, weight_decay, ...).
 
     A group's own options: `rho`, `adaptive`, `eta`, and `perturb` (False: updated, but neither perturbed nor counted in

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import statistics
 from functools import lru_cache
+from itertools import islice
+from time import perf_counter
 
 import torch
 from rich.console import Console
@@ -42,7 +43,7 @@ def run(settings: Settings) -> None:
         return make_task(source, seed, settings.noise, settings.preset.validation_share)
 
     passes = sum(passes_over_data(grid, settings.epochs, settings.seeds, tuning_seeds) for grid in grids)
-    announce(console, settings, task(0), [len(grid) for grid in grids], tuning_seeds, passes)
+    announce(console, settings, task(0), grids, tuning_seeds, passes)
 
     with progress_bar(console) as progress:
         bar = progress.add_task("", total=passes)
@@ -92,7 +93,7 @@ def progress_bar(console: Console) -> Progress:
 
 
 def announce(
-    console: Console, settings: Settings, task: Task, trials: list[int], tuning_seeds: int, passes: int
+    console: Console, settings: Settings, task: Task, grids: list[list[Trial]], tuning_seeds: int, passes: int
 ) -> None:
     """Say what is about to happen and about how long it takes."""
     lines = [
@@ -100,30 +101,34 @@ def announce(
         f"{len(task.test):,} to test on.",
         f"{settings.noise:.0%} of the training and validation labels are replaced at random, no test labels.",
     ]
-    if max(trials) > 1:
+    if max(map(len, grids)) > 1:
+        counts = ", ".join(f"{len(grid)} of {grid[0].method.phrase}" for grid in grids)
         lines.append(
-            f"Each optimizer chooses among {' / '.join(map(str, dict.fromkeys(trials)))} settings on "
-            f"{tuning_seeds} seed{'s' * (tuning_seeds > 1)}; its choice is trained on {settings.seeds}."
+            f"Learning rate and rho are chosen on {plural(tuning_seeds, 'seed')} among {counts};\n"
+            f"the choice is trained on {plural(settings.seeds, 'seed')}."
         )
-    threads = torch.get_num_threads()
     duration = readable(passes * seconds_a_pass(settings, task))
-    lines.append(f"This takes about {duration} on {threads} thread{'s' * (threads > 1)}.")
+    threads = plural(torch.get_num_threads(), "thread")
+    lines.append(f"About {duration} with {threads}, more while the machine is busy.")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def seconds_a_pass(settings: Settings, task: Task) -> float:
-    """What one gradient pass over the training data takes, with its evaluation: from a few steps of SGD."""
+    """What one gradient pass over the training data takes, with an evaluation: from a few steps of SGD."""
     trial = Trial(METHODS["sgd"], settings.sgd_lrs[0], None)
     model = mlp(task.train.x.shape[1], CLASSES, seed=0)
     optimizer = make_optimizer(model, trial, settings.backend)
-    clocks = []
-    for batch in batches(task.train, settings.batch_size, torch.Generator()):
-        clocks.append(step(model, optimizer, batch)[1])
-        if len(clocks) == 10:
-            break
+    some = islice(batches(task.train, settings.batch_size, torch.Generator()), 20)
+    quickest = min(step(model, optimizer, batch)[1].total for batch in some)  # the least disturbed
+    start = perf_counter()
     evaluate(model, task.test)
+    evaluation = perf_counter() - start
     steps = math.ceil(len(task.train) / settings.batch_size)
-    return steps * statistics.median(clock.total for clock in clocks)
+    return steps * quickest + evaluation
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" + "s" * (count != 1)
 
 
 def readable(seconds: float) -> str:

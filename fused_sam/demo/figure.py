@@ -15,6 +15,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .tuning import Outcome
 
@@ -81,6 +82,7 @@ def _curves(axes: Axes, outcomes: Sequence[Outcome], field: str, title: str, fac
         axes.set_ylim(seen.min() - margin, seen.max() + margin)
     axes.set(title=title, xlabel="gradient passes over the training data")
     axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _finals(axes: Axes, outcomes: Sequence[Outcome], title: str) -> None:

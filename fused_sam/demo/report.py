@@ -18,6 +18,7 @@ from rich.table import Table
 from fused_sam import __version__
 
 from .options import Settings
+from .training import Clock
 from .tuning import Outcome
 from .versus import Spread, Versus
 
@@ -27,23 +28,21 @@ CLEAR = 2.0
 
 def results_table(outcomes: Sequence[Outcome], epochs: int) -> Table:
     seeds = len(outcomes[0].runs)
-    spread = f"mean ± deviation of {seeds} seeds" if seeds > 1 else "one seed"
+    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     table = _table(f"Accuracy on clean test labels ({spread})")
     table.add_column("optimizer", no_wrap=True)
-    table.add_column("chosen")
-    for name in ("passes", "accuracy, %", "ms/step", "in optimizer"):
+    for name in ("lr", "rho", "passes", "accuracy, %", "ms/step", "in optimizer"):
         table.add_column(name, justify="right", no_wrap=True)
     for outcome in outcomes:
-        step = statistics.median(run.step_seconds for run in outcome.runs)
-        optimizer = statistics.median(run.optimizer_seconds for run in outcome.runs)
-        rho = "" if outcome.winner.rho is None else f", rho {outcome.winner.rho:g}"
+        clock = Clock.median([run.clock for run in outcome.runs])
         table.add_row(
             outcome.method.label,
-            f"lr {outcome.winner.lr:g}{rho}",
+            f"{outcome.winner.lr:g}",
+            "" if outcome.winner.rho is None else f"{outcome.winner.rho:g}",
             str(outcome.method.cost(epochs)),
             accuracy(outcome),
-            f"{step * 1e3:.2f}",
-            f"{optimizer / step:.0%}",
+            f"{clock.total * 1e3:.2f}",
+            f"{clock.optimizer / clock.total:.0%}",
         )
     return table
 
@@ -88,7 +87,7 @@ def _verdict(sam: Outcome, other: Outcome) -> str:
     size = f"{abs(gain):.1f} ± {error:.1f} points"
     ahead = f"ahead on {sum(g > 0 for g in gains)} of {len(gains)} seeds"
     if abs(gain) <= CLEAR * error:
-        return f"and {name} are not clearly apart ({gain:+.1f} ± {error:.1f} points, {ahead})"
+        return f"is not clearly apart from {name} ({gain:+.1f} ± {error:.1f} points, {ahead})"
     return f"{'beats' if gain > 0 else 'loses to'} {name} by {size} ({ahead})"
 
 

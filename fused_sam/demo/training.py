@@ -8,7 +8,7 @@ The same network, batches, momentum and cosine schedule for every optimizer; the
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -52,24 +52,29 @@ class Curve:
 
 
 @dataclass(frozen=True)
+class Clock:
+    """Seconds of a step."""
+
+    total: float
+    optimizer: float  # in the optimizer's calls, which also clear the gradients
+
+    @staticmethod
+    def median(clocks: Sequence[Clock]) -> Clock:
+        return Clock(statistics.median(c.total for c in clocks), statistics.median(c.optimizer for c in clocks))
+
+
+@dataclass(frozen=True)
 class Run:
     trial: Trial
     seed: int
     validation_accuracy: float  # noisy labels
     curve: Curve
-    step_seconds: float  # median over the steps
-    optimizer_seconds: float  # median over the steps, of the optimizer's calls alone
+    clock: Clock  # median over the steps
 
     @property
     def test_accuracy(self) -> float:
         """Clean labels, at the end of training."""
         return self.curve.test_accuracy[-1]
-
-
-@dataclass(frozen=True)
-class Clock:
-    total: float  # seconds of a whole step
-    optimizer: float  # seconds of it in the optimizer
 
 
 def make_optimizer(model: nn.Module, trial: Trial, backend: str) -> torch.optim.SGD | SAM:
@@ -143,11 +148,4 @@ def train(
         curve.test_loss.append(test_loss)
         curve.test_accuracy.append(test_accuracy)
         on_epoch(method.passes)
-    return Run(
-        trial,
-        seed,
-        evaluate(model, task.validation)[1],
-        curve,
-        statistics.median(clock.total for clock in clocks),
-        statistics.median(clock.optimizer for clock in clocks),
-    )
+    return Run(trial, seed, evaluate(model, task.validation)[1], curve, Clock.median(clocks))

@@ -7,15 +7,16 @@ reported are the median and the quartiles over blocks, and over neighbouring blo
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from torch import nn
 
 from fused_sam import SAM
 
-from .data import CLASSES, Task
+from .data import CLASSES, Part, Task
 from .model import mlp
 from .training import MOMENTUM, Clock, Trial, batches, step
 from .unfused import UnfusedSAM
@@ -58,25 +59,15 @@ def compare(task: Task, trial: Trial, batch_size: int, backend: str) -> Versus:
     fused = SAM(models[0].parameters(), torch.optim.SGD, rho=rho, backend=backend, lr=lr, momentum=MOMENTUM)
     unfused = UnfusedSAM(models[1].parameters(), rho=rho, lr=lr, momentum=MOMENTUM)
     peers: list[tuple[nn.Module, SAM | UnfusedSAM]] = [(models[0], fused), (models[1], unfused)]
-    generators = [torch.Generator().manual_seed(0) for _ in peers]
+    streams = [_endless(task.train, batch_size) for _ in peers]
 
     blocks: list[list[Clock]] = [[], []]
     for round_ in range(-1, ROUNDS):  # the first round warms up
         for i in (0, 1) if round_ % 2 else (1, 0):
             model, optimizer = peers[i]
-            clocks: list[Clock] = []
-            while len(clocks) < STEPS:
-                for batch in batches(task.train, batch_size, generators[i]):
-                    clocks.append(step(model, optimizer, batch)[1])
-                    if len(clocks) == STEPS:
-                        break
+            clocks = [step(model, optimizer, batch)[1] for batch in islice(streams[i], STEPS)]
             if round_ >= 0:
-                blocks[i].append(
-                    Clock(
-                        statistics.median(clock.total for clock in clocks),
-                        statistics.median(clock.optimizer for clock in clocks),
-                    )
-                )
+                blocks[i].append(Clock.median(clocks))
     pairs = list(zip(*blocks, strict=True))
     return Versus(
         backend=fused.backend,
@@ -87,3 +78,9 @@ def compare(task: Task, trial: Trial, batch_size: int, backend: str) -> Versus:
         optimizer_ratio=Spread.of([u.optimizer / f.optimizer for f, u in pairs]),
         step_ratio=Spread.of([u.total / f.total for f, u in pairs]),
     )
+
+
+def _endless(part: Part, size: int) -> Iterator[Part]:
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield from batches(part, size, generator)
