@@ -8,6 +8,7 @@ their version: backward() makes a new tensor, which has no mark, or adds to the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 
 from torch import Tensor
 
@@ -15,14 +16,12 @@ _MARK = "_fused_sam_used_at_version"
 
 # Gradients that carry a mark, spread over all: one that is left unchanged shows that nobody cleared them, and marking
 # thousands would cost more than a small model's kernels.
-_MARKS = 8
+_MARKS = 4
 
 
-def mark_used(gradients: Sequence[Tensor | None]) -> None:
-    stride = max(1, len(gradients) // _MARKS)
-    for begin in range(0, len(gradients), stride):
-        g = next((g for g in gradients[begin : begin + stride] if g is not None), None)
-        if g is not None and not g.is_inference():  # an inference tensor has no version
+def mark_used(gradients: Sequence[Tensor]) -> None:
+    for g in gradients[:: len(gradients) // _MARKS + 1]:
+        with suppress(RuntimeError):  # an inference tensor has no version
             setattr(g, _MARK, g._version)
 
 

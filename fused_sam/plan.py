@@ -34,7 +34,12 @@ class Scan:
 
     gradients: list[Tensor | None]
     codes: bytes  # ABSENT .. DISAGREEING for each parameter
-    addresses: array[int] | None = None  # of the gradients, where they have been read already
+    addresses: array[int] | None = None  # of the gradients, where they have been read already: then none is absent
+
+    def present(self) -> list[Tensor]:
+        if self.addresses is not None:
+            return self.gradients  # type: ignore[return-value]
+        return [g for g in self.gradients if g is not None]
 
 
 @dataclass(eq=False)

@@ -420,7 +420,7 @@ class SAM(Optimizer):
             self.restore()
             raise
         self._perturbed = None
-        mark_used(scan.gradients)
+        mark_used(scan.present())
 
     def _judge(self, jobs: list[Job], groups: list[Group], *, carry: bool) -> None:
         """Set SKIP where this update's gradients are not finite; carry: or where the first ones were not."""
