@@ -19,6 +19,8 @@ from bench.side_by_side import build
 from bench.stats import Line, Samples, Summary, fit_line, summary
 
 COUNTS = (10, 30, 100, 161, 300, 1000, 3000, 10000)
+# Where the time outside the kernels is taken: small tensors, and real ones, whose kernels leave the caches cold.
+BESIDE = ("161x1", "resnet50")
 KERNELS = ("norm", "perturb", "sgd", "restore")  # methods of the compiled module's Table
 
 
@@ -30,8 +32,7 @@ class HostCost:
     counts: list[int]
     steps: list[Summary]
     line: Line
-    beside_shape: str
-    beside_kernels: Summary | None  # None where the kernels do not run inside the call
+    beside_kernels: dict[str, Summary]  # by shape; empty where the kernels do not run inside the call
 
     def at(self, count: int) -> float:
         """The median step in seconds at one of the counts."""
@@ -47,7 +48,7 @@ def measure(
     hyper: Hyper,
     rounds: int = 40,
     counts: tuple[int, ...] = COUNTS,
-    shape: str = "resnet50",
+    shapes: tuple[str, ...] = BESIDE,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> HostCost:
     """Time one-element tensors, whose kernels have next to nothing to do, in rounds over all counts."""
@@ -63,8 +64,8 @@ def measure(
             progress((done + 1) / rounds)
     steps = [summary(column) for column in samples.T]
     line = fit_line(np.array(counts, dtype=float), np.array([step.median for step in steps]))
-    beside = beside_kernels(peer, shape, hyper, rounds) if peer == "ours-cpu" else None
-    return HostCost(peer, list(counts), steps, line, shape, beside)
+    beside = {shape: beside_kernels(peer, shape, hyper, 5 * rounds) for shape in shapes if peer == "ours-cpu"}
+    return HostCost(peer, list(counts), steps, line, beside)
 
 
 def host_seconds(stepper: Peer, device: torch.device) -> float:

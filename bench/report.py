@@ -106,8 +106,8 @@ def memory_table(usages: Iterable[Usage]) -> Table:
 def host_table(cost: HostCost) -> Table:
     line = cost.line
     caption = f"{line.intercept * 1e6:.1f} us + {line.slope * 1e6:.3f} us a tensor, within {line.worst:.0%}"
-    if cost.beside_kernels is not None:
-        caption += f"; {cost.beside_shape}: {duration(cost.beside_kernels.median)} beside the kernels"
+    for shape, seconds in cost.beside_kernels.items():
+        caption += f"; {shape}: {duration(seconds.median)} beside the kernels"
     table = Table(title=f"{PEERS[cost.peer].label}: cost of a step with tensors of one element", caption=caption)
     for column in ("tensors", "step", "quartiles", "a tensor"):
         table.add_column(column, justify="right")

@@ -76,13 +76,10 @@ def memory(usages: Iterable[Usage]) -> list[Outcome]:
 def host(cost: HostCost) -> list[Outcome]:
     found = []
     limit = f"< {HOST_SECONDS * 1e6:.0f} us"
-    if HOST_TENSORS in cost.counts:
-        seconds = cost.at(HOST_TENSORS)
-        what = f"host cost of a step at {HOST_TENSORS} tensors of one element"
-        found.append(Outcome(what, limit, f"{seconds * 1e6:.0f} us", seconds < HOST_SECONDS))
-    if cost.beside_kernels is not None:
-        seconds = cost.beside_kernels.median
-        what = f"{cost.beside_shape}: host cost of a step beside the kernels"
+    shape = f"{HOST_TENSORS}x1"
+    if shape in cost.beside_kernels:
+        seconds = cost.beside_kernels[shape].median
+        what = f"host cost of a step at {HOST_TENSORS} tensors, beyond the kernels"
         found.append(Outcome(what, limit, f"{seconds * 1e6:.0f} us", seconds < HOST_SECONDS))
     if {1000, 10000} <= set(cost.counts):
         growth = cost.at(10000) / cost.at(1000) / 10
