@@ -125,7 +125,7 @@ class Wrapped:
         if status[SKIP]:
             return
         if grad_scale is not None:
-            torch._foreach_div_([g for g in scan.gradients if g is not None], grad_scale)
+            torch._foreach_div_(scan.present(), grad_scale)
         self._inner.state = self._optimizer.state
         self._inner.param_groups = self._optimizer.param_groups
         step = type(self._inner).step
