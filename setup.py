@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any, NoReturn
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
@@ -24,6 +25,11 @@ ROOT = Path(__file__).resolve().parent
 def stop(message: str) -> NoReturn:
     """End with the message alone: a missing compiler is no bug, and a traceback would hide the words."""
     raise SystemExit(f"fused_sam: {message}")
+
+
+# An older one reads `license` in pyproject.toml as an error, of sixty lines.
+if int(setuptools.__version__.split(".")[0]) < 77:
+    stop(f"setuptools {setuptools.__version__} is too old to build with: pip install --upgrade 'setuptools>=77.0.3'")
 
 
 def find_nvcc() -> str | None:
