@@ -57,6 +57,39 @@ def test_three_launches_where_gradscaler_has_checked_the_gradients(shim: ModuleT
     assert step_launches(shim, 161, 2, found_inf=torch.zeros(1), grad_scale=torch.ones(1)) == 3
 
 
+def test_what_a_capture_makes_serves_no_step_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph zeroes the reductions' counters when it is replayed: until then they hold anything. One step before the
+    capture is not enough to have every table, for that step begins the momentum."""
+    from fused_sam.backends import cuda
+
+    capturing, made, workspace = False, [], cuda._workspace
+    monkeypatch.setattr(cuda, "_workspace", lambda *args: made.append(workspace(*args)) or made[-1])
+    monkeypatch.setattr(cuda, "_capturing", lambda device: capturing)
+    start = [torch.randn(5000), torch.randn(7)]
+    ours, twin = ([nn.Parameter(w.clone()) for w in start] for _ in range(2))
+    optimizers = [SAM(params, lr=0.1, momentum=0.9, backend=cuda_source.NAME) for params in (ours, twin)]
+
+    def step(params: list[nn.Parameter], optimizer: SAM) -> None:
+        for half in (optimizer.first_step, optimizer.second_step):
+            for p in params:
+                p.grad = p.detach().sin()
+            half()
+
+    step(ours, optimizers[0])
+    capturing, before = True, len(made)
+    step(ours, optimizers[0])
+    capturing = False
+    assert len(made) > before, "the update's table was made in the capture"
+    for numbers in made[before:]:
+        numbers.fill_(77)
+    for _ in range(2):
+        step(ours, optimizers[0])
+    for _ in range(4):
+        step(twin, optimizers[1])
+    assert all(map(torch.equal, ours, twin))
+    assert torch.equal(optimizers[0].update_norm, optimizers[1].update_norm)
+
+
 def test_an_old_driver_takes_small_tables(shim: ModuleType) -> None:
     shim.pretend(driver=12000)
     assert step_launches(shim, 161, 1) == 4 * 3  # 64 tensors a launch

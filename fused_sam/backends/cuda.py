@@ -1,7 +1,7 @@
 """The CUDA kernels (csrc/cuda) behind the backend contract: one launch a primitive, for all tensors of a table.
 
-Nothing here waits for the GPU, allocates in a step or copies to the device: tables travel as kernel arguments, so that
-a step can be captured in a torch.cuda.CUDAGraph. docs/gpu.md tells what it costs.
+Nothing here waits for the GPU, allocates in a settled step or copies to the device: tables travel as kernel arguments,
+so that a step can be captured in a torch.cuda.CUDAGraph. docs/gpu.md tells what it costs.
 """
 
 from __future__ import annotations
@@ -88,13 +88,13 @@ class Cuda(Backend):
         bump_versions(table.models or table.weights)
 
     def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        native, _ = self._table(table)
-        native.sgd(*self._update(table, groups, status, grad_scale))
+        native, workspace = self._table(table)
+        native.sgd(*self._update(table, workspace, groups, status, grad_scale))
         bump_versions(table.models or table.weights)  # master weights and momentum take no part in autograd
 
     def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        native, _ = self._table(table)
-        native.adam(*self._update(table, groups, status, grad_scale))
+        native, workspace = self._table(table)
+        native.adam(*self._update(table, workspace, groups, status, grad_scale))
         bump_versions(table.models or table.weights)
 
     def restore(self, table: Table) -> None:
@@ -103,7 +103,7 @@ class Cuda(Backend):
         bump_versions(table.models or table.weights)
 
     def _update(
-        self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
+        self, table: Table, workspace: Tensor, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
     ) -> tuple[Any, ...]:
         """The arguments that the updates share."""
         return (
@@ -111,7 +111,7 @@ class Cuda(Backend):
             self._device_rates(groups, table),
             self._address(status, table.weights, "status"),
             0 if grad_scale is None else self._address(grad_scale, table.weights, "gradient scale"),
-            table.native[1].data_ptr(),
+            workspace.data_ptr(),
             table.seed & _WORD64,
             table.stochastic,
             self._stream(status.device),
@@ -185,34 +185,39 @@ class Cuda(Backend):
 
     def _table(self, table: Table) -> tuple[Any, Tensor]:
         """The native table with the addresses of this call's gradients, and its workspace."""
+        if table.native is not None:
+            if table.gradient_addresses and table.gradient_addresses is not table.bound:
+                table.native[0].set_gradients(table.gradient_addresses)
+                table.bound = table.gradient_addresses
+            return table.native
         assert self.module is not None
-        if table.native is None:
-            state = [t for t in (*table.momenta, *table.largest) if t is not None]
-            device = _one_device(table.weights, table.backups, table.models, state, table.squares, table.steps)
-            native = self.module.Table(
-                _CODES[table.weights[0].dtype],
-                _CODES[table.gradient_dtype],
-                _CODES[(table.models or table.weights)[0].dtype],
-                device.index or 0,
-                [w.numel() for w in table.weights],
-                table.groups,
-                table.streams,
-            )
-            native.set_weights(_addresses(table.weights))
-            if table.models:
-                native.set_models(_addresses(table.models))
-            else:
-                native.set_backups(_addresses(table.backups or table.weights))
-            if table.momenta:
-                native.set_momenta(_addresses(table.momenta))
-            if table.squares:
-                largest = table.largest or [None] * len(table.squares)
-                native.set_adam(_addresses(table.squares), _addresses(largest), _addresses(table.steps))
-            table.native = native, _workspace(native, device)
-        if table.gradient_addresses and table.gradient_addresses is not table.bound:
-            table.native[0].set_gradients(table.gradient_addresses)
-            table.bound = table.gradient_addresses
-        return table.native
+        state = [t for t in (*table.momenta, *table.largest) if t is not None]
+        device = _one_device(table.weights, table.backups, table.models, state, table.squares, table.steps)
+        native = self.module.Table(
+            _CODES[table.weights[0].dtype],
+            _CODES[table.gradient_dtype],
+            _CODES[(table.models or table.weights)[0].dtype],
+            device.index or 0,
+            [w.numel() for w in table.weights],
+            table.groups,
+            table.streams,
+        )
+        native.set_weights(_addresses(table.weights))
+        if table.models:
+            native.set_models(_addresses(table.models))
+        else:
+            native.set_backups(_addresses(table.backups or table.weights))
+        if table.momenta:
+            native.set_momenta(_addresses(table.momenta))
+        if table.squares:
+            largest = table.largest or [None] * len(table.squares)
+            native.set_adam(_addresses(table.squares), _addresses(largest), _addresses(table.steps))
+        if table.gradient_addresses:
+            native.set_gradients(table.gradient_addresses)
+        made = native, _workspace(native, device)
+        if not _capturing(device):
+            table.native, table.bound = made, table.gradient_addresses
+        return made
 
     def _lists(self, lists: Lists) -> tuple[Any, Tensor] | None:
         """The native lists and their workspace; None for dtypes that no kernel serves (fp64, bf16 with fp16)."""
@@ -223,7 +228,10 @@ class Cuda(Backend):
                 return None
             device = _one_device(lists.x, lists.y)
             native = self.module.Lists(x, y, device.index or 0, [t.numel() for t in lists.x])
-            lists.native = native, _workspace(native, device)
+            made = native, _workspace(native, device)
+            if _capturing(device):
+                return made
+            lists.native = made
         return lists.native
 
 
@@ -247,6 +255,12 @@ def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
 def _workspace(native: Any, device: torch.device) -> Tensor:
     """Zeros for the reductions: some KB, made with the table so that no step allocates."""
     return torch.zeros(native.workspace_bytes, dtype=torch.uint8, device=device)
+
+
+def _capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured. What is zeroed then is zeroed in the graph's replays alone, in the graph's memory:
+    a table that is made in a capture serves one call, and steps outside make their own."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _one_device(*columns: list[Tensor]) -> torch.device:
