@@ -63,6 +63,7 @@ class Run:
                 )
             self.comparisons.append(run)
             console.print(report.comparison_table(run))
+            self.write("side_by_side", self.comparisons, announce=False)  # a run that is stopped keeps what it has
 
     def weigh(self, shapes: Sequence[str], names: list[str]) -> None:
         # Ours first, on a heap where no other peer has left holes for a temporary to hide in.
@@ -78,12 +79,13 @@ class Run:
             self.cost = host_cost.measure(peer, self.device, self.hyper, rounds, progress=progress)
         console.print(report.host_table(self.cost))
 
-    def write(self, name: str, items: Sequence[Any]) -> None:
+    def write(self, name: str, items: Sequence[Any], *, announce: bool = True) -> None:
         """One JSON file, where there is a folder and something to write."""
         if self.folder is not None and items:
             path = self.folder / f"{self.name}{name}.json"
             report.write(path, self.machine, self.hyper, name, items)
-            console.print(f"Written to {path}", soft_wrap=True)
+            if announce:
+                console.print(f"Written to {path}", soft_wrap=True)
 
     def finish(self) -> None:
         """Targets against what was reached, then the files."""

@@ -119,6 +119,27 @@ def test_the_usual_peers_all_run_on_a_cpu() -> None:
     assert notes == []
 
 
+def test_no_device_compiles_for_minutes_unasked() -> None:
+    assert PEERS["compiled"].default_on == ()
+    assert "compiled" not in choose(CPU, [])[0]
+    assert "compiled" in choose(CPU, [], compiled=True)[0]
+
+
+def test_a_run_that_is_stopped_keeps_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from bench import side_by_side
+
+    compare = side_by_side.compare
+    monkeypatch.setattr(
+        "bench.run.side_by_side.compare", lambda shape, *args: 1 // 0 if shape == "3x5" else compare(shape, *args)
+    )
+    arguments = ["side-by-side", "--rounds", "2", "--out", str(tmp_path), "--peer", "ours-cpu"]
+    with pytest.raises(ZeroDivisionError):
+        main([*arguments, "--shape", "2x5", "--shape", "3x5"])
+    (folder,) = tmp_path.iterdir()
+    (run,) = json.loads((folder / "side_by_side.json").read_text())["side_by_side"]
+    assert run["shape"] == "2x5"
+
+
 def test_command_line_writes_json_and_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peers = ["--peer", "per-tensor", "--peer", "ours-cpu"]
     assert main(["side-by-side", "--shape", "10x256", "--rounds", "2", "--out", str(tmp_path), *peers]) == 0
