@@ -1,20 +1,21 @@
 #!/usr/bin/env bash
 # Checks fused_sam on a machine with a GPU: builds for that GPU, runs the GPU tests, compute-sanitizer and the benchmarks.
 #
-#   tools/gpu_check.sh OUTDIR [build] [tests] [sanitizer] [bench]     all four where none is named
+#   tools/gpu_check.sh OUTDIR [build] [tests] [bench] [sanitizer] [more]     all five where none is named
 #
-# Needs no network: python3 with torch, pytest, pytest-benchmark, pybind11, cmake and ninja, and nvcc. Builds in a copy of
-# the source tree (FUSED_SAM_SCRATCH, else under TMPDIR) that later runs go on from. Ends within FUSED_SAM_SECONDS (570).
-# OUTDIR gets logs, JSON and PNG, and summary.json: for each step ok, failed or skipped, and its seconds.
+# Needs no network: python3 with torch, pytest, pybind11, cmake and ninja, and nvcc. Builds in a copy of the source tree
+# (FUSED_SAM_SCRATCH, else under TMPDIR) that later runs go on from. Ends within FUSED_SAM_SECONDS (570).
+# OUTDIR gets logs, JSON and PNG; summary.json: for each step ok, failed or skipped, its seconds and its last words; and
+# of bench targets.json: what the GPU backends are to reach, what they reached, and whether that is enough.
 # Where there is no GPU the build takes FUSED_SAM_CUDA_ARCHS (90) and what needs one is skipped by name.
 set -euo pipefail
 
-usage() { sed -n '2,5p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
+usage() { sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
 [ $# -ge 1 ] || usage
 out=$1; shift
-[ $# -gt 0 ] || set -- build tests sanitizer bench
+[ $# -gt 0 ] || set -- build tests bench sanitizer more
 for stage in "$@"; do
-  case $stage in build | tests | sanitizer | bench) ;; *) echo "unknown stage: $stage" >&2; usage ;; esac
+  case $stage in build | tests | bench | sanitizer | more) ;; *) echo "unknown stage: $stage" >&2; usage ;; esac
 done
 
 source_tree=$(cd "$(dirname "$0")/.." && pwd)
@@ -29,9 +30,17 @@ failed=0
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || gpu=
 echo "GPU: ${gpu:-none}; source: $source_tree; scratch: $scratch; results: $out"
 
-note() { # NAME RESULT SECONDS [WORDS]
+note() { # NAME RESULT SECONDS [WORDS]: into summary.json at once, for a run that is killed
+  local row text=
   rows+=("  {\"step\": \"$1\", \"result\": \"$2\", \"seconds\": $3, \"note\": \"${4:-}\"}")
+  for row in "${rows[@]}"; do text+="${text:+,
+}$row"; done
+  printf '{"gpu": "%s", "seconds": %s, "steps": [\n%s\n]}\n' "$gpu" "$SECONDS" "$text" >"$out/summary.json"
   printf '%-22s %-8s %4s s  %s\n' "$1" "$2" "$3" "${4:-}"
+}
+
+last_words() { # FILE: its last line that says something, as a JSON string may hold it
+  LC_ALL=C tr -cd '\11\12\40-\176' <"$1" | tr -d '"\\' | tr '\11' ' ' | { grep -v '^[ =]*$' || true; } | tail -n 1 | cut -c 1-200
 }
 
 step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than that or than what is left
@@ -46,9 +55,9 @@ step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than tha
   fi
   (cd "$scratch/tree" && PYTHONPATH="$scratch/tree" timeout -k 10 "$most" "$@") >"$out/$name.log" 2>&1 || code=$?
   if [ "$code" -eq 0 ]; then
-    note "$name" ok $((SECONDS - begin))
+    note "$name" ok $((SECONDS - begin)) "$(last_words "$out/$name.log")"
   else
-    note "$name" failed $((SECONDS - begin)) "exit status $code, see $name.log"
+    note "$name" failed $((SECONDS - begin)) "exit status $code, see $name.log: $(last_words "$out/$name.log")"
     tail -n 15 "$out/$name.log"
     failed=1
     return 1
@@ -58,16 +67,21 @@ step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than tha
 ready() { # the copy, and the modules in it; seconds where nothing has changed
   [ -n "${is_ready:-}" ] && return 0
   mkdir -p "$scratch/tree"
-  # Contents without times: a file that did not change is not compiled anew.
-  (cd "$source_tree" && tar cf - --exclude=./build --exclude=./.venv --exclude=./.git --exclude='*.so' --exclude=__pycache__ .) |
+  # With their times: a file that did not change is not compiled anew.
+  (cd "$source_tree" && tar cf - --exclude=./build --exclude='./.?*' --exclude='*.so' --exclude='*.so.*' --exclude=__pycache__ .) |
     (cd "$scratch/tree" && tar xf - --keep-directory-symlink)
   local archs=native
   [ -n "$gpu" ] || archs=${FUSED_SAM_CUDA_ARCHS:-90}
+  step machine 60 "$python" tools/machine.py || true
   step build 300 env FUSED_SAM_CUDA=1 FUSED_SAM_CUDA_ARCHS="$archs" "$python" setup.py build_ext --inplace || return 1
   step info 60 "$python" -m fused_sam info || return 1
   # With a GPU, tests that skip themselves would look like tests that passed.
-  [ -z "$gpu" ] || step available 60 "$python" -c \
-    'import sys; from fused_sam import backends; sys.exit([r for r in [backends.available()["cuda"]] if r is not True] or 0)' || return 1
+  local backend
+  for backend in cuda triton; do
+    [ -z "$gpu" ] || step "$backend" 60 "$python" -c \
+      'import sys, torch; from fused_sam import backends; print(backends.choose(sys.argv[1], torch.device("cuda")))' "$backend" ||
+      [ "$backend" != cuda ] || return 1
+  done
   is_ready=1
 }
 
@@ -81,49 +95,66 @@ tests() {
   # Without a GPU they skip themselves, each saying why. Other files may import what this machine lacks.
   local files
   mapfile -t files < <(cd "$scratch/tree" && grep -l 'mark\.gpu' tests/test_*.py)
-  step tests 200 "$python" -m pytest -q -p no:cacheprovider -m gpu --junitxml="$out/tests.xml" "${files[@]}" || true
+  step tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu --durations=15 --junitxml="$out/tests.xml" "${files[@]}" || true
+}
+
+bench() {
+  with_gpu bench || return 0
+  # First what the targets ask for, each by itself: a peer that disagrees ends a benchmark.
+  step step 60 "$python" tools/gpu_step.py --out "$out" || true
+  local ours=(--device cuda --peer ours-cuda --peer ours-triton --seconds 5 --shape 128x1048576 --shape resnet50)
+  if can_bench ours; then
+    step ours 50 "$python" -m bench side-by-side "${ours[@]}" --out "$out/ours" || true
+    step ours_adamw 50 "$python" -m bench adamw "${ours[@]}" --out "$out/ours" || true
+  fi
+  step targets 20 "$python" tools/gpu_targets.py "$out" || true
+  step kernels 90 "$python" tools/gpu_kernels.py --out "$out" || true
+  if can_bench side_by_side; then
+    step side_by_side 80 "$python" -m bench side-by-side --device cuda --seconds 4 --shape 128x1048576 --shape resnet50 \
+      --shape 44x262144 --shape 1000x256 --out "$out" || true
+    step adamw 60 "$python" -m bench adamw --device cuda --seconds 4 --out "$out" || true
+  fi
 }
 
 sanitizer() {
   with_gpu sanitizer || return 0
-  local tool=compute-sanitizer
+  local tool=compute-sanitizer check only
   command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
   if ! command -v "$tool" >/dev/null; then
     note sanitizer skipped 0 "compute-sanitizer is missing (CUDA toolkit)"
     return 0
   fi
-  # Every tensor is an allocation of its own, so that an access outside of it is seen.
+  # Every tensor is an allocation of its own, so that an access outside of it is seen. Torch's kernels are watched where
+  # what they write counts: initcheck takes memory for unwritten that an unwatched kernel wrote.
   for check in memcheck racecheck initcheck; do
-    step "$check" 110 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_SAM_SANITIZER=1 \
-      "$tool" --tool "$check" --error-exitcode 86 --report-api-errors no --print-limit 20 \
-      "$python" -m pytest -q -x -p no:cacheprovider tests/test_cuda_gpu.py -k "reference or finite or finish or draws or lists" || true
+    only=(--kernel-name kernel_substring=fused_sam)
+    [ "$check" != initcheck ] || only=()
+    step "$check" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_SAM_SANITIZER=1 \
+      "$tool" --tool "$check" "${only[@]}" --error-exitcode 86 --report-api-errors no --print-limit 20 \
+      "$python" -m pytest -q --maxfail=3 -p no:cacheprovider tests/test_cuda_gpu.py -k "reference or finite or finish or draws or lists" || true
   done
 }
 
-bench() {
-  with_gpu bench || return 0
-  step kernels 90 "$python" tools/gpu_kernels.py --out "$out" || true
-  if ! (cd "$scratch/tree" && "$python" -c 'import typer, rich, matplotlib' 2>"$out/bench.log"); then
-    note side_by_side skipped 0 "$(tail -n 1 "$out/bench.log" | tr -d '"')"
-  else
-    step side_by_side 100 "$python" -m bench side-by-side --device cuda --seconds 5 --shape 128x1048576 --shape resnet50 \
-      --shape 44x262144 --shape 1000x256 --out "$out" || true
-    step adamw 60 "$python" -m bench adamw --device cuda --seconds 5 --out "$out" || true
-    step memory 40 "$python" -m bench memory --device cuda --out "$out" || true
+more() { # what takes long and decides nothing
+  with_gpu more || return 0
+  if can_bench memory; then
+    step memory 60 "$python" -m bench memory --device cuda --shape resnet50 --out "$out" || true
     step compiled 120 "$python" -m bench side-by-side --device cuda --seconds 5 --peer ours-cuda --peer compiled \
       --shape resnet50 --out "$out/compiled" || true
   fi
-  step micro 60 env BENCH_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider --rootdir=bench bench/micro \
-    --benchmark-json="$out/micro.json" || true
+  if "$python" -c 'import pytest_benchmark' 2>"$out/micro.log"; then
+    step micro 60 env BENCH_DEVICE=cuda "$python" -m pytest -q -p no:cacheprovider --rootdir=bench bench/micro \
+      --benchmark-json="$out/micro.json" || true
+  else
+    note micro skipped 0 "$(last_words "$out/micro.log")"
+  fi
 }
 
-finish() {
-  local text=
-  for row in "${rows[@]}"; do text+="${text:+,
-}$row"; done
-  printf '{"gpu": "%s", "seconds": %s, "steps": [\n%s\n]}\n' "$gpu" "$SECONDS" "$text" >"$out/summary.json"
+can_bench() { # NAME: false, and a note, where the benchmarks' command line lacks what it is made of
+  "$python" -c 'import typer, rich, matplotlib, numpy' 2>"$out/$1.log" && return 0
+  note "$1" skipped 0 "$(last_words "$out/$1.log")"
+  return 1
 }
-trap finish EXIT
 
 ready || exit 1
 for stage in "$@"; do

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends import choose
-from fused_sam.backends.contract import STATUS_SIZE, Group, Table
+from fused_sam.backends.contract import SKIP, STATUS_SIZE, Group, Table
 
 ROUNDS = 20
 SHAPES = {
@@ -139,6 +139,10 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
         })  # fmt: skip
         print(f"{name:14} {kind.name:22} {title:12} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s "
               f"{moved / seconds / copy_rate:6.1%} of copy")  # fmt: skip
+    if float(status[SKIP]) != 0:
+        raise RuntimeError(
+            f"{name}, {kind.name}: a norm was not finite, and updates were copies: the times mean nothing"
+        )
     for update in ("sgd", "adam"):
         three = [r for r in rows if r["pass"] in ("first_step", update)]
         moved, seconds = (sum(r[key] for r in three) for key in ("bytes", "seconds"))

@@ -258,8 +258,8 @@ def _workspace(native: Any, device: torch.device) -> Tensor:
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured. What is zeroed then is zeroed in the graph's replays alone, in the graph's memory:
-    a table that is made in a capture serves one call, and steps outside make their own."""
+    """Whether a CUDA graph is captured. What is zeroed then is zeroed by the graph's replays alone, in its own memory: a
+    table that is made in a capture serves one call, and steps outside make their own."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
