@@ -258,7 +258,7 @@ def _workspace(native: Any, device: torch.device) -> Tensor:
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured. What is zeroed then is zeroed by the graph's replays alone, in its own memory: a
+    """Whether a CUDA graph is captured. What is zeroed then is zeroed by its replays alone, in memory of its own: a
     table that is made in a capture serves one call, and steps outside make their own."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
