@@ -139,6 +139,7 @@ def test_targets_are_numbers_with_a_verdict(tmp_path: Path) -> None:
         "triton: bytes a second of a SAM + AdamW step over copy_'s, 128x1048576": (0.92 / 1.04, False),
     }
     assert rows[f"triton: {differ}"]["why"] == "RuntimeError: no graph"
+    assert rows[f"triton: {launches}"]["why"] == "norm; perturb; Memcpy; sgd"
     assert code == 1, "one is unknown"
 
 

@@ -41,10 +41,10 @@ def dig(found: Any, *keys: str) -> Any:
 def of_step(step: dict[str, Any]) -> list[dict[str, Any]]:
     rows = []
     for backend in BACKENDS:
-        error = dig(step, backend, "launches", "error") or ""
         names = dig(step, backend, "launches", "check_update=False")
+        why = dig(step, backend, "launches", "error") or "; ".join(name[:60] for name in names or [])
         what = f"{backend}: launches of a step of 161 tensors, check_update=False"
-        rows.append(outcome(what, "==", LAUNCHES, None if names is None else len(names), error))
+        rows.append(outcome(what, "==", LAUNCHES, None if names is None else len(names), why))
         captured = dig(step, backend, "captured") or {}
         differ = captured.get("differ") if captured.get("finite", False) else None
         why = captured.get("error", "") or ("" if differ is not None or not captured else "weights are not finite")
