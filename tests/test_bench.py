@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -117,6 +118,34 @@ def test_the_usual_peers_all_run_on_a_cpu() -> None:
     chosen, notes = choose(CPU, [])
     assert chosen == [name for name, peer in PEERS.items() if "cpu" in peer.default_on]
     assert notes == []
+
+
+@pytest.mark.parametrize("half", ["first_step", "second_step"])
+def test_the_other_half_ends_outside_the_clock(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, whose work goes on when the call has returned."""
+    from types import SimpleNamespace
+
+    pytest.importorskip("pytest_benchmark")
+    from bench.micro import test_steps as micro
+
+    seen: list[str] = []
+    peer = SimpleNamespace(**{name: lambda name=name: seen.append(name) for name in ("first_step", "second_step")})
+
+    def pedantic(target: Any, args: Any, rounds: int, setup: Any = None, teardown: Any = None) -> None:
+        if setup:
+            setup()
+        seen.append("begin")
+        target(*args)
+        seen.append("end")
+        if teardown:
+            teardown(*args)
+
+    monkeypatch.setattr(micro, "DEVICE", torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: seen.append("wait"))
+    micro.test_step(SimpleNamespace(pedantic=pedantic), "161x1", peer, half)  # type: ignore[arg-type]
+    other = {"first_step": ["second_step", "wait"], "second_step": ["first_step", "wait"]}[half]
+    timed = ["begin", half, "wait", "end"]
+    assert seen == (timed + other if half == "first_step" else other + timed)
 
 
 def test_no_device_compiles_for_minutes_unasked() -> None:

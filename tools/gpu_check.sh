@@ -95,7 +95,8 @@ tests() {
   # Without a GPU they skip themselves, each saying why. Other files may import what this machine lacks.
   local files
   mapfile -t files < <(cd "$scratch/tree" && grep -l 'mark\.gpu' tests/test_*.py)
-  step tests 240 "$python" -m pytest -q -p no:cacheprovider -m gpu --durations=15 --junitxml="$out/tests.xml" "${files[@]}" || true
+  step tests 240 "$python" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=60 -m gpu --durations=15 \
+    --junitxml="$out/tests.xml" "${files[@]}" || true
 }
 
 bench() {
