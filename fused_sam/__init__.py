@@ -5,7 +5,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import backends, schedule
+from . import backends, schedule, training
 from .sam import SAM
 from .variants import (
     ASAM,
@@ -40,4 +40,5 @@ __all__ = [
     "backends",
     "norm_only_groups",
     "schedule",
+    "training",
 ]

@@ -76,6 +76,7 @@ def test_source_distribution_is_whole(tree: Path, tmp_path: Path) -> None:
     wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
     wanted |= {str(path.relative_to(tree)) for path in (tree / "fused_sam").rglob("*.py")}
     wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
+    wanted |= {"examples/README.md"}  # docs/ and README.md lead there
     assert wanted <= inside
 
 
@@ -88,6 +89,11 @@ def test_version_stands_in_one_place() -> None:
     if fused_sam.__version__ == "0+unknown":
         pytest.skip("the package is not installed: `make` or `pip install -e .` does it")
     assert fused_sam.__version__ == declared.group(1)
+
+
+def test_names_are_there_after_one_import() -> None:
+    program = "import fused_sam; [getattr(fused_sam, name) for name in fused_sam.__all__]; fused_sam.training.sam_step"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_wide_kernels_share_no_symbol() -> None:
