@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from .sharding import is_sharded
 
-# What the public SAM package saves beside the base optimizer's state: its own backup of the weights.
-_FOREIGN_BACKUP = "old_p"
+# What the public SAM package saves beside the base optimizer's state: its own backup of the weights, or, in its first
+# versions, the perturbation.
+_FOREIGN_BACKUPS = ("old_p", "e_w")
 
 # State that has its weight's shape in every optimizer that keeps it; others' (Adafactor's rows and columns) may not.
 _OF_WEIGHTS_SHAPE = (
@@ -57,7 +58,7 @@ def check_state_dict(
     state = {}
     for key, entry in state_dict["state"].items():
         if isinstance(entry, Mapping):
-            entry = {name: value for name, value in entry.items() if name != _FOREIGN_BACKUP}
+            entry = {name: value for name, value in entry.items() if name not in _FOREIGN_BACKUPS}
             if key in params:
                 _check_shapes(key, entry, params[key])
         if entry or key not in params:

@@ -131,11 +131,11 @@ def test_a_scheduler_copied_along_drives_the_copy(backend: str) -> None:
 
 
 def test_checkpoint_of_the_public_package_with_backups_in_it(backend: str) -> None:
-    """Its state holds `old_p`, the weights before the last perturbation, beside the base optimizer's own."""
+    """Its state holds `old_p`, the weights before the last perturbation, or `e_w`, beside the base optimizer's own."""
     model, optimizer = trained(backend)
     saved = copy.deepcopy(optimizer.state_dict())
     for entry, p in zip(saved["state"].values(), model.parameters(), strict=True):
-        entry["old_p"] = p.detach().clone()
+        entry["old_p"] = entry["e_w"] = p.detach().clone()
     for group in saved["param_groups"]:
         for ours in ("eta", "perturb"):
             del group[ours]  # options that it does not know
