@@ -43,8 +43,10 @@ def wrapped_sam(optimizer: Any) -> SAM:
     """
     sam = getattr(optimizer, "optimizer", None)
     if not (isinstance(optimizer, AcceleratedOptimizer) and isinstance(sam, SAM)):
+        found = type(optimizer).__name__ + ("" if sam is None else f" around {type(sam).__name__}")
         raise TypeError(
-            f"expected a fused_sam optimizer that went through accelerator.prepare(), not {type(optimizer).__name__}"
+            f"expected a fused_sam optimizer that went through accelerator.prepare(), not {found}; "
+            "a Trainer takes one as optimizers=(SAM(...), None) or optimizer_cls_and_kwargs=(SAM, {...})"
         )
     optimizer.__class__ = _VisibleSkips  # schedulers and the accelerator hold this very object
     return sam
