@@ -29,6 +29,7 @@ class MomentumSAM(SAM):
     ("MSAM" there; mSAM is another method). v is SGD's momentum_buffer, or Adam's exp_avg.
 
     Args:
+        rho: length of the displacement along -v, 3 by default: larger than SAM's; 0.3, 1 and 3 are worth a try.
         Others: as SAM. The base optimizer must be torch.optim.SGD with momentum, Adam or AdamW. A schedule decides
             after a step whether the next gradient is taken from displaced weights; it cannot be one that looks at
             gradients.
