@@ -343,7 +343,9 @@ class Engine(Optimizer):
 
     def _judge(self, plan: Plan, jobs: list[Job], scan: Scan, groups: list[Group], *, carry: bool) -> None:
         """Set SKIP where this update's gradients are not finite; carry: or where the first ones were not."""
-        found_inf: Tensor | None = getattr(self, "found_inf", None)
+        found_inf = getattr(self, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients at all is a plain 0
+            found_inf = None
         skip = self._status()[SKIP : SKIP + 1]
         if found_inf is not None:  # GradScaler has looked at every gradient; never negative, and not 0 skips
             if not carry:

@@ -106,9 +106,13 @@ class Plan:
         for i, p in enumerate(self.params):
             devices.setdefault(p.device, i)
             if p.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):
+                advice = (
+                    "store it as pairs of reals and use torch.view_as_complex in forward()"
+                    if p.is_complex()
+                    else "leave it out, as in SAM([p for p in model.parameters() if p.requires_grad], ...)"
+                )
                 raise TypeError(
-                    f"{self.name(i)} is {p.dtype}: SAM takes real floating-point weights; "
-                    "store a complex weight as pairs of reals and use torch.view_as_complex in forward()"
+                    f"{self.name(i)} is {p.dtype}: SAM takes weights of fp32, fp64, bf16 and fp16; {advice}"
                 )
             if p.numel():
                 if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":

@@ -40,8 +40,8 @@ class SAM(Engine):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
 
     Args:
-        params: parameters, parameter groups (dicts, which may set any option below but base_optimizer, eps and
-            backend), or named parameters.
+        params: parameters, named parameters, or parameter groups: dicts, which may set rho, adaptive, eta, perturb and
+            the base optimizer's options. Everything else below is one for all groups.
         base_optimizer: an optimizer class. torch.optim.SGD, Adam and AdamW are fused with the undo; any other class is
             wrapped: fused perturbation and undo, its own step.
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
@@ -79,8 +79,8 @@ class SAM(Engine):
 
     Raises:
         TypeError: base_optimizer is no class, params hold no tensors, or complex weights.
-        ValueError: an option out of range, an unknown backend, duplicate parameters, parameters on several devices,
-            masters or random rounding where no weight is bf16 or fp16.
+        ValueError: an option out of range, or one for all groups in a group, an unknown backend, duplicate parameters,
+            parameters on several devices, masters or random rounding where no weight is bf16 or fp16.
         RuntimeError: a backend asked for by name cannot run here.
 
     Example:
@@ -112,9 +112,12 @@ class SAM(Engine):
         schedule: Schedule | None = None,
         **base_options: Any,
     ) -> None:
-        check_base(base_optimizer)
         if isinstance(base_optimizer, type) and issubclass(base_optimizer, SAM):
-            raise TypeError("base_optimizer is SAM itself; pass the optimizer that is to move the weights")
+            raise TypeError(
+                f"base_optimizer is {base_optimizer.__name__}, which is SAM itself: "
+                "pass the optimizer that is to move the weights, such as torch.optim.SGD"
+            )
+        check_base(base_optimizer)
         if eps is not None and not (is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
         if eps is not None and "eps" in inspect.signature(base_optimizer).parameters:
@@ -209,6 +212,12 @@ class SAM(Engine):
         if closure is None:
             self._step()
             return None
+        if self.__dict__.pop("found_inf", None) is not None:
+            self.__dict__.pop("grad_scale", None)
+            raise RuntimeError(
+                "GradScaler.step(optimizer, closure) cannot work: the scaler looks for infs before the closure has "
+                "made the gradients; use two passes by hand and scaler.step(optimizer), or fused_sam.training.sam_step"
+            )
         if self._perturbed is not None:
             raise RuntimeError(
                 "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
@@ -347,12 +356,24 @@ class SAM(Engine):
             if len({id(p) for p in group["params"]}) != len(group["params"]):
                 raise ValueError(f"group {before} holds a parameter twice; pass each parameter once")
             check_options(group, before)
+            self._refuse_options_of_the_whole(param_group, before)
             if self._plan is not None:
                 self._group_numbers(group, before)
                 self._new_plan()
         except BaseException:
             del self.param_groups[before:]
             raise
+
+    def _refuse_options_of_the_whole(self, group: dict[str, Any], k: int) -> None:
+        """A group would keep what only the constructor reads, and nothing would come of it."""
+        constructors = [inspect.signature(cls.__init__) for cls in type(self).__mro__ if issubclass(cls, SAM)]
+        whole = {p.name for c in constructors for p in c.parameters.values() if p.kind is p.KEYWORD_ONLY}
+        whole = (whole | {"base_optimizer"}) - {*self._own_options, *inspect.signature(self._base_class).parameters}
+        if clash := sorted(whole & group.keys()):
+            raise ValueError(
+                f"group {k} sets {clash[0]}, which is one for all groups: "
+                f"pass it to {type(self).__name__} beside the groups"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """torch's own: the base optimizer's state and the groups, which torch.optim.SGD loads as well.

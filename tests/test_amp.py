@@ -173,3 +173,39 @@ def test_a_scheduler_can_see_a_skipped_step(backend: str) -> None:
             scheduler.step()
         rates.append(optimizer.param_groups[0]["lr"])
     assert rates == [0.05, 0.05, 0.025, 0.0125]
+
+
+def test_a_closure_through_the_scaler_is_refused(backend: str) -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, backend=backend)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+
+    def closure() -> torch.Tensor:
+        loss = scaler.scale(loss_of(model, 0))
+        loss.backward()
+        return loss
+
+    for waiting in (False, True):  # whether a first gradient is there already, for the scaler to look at
+        if waiting:
+            closure()
+        else:
+            scaler.scale(torch.ones(()))
+        before = Snapshot(optimizer)
+        with pytest.raises(RuntimeError, match=r"GradScaler.step\(optimizer, closure\) cannot work: .*sam_step"):
+            scaler.step(optimizer, closure)
+        before.assert_unchanged()
+        scaler.update(2.0**10)
+        optimizer.zero_grad()
+    scaled_steps(model, optimizer, scaler, 0)  # nothing of the refused calls is left behind
+
+
+def test_a_scaled_step_without_any_gradient_changes_nothing(backend: str) -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+    scaler = GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(torch.ones(()))
+    before = Snapshot(optimizer)
+    optimizer.first_step(zero_grad=True)
+    scaler.step(optimizer)
+    before.assert_unchanged()
+    assert not optimizer.step_was_skipped

@@ -114,6 +114,27 @@ def test_options_of_an_added_group(trained: tuple[nn.Module, SAM]) -> None:
         assert len(optimizer.param_groups) == 1
 
 
+def test_options_that_are_one_for_all_groups() -> None:
+    """torch keeps whatever a group names, so that a group's max_norm would be shown and never used."""
+    for cls, base, options in (
+        (SAM, SGD, {"max_norm": 1.0}),
+        (SAM, SGD, {"base_optimizer": SGD}),
+        (SAM, SGD, {"eps": 1e-12}),
+        (fused_sam.LookSAM, SGD, {"alpha": 0.5}),
+        (fused_sam.LookSAM, SGD, {"backend": "cpu"}),
+    ):
+        message = f"group 0 sets {next(iter(options))}, which is one for all groups: pass it to {cls.__name__} "
+        with pytest.raises(ValueError, match=message):
+            cls([{"params": [weight()], **options}], base, lr=0.1)
+    for cls, base, options in (
+        (SAM, torch.optim.Adam, {"eps": 1e-6}),
+        (fused_sam.GSAM, torch.optim.RMSprop, {"alpha": 0.9}),  # the base optimizer's own
+        (SAM, SGD, {"lr_scale": 0.5, "name": "head"}),  # notes of the user's
+    ):
+        optimizer = cls([{"params": [weight()], **options}], base, lr=0.1)
+        assert optimizer.param_groups[0].items() >= options.items()
+
+
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"unknown backend 'gpu'; there are 'auto', 'reference'.*'cpu'"):
         SAM([weight()], SGD, lr=0.1, backend="gpu")
@@ -144,7 +165,8 @@ BASES: list[tuple[Callable[[], Any], str]] = [
     (lambda: 0.05, r"base_optimizer must be a torch\.optim\.Optimizer class such as torch\.optim\.SGD, not 0\.05"),
     (lambda: nn.Linear, r"base_optimizer must be a torch\.optim\.Optimizer class"),
     (lambda: "SGD", r"base_optimizer must be a torch\.optim\.Optimizer class .*not 'SGD'"),
-    (lambda: SAM, r"SAM"),
+    (lambda: SAM, r"base_optimizer is SAM, which is SAM itself: pass the optimizer that is to move the weights"),
+    (lambda: fused_sam.LookSAM, r"base_optimizer is LookSAM, which is SAM itself"),
     (lambda: torch.optim.LBFGS, r"LBFGS\.step needs a closure of its own and cannot be SAM's base optimizer"),
 ]  # fmt: skip
 
@@ -166,8 +188,9 @@ PARAMETERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: [("w", weight(dtype=torch.complex128))], TypeError,
      r"parameter 'w' \(shape \(3,\)\) is torch\.complex128: .*view_as_complex"),
     (lambda: [nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))], TypeError,
-     r"parameter 0 of group 0 .* is torch\.float8_e4m3fn"),
-    (lambda: [torch.ones(3, dtype=torch.int64)], TypeError, r"parameter 0 of group 0 .* is torch\.int64"),
+     r"parameter 0 of group 0 .* is torch\.float8_e4m3fn: .* leave it out, as in .* if p\.requires_grad"),
+    (lambda: [torch.ones(3, dtype=torch.int64)], TypeError,
+     r"parameter 0 of group 0 .* is torch\.int64: .* leave it out"),
     (lambda: [weight(), weight(device="meta")], ValueError,
      r"parameters of one device; got parameter 0 .* on cpu, parameter 1 .* on meta: use one optimizer a device"),
 ]  # fmt: skip
