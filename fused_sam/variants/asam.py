@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from fused_sam.backends.contract import Group
 from fused_sam.plan import Plan
@@ -40,7 +41,7 @@ class ASAM(SAM):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
         rho: float = 0.5,
         eta: float = 0.01,

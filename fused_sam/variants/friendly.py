@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from fused_sam.backends.contract import Group
 from fused_sam.columns import Pair
@@ -57,7 +58,7 @@ class FriendlySAM(Remembering):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,

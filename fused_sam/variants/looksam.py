@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from fused_sam.backends.contract import XX, XY, YY, Group
 from fused_sam.columns import Pair
@@ -58,7 +59,7 @@ class LookSAM(Remembering):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,

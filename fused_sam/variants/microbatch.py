@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 
 from fused_sam.backends.contract import status_dtype
 from fused_sam.engine import standalone
@@ -70,7 +71,7 @@ class MicrobatchSAM(SAM):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
         rho: float = 0.05,
         adaptive: bool = False,

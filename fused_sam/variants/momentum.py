@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
 from fused_sam.backends.contract import DRAWS, NORM, Group
@@ -60,7 +61,7 @@ class MomentumSAM(SAM):
 
     def __init__(
         self,
-        params: Any,
+        params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
         rho: float = 3.0,
         adaptive: bool = False,
