@@ -1,10 +1,10 @@
-"""Which steps perturb, and how far: schedules that cut the price of SAM's second pass, for every method of the family.
+"""Which steps perturb: schedules that cut the price of SAM's second pass, for every method of the family.
 
     optimizer = SAM(params, rho=0.5, lr=0.1, schedule=Every(10))
 
 A step that does not perturb is the base optimizer's and takes one pass: step(closure) calls the closure once, and who
 makes the two passes by hand asks `optimizer.perturbs` after the first backward(). A schedule's own memory is in the
-parameter groups: a state_dict resumes it.
+parameter groups: a state_dict resumes it. How far a step perturbs is rho.py's subject, whose names stand here too.
 """
 
 from __future__ import annotations
@@ -12,14 +12,39 @@ from __future__ import annotations
 import hashlib
 import math
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor
 
 from .backends.contract import XX
 from .columns import Pair
+from .jobs import Scan
 from .options import check_count, check_range
+from .plan import Plan
+from .rho import RhoFromRate, RhoSchedule, RhoWarmup
 
-if TYPE_CHECKING:
-    from .engine import Engine
+__all__ = [
+    "AdaptiveSchedule",
+    "AfterDecay",
+    "Every",
+    "Random",
+    "RhoFromRate",
+    "RhoSchedule",
+    "RhoWarmup",
+    "Schedule",
+    "Scheduled",
+    "Tail",
+]
+
+
+class Scheduled(Protocol):
+    """What a schedule sees of the optimizer that asks it."""
+
+    param_groups: list[dict[str, Any]]
+    loss_scale: Tensor | float | None  # what the gradients were multiplied by, where the user has said so
+
+    def _scan(self) -> tuple[Plan, Scan]:
+        """The gradients of the first pass, and the plan for them."""
 
 
 class Schedule(ABC):
@@ -33,16 +58,16 @@ class Schedule(ABC):
         return {"updates": 0}
 
     @abstractmethod
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         """Whether the step that begins now perturbs."""
 
-    def stepped(self, optimizer: Engine) -> None:
+    def stepped(self, optimizer: Scheduled) -> None:
         """An update has happened, or was skipped."""
         for group in optimizer.param_groups:
             group["updates"] += 1
 
 
-def _updates(optimizer: Engine) -> int:
+def _updates(optimizer: Scheduled) -> int:
     return int(optimizer.param_groups[0]["updates"])
 
 
@@ -56,7 +81,7 @@ class Every(Schedule):
     def __init__(self, interval: int) -> None:
         self.interval = check_count("interval", interval)
 
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         return _updates(optimizer) % self.interval == 0
 
 
@@ -86,7 +111,7 @@ class Tail(Schedule):
             steps = check_range("start", start, 0, 1) * check_count("total", total)
             self.start = math.ceil(round(steps, 9))  # 0.07 * 100 is a little above 7
 
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         return _updates(optimizer) >= self.start
 
 
@@ -108,11 +133,11 @@ class AfterDecay(Schedule):
     def memory(self) -> dict[str, Any]:
         return {**super().memory(), "highest_lr": 0.0}
 
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         group = optimizer.param_groups[0]
         return group["highest_lr"] > 0 and float(group["lr"]) <= self.fraction * group["highest_lr"]
 
-    def stepped(self, optimizer: Engine) -> None:
+    def stepped(self, optimizer: Scheduled) -> None:
         super().stepped(optimizer)
         for group in optimizer.param_groups:
             group["highest_lr"] = max(group["highest_lr"], float(group["lr"]))
@@ -132,7 +157,7 @@ class Random(Schedule):
         self.probability = check_range("probability", probability, 0, 1)
         self.seed = check_count("seed", seed, 0)
 
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         number = hashlib.blake2b(f"{self.seed} {_updates(optimizer)}".encode(), digest_size=6).digest()
         return int.from_bytes(number, "big") < self.probability * 2**48
 
@@ -176,7 +201,7 @@ class AdaptiveSchedule(Schedule):
         # The next averages wait in the groups until the update has happened.
         return {**super().memory(), "square_mean": 0.0, "square_variance": 0.0, "next_squares": None}
 
-    def due(self, optimizer: Engine) -> bool:
+    def due(self, optimizer: Scheduled) -> bool:
         group, square = optimizer.param_groups[0], self._square(optimizer)
         if not math.isfinite(square):
             return True  # the step is skipped, as every step with such a gradient
@@ -187,13 +212,13 @@ class AdaptiveSchedule(Schedule):
         t = min(1.0, group["updates"] / self.total)
         return square >= mean + (t * self.lambda_1 + (1 - t) * self.lambda_2) * math.sqrt(variance)
 
-    def stepped(self, optimizer: Engine) -> None:
+    def stepped(self, optimizer: Scheduled) -> None:
         super().stepped(optimizer)
         for group in optimizer.param_groups:
             if group["next_squares"] is not None:
                 (group["square_mean"], group["square_variance"]), group["next_squares"] = group["next_squares"], None
 
-    def _square(self, optimizer: Engine) -> float:
+    def _square(self, optimizer: Scheduled) -> float:
         """||g||^2 over all parameters, without the loss scale."""
         plan, scan = optimizer._scan()
         if not any(scan.codes):
@@ -201,83 +226,3 @@ class AdaptiveSchedule(Schedule):
         square = Pair(plan, scan.gradients, scan.gradients).dots()[XX]
         scale = 1.0 if optimizer.loss_scale is None else float(optimizer.loss_scale)
         return float(square) / scale**2
-
-
-class RhoSchedule(ABC):
-    """Sets every group's rho, as torch's learning-rate schedulers set lr: step() after each update, and after
-    theirs."""
-
-    def __init__(self, optimizer: Engine) -> None:
-        self.optimizer = optimizer
-        self.steps = 0
-        self._set()
-
-    @abstractmethod
-    def rho(self, k: int, group: dict[str, Any]) -> float:
-        """rho of group k at this step."""
-
-    def step(self) -> None:
-        self.steps += 1
-        self._set()
-
-    def _set(self) -> None:
-        for k, group in enumerate(self.optimizer.param_groups):
-            group["rho"] = self.rho(k, group)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("optimizer", "_full")}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """To be called after the optimizer's own; sets rho."""
-        own = self.state_dict()
-        vars(self).update({name: value for name, value in state_dict.items() if name in own})
-        self._set()
-
-
-class RhoWarmup(RhoSchedule):
-    """rho from the share `start` of its value up to that value, in equal parts over `steps` steps.
-
-    That value is kept in the group as "initial_rho", as torch's schedulers keep "initial_lr"; a group that is added
-    later joins with its own.
-
-    Args:
-        steps: a whole number of at least 1.
-        start: 0 to 1. At 0 the first step does not perturb.
-    """
-
-    def __init__(self, optimizer: Engine, steps: int, start: float = 0.0) -> None:
-        self.duration = check_count("steps", steps)
-        self.start = check_range("start", start, 0, 1)
-        self._full: dict[int, float] = {}  # of each group, where a checkpoint of another optimizer has taken it away
-        super().__init__(optimizer)
-
-    def rho(self, k: int, group: dict[str, Any]) -> float:
-        done = min(1.0, self.steps / self.duration)
-        self._full[k] = group.setdefault("initial_rho", self._full.get(k, float(group["rho"])))
-        return self._full[k] * (self.start + (1 - self.start) * done)
-
-
-class RhoFromRate(RhoSchedule):
-    """GSAM's rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min), arXiv 2203.08065.
-
-    lr_t is each group's own, held within lr_min and lr_max.
-
-    Args:
-        rho_max, rho_min: rho at lr_max and lr_min, 0 or more; rho_max the larger one.
-        lr_max, lr_min: the learning rate's highest and lowest value, lr_max above lr_min.
-    """
-
-    def __init__(
-        self, optimizer: Engine, rho_max: float, rho_min: float = 0.0, *, lr_max: float, lr_min: float = 0.0
-    ) -> None:
-        self.rho_max = check_range("rho_max", rho_max, 0, 1e6)
-        self.rho_min = check_range("rho_min", rho_min, 0, self.rho_max)
-        self.lr_max = check_range("lr_max", lr_max, 0, 1e6, open_low=True)
-        self.lr_min = check_range("lr_min", lr_min, 0, self.lr_max)
-        if self.lr_min == self.lr_max:
-            raise ValueError(f"lr_max must be above lr_min; both are {self.lr_max:g}")
-        super().__init__(optimizer)
-
-    def rho(self, k: int, group: dict[str, Any]) -> float:
-        share = (float(group["lr"]) - self.lr_min) / (self.lr_max - self.lr_min)
-        return self.rho_min + (self.rho_max - self.rho_min) * min(1.0, max(0.0, share))

@@ -1,0 +1,93 @@
+"""How far a step perturbs: schedules of rho, stepped beside a learning-rate scheduler.
+
+    rho = RhoWarmup(optimizer, steps=500)
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch.optim import Optimizer
+
+from .options import check_count, check_range
+
+
+class RhoSchedule(ABC):
+    """Sets every group's rho, as torch's learning-rate schedulers set lr: step() after each update, and after
+    theirs."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self.steps = 0
+        self._set()
+
+    @abstractmethod
+    def rho(self, k: int, group: dict[str, Any]) -> float:
+        """rho of group k at this step."""
+
+    def step(self) -> None:
+        self.steps += 1
+        self._set()
+
+    def _set(self) -> None:
+        for k, group in enumerate(self.optimizer.param_groups):
+            group["rho"] = self.rho(k, group)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("optimizer", "_full")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """To be called after the optimizer's own; sets rho."""
+        own = self.state_dict()
+        vars(self).update({name: value for name, value in state_dict.items() if name in own})
+        self._set()
+
+
+class RhoWarmup(RhoSchedule):
+    """rho from the share `start` of its value up to that value, in equal parts over `steps` steps.
+
+    That value is kept in the group as "initial_rho", as torch's schedulers keep "initial_lr"; a group that is added
+    later joins with its own.
+
+    Args:
+        steps: a whole number of at least 1.
+        start: 0 to 1. At 0 the first step does not perturb.
+    """
+
+    def __init__(self, optimizer: Optimizer, steps: int, start: float = 0.0) -> None:
+        self.duration = check_count("steps", steps)
+        self.start = check_range("start", start, 0, 1)
+        self._full: dict[int, float] = {}  # of each group, where a checkpoint of another optimizer has taken it away
+        super().__init__(optimizer)
+
+    def rho(self, k: int, group: dict[str, Any]) -> float:
+        done = min(1.0, self.steps / self.duration)
+        self._full[k] = group.setdefault("initial_rho", self._full.get(k, float(group["rho"])))
+        return self._full[k] * (self.start + (1 - self.start) * done)
+
+
+class RhoFromRate(RhoSchedule):
+    """GSAM's rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min), arXiv 2203.08065.
+
+    lr_t is each group's own, held within lr_min and lr_max.
+
+    Args:
+        rho_max, rho_min: rho at lr_max and lr_min, 0 or more; rho_max the larger one.
+        lr_max, lr_min: the learning rate's highest and lowest value, lr_max above lr_min.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, rho_max: float, rho_min: float = 0.0, *, lr_max: float, lr_min: float = 0.0
+    ) -> None:
+        self.rho_max = check_range("rho_max", rho_max, 0, 1e6)
+        self.rho_min = check_range("rho_min", rho_min, 0, self.rho_max)
+        self.lr_max = check_range("lr_max", lr_max, 0, 1e6, open_low=True)
+        self.lr_min = check_range("lr_min", lr_min, 0, self.lr_max)
+        if self.lr_min == self.lr_max:
+            raise ValueError(f"lr_max must be above lr_min; both are {self.lr_max:g}")
+        super().__init__(optimizer)
+
+    def rho(self, k: int, group: dict[str, Any]) -> float:
+        share = (float(group["lr"]) - self.lr_min) / (self.lr_max - self.lr_min)
+        return self.rho_min + (self.rho_max - self.rho_min) * min(1.0, max(0.0, share))
