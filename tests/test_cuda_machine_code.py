@@ -25,7 +25,7 @@ FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
 WITH_LARGE_TABLES = "sm_90"
 SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled storage types and their bytes
 
-FILES = ("norm", "move", "sgd", "adam", "lists")  # csrc/cuda/*.cu, but for the host's table.cu
+FILES = ("norm", "move", "sgd", "adam", "lists")  # csrc/cuda/*.cu, but for the host's table.cu and device.cu
 
 # Most that a kernel may take: up to 128 registers two blocks of 256 threads share an SM, and by docs/gpu.md that is
 # enough bytes in flight; Adam, with its divisions and roots, needs the room above 96.

@@ -8,6 +8,7 @@
 
 #include "bindings/addresses.h"
 #include "bindings/groups.h"
+#include "cuda/device.h"
 #include "cuda/table.h"
 
 #ifndef FUSED_SAM_CUDA_MODULE

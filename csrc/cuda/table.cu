@@ -5,61 +5,13 @@
 #include <numeric>
 #include <type_traits>
 
+#include "cuda/device.h"
 #include "cuda/tuning.h"
 
 namespace fused_sam {
 namespace {
 
-std::string text_of(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error); }
-
-void check(cudaError_t error, const char* what) {
-  if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken, so that it is not reported to whoever asks next
-  throw std::runtime_error(std::string(what) + " failed: " + text_of(error));
-}
-
-// Makes a device current while it lives.
-class OnDevice {
- public:
-  explicit OnDevice(int device) {
-    check(cudaGetDevice(&before_), "asking for the current CUDA device");
-    changed_ = before_ != device;
-    if (changed_) check(cudaSetDevice(device), "switching to the tensors' CUDA device");
-  }
-  ~OnDevice() {
-    if (changed_) cudaSetDevice(before_);
-  }
-  OnDevice(const OnDevice&) = delete;
-  OnDevice& operator=(const OnDevice&) = delete;
-
- private:
-  int before_ = 0;
-  bool changed_ = false;
-};
-
-int attribute(cudaDeviceAttr which, int device) {
-  int value = 0;
-  check(cudaDeviceGetAttribute(&value, which, device), "asking for a property of the CUDA device");
-  return value;
-}
-
-std::string version_text(int version) {
-  return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
-}
-
 bool takes_large_tables() { return FUSED_SAM_LARGE_TABLES && cuda_driver_version() >= 12010; }
-
-void check_memory_of(int device, uintptr_t address, const char* what, size_t row) {
-  cudaPointerAttributes attributes = {};
-  check(cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address)), "asking what memory an address is");
-  if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
-    throw std::invalid_argument(std::string("the ") + what + " of tensor " + std::to_string(row) +
-                                " is not in GPU memory: move it to cuda:" + std::to_string(device));
-  if (attributes.type == cudaMemoryTypeDevice && attributes.device != device)
-    throw std::invalid_argument(std::string("the ") + what + " of tensor " + std::to_string(row) + " is on cuda:" +
-                                std::to_string(attributes.device) + ", the table on cuda:" + std::to_string(device) +
-                                ": use one optimizer a device");
-}
 
 void check_aligned(uintptr_t address, int64_t element_size, const char* what) {
   if (address % uintptr_t(element_size) != 0)
@@ -84,50 +36,14 @@ constexpr int64_t kTicketBytes = 128;
 
 }  // namespace
 
-int cuda_runtime_version() {
-  int version = 0;
-  cudaRuntimeGetVersion(&version);
-  return version;
-}
-
-int cuda_driver_version() {
-  int version = 0;
-  if (cudaDriverGetVersion(&version) != cudaSuccess) cudaGetLastError();
-  return version;
-}
-
-std::string cuda_problem() {
-  if (cuda_driver_version() == 0) return "no NVIDIA driver is installed on this machine";
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error != cudaSuccess) cudaGetLastError();
-  if (error == cudaErrorInsufficientDriver)
-    return "the NVIDIA driver knows CUDA " + version_text(cuda_driver_version()) + " and fused_sam._cuda was built with " +
-           version_text(cuda_runtime_version()) + ": update the driver, or build with an older CUDA toolkit";
-  if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) return "no NVIDIA GPU is visible";
-  if (error != cudaSuccess) return "CUDA does not start: " + text_of(error);
-  return "";
-}
-
-std::string cuda_device_problem(int device) {
-  const OnDevice guard(device);
-  const cudaError_t error = kernels_fit_device();
-  if (error == cudaSuccess) return "";
-  const int major = attribute(cudaDevAttrComputeCapabilityMajor, device);
-  const int minor = attribute(cudaDevAttrComputeCapabilityMinor, device);
-  return "fused_sam._cuda has no kernels for cuda:" + std::to_string(device) + ", whose compute capability is " +
-         std::to_string(major) + "." + std::to_string(minor) + " (" + cudaGetErrorName(error) +
-         "): build it with FUSED_SAM_CUDA_ARCHS=native; 8.0 is the oldest served";
-}
-
 // ---- columns ----------------------------------------------------------------------------------------------
 
 Columns::Columns(int device, std::vector<int64_t> sizes, std::vector<int32_t> groups, int64_t chunk)
     : device_(device), sizes_(std::move(sizes)), chunk_(chunk) {
   if (chunk_ == 0) {
     const int64_t elements = std::accumulate(sizes_.begin(), sizes_.end(), int64_t(0));
-    chunk_ = chunk_for(elements, attribute(cudaDevAttrMultiProcessorCount, device),
-                       tuning_of(attribute(cudaDevAttrComputeCapabilityMajor, device)));
+    chunk_ = chunk_for(elements, device_attribute(cudaDevAttrMultiProcessorCount, device),
+                       tuning_of(device_attribute(cudaDevAttrComputeCapabilityMajor, device)));
   }
   cut(pass_, groups);
 }

@@ -15,7 +15,6 @@
 
 namespace fused_sam {
 
-
 // A learning rate that lies on the device; address 0: the group's own number counts.
 struct DeviceRate {
   uintptr_t address = 0;
@@ -142,12 +141,5 @@ bool cuda_lists_served(Dtype x, Dtype y);
 
 // The end of P1 by itself.
 void cuda_finish(uintptr_t status, NormFlags, double eps, int device, uintptr_t stream);
-
-// Why CUDA cannot be used here, in words; empty where it can.
-std::string cuda_problem();
-// Why these kernels cannot run on that device; empty where they can.
-std::string cuda_device_problem(int device);
-int cuda_runtime_version();  // such as 13000: of the runtime that is linked in
-int cuda_driver_version();   // the newest CUDA that the driver can run; 0 without one
 
 }  // namespace fused_sam

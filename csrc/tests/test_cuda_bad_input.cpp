@@ -1,4 +1,5 @@
 // What the CUDA backend refuses, and a machine on which it cannot run, in words; on the stand-in for CUDA (cuda_shim/).
+#include "cuda/device.h"
 #include "cuda_runtime.h"
 #include "tests/check_words.h"
 #include "tests/cuda_rig.h"

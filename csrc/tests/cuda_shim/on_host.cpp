@@ -4,4 +4,5 @@
 #include "cuda/sgd.cu"
 #include "cuda/adam.cu"
 #include "cuda/lists.cu"
+#include "cuda/device.cu"
 #include "cuda/table.cu"
