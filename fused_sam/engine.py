@@ -175,7 +175,7 @@ class Engine(Optimizer):
 
     def _wrote(self) -> None:
         if self._plan is not None:
-            self._plan.wrote()
+            self._plan.masters.wrote()
 
     def _parameters(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]

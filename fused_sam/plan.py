@@ -21,6 +21,8 @@ from .backends.contract import LOW_PRECISION, Backend, Table
 from .backends.reference import Reference
 from .jobs import Job, Scan, Update
 from .layout import begun, fitting, fitting_step, is_alike, is_flat
+from .masters import MASTER, Masters
+from .parameters import check_parameters, names_of
 from .reader import make_reader
 from .sharding import Sharding, gradient_of, is_sharded, like, local
 
@@ -30,7 +32,6 @@ ABSENT, ALIKE, WIDER, DISAGREEING = range(4)
 # Tables of as many patterns of present gradients are kept: enough for a few alternating losses or frozen stages.
 PATTERNS_KEPT = 16
 
-
 # Columns of a table, and the names of the optimizer state that they hold.
 _NAMES = {
     "momenta": ("momentum_buffer", "exp_avg"),
@@ -38,7 +39,6 @@ _NAMES = {
     "largest": ("max_exp_avg_sq",),
     "steps": ("step",),
 }
-MASTER = "master_weight"
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Plan:
         self.params = [local(p) for p in self.owners]  # this process's part of them
         self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
         self._group_sizes = [len(group["params"]) for group in groups]
-        self._names = _names(groups)
+        self._names = names_of(groups)
         spread = any(map(is_sharded, self.owners))
         self.sharding = Sharding(self.owners, self._names) if spread else None
         self.reader = make_reader(self.params)
@@ -86,56 +86,16 @@ class Plan:
         self._checked = False  # gradients against weights, shape by shape
         self._backups: dict[int, Tensor] = {}
         self.pairs: dict[Any, Any] = {}  # of columns.py
-        self._masters: dict[int, Tensor] = {}
-        self._mastered = [precision.master_weights and p.dtype in LOW_PRECISION for p in self.params]
-        self._has_masters = any(self._mastered)
-        self._versions: list[tuple[int, int]] = []  # of the weights as they were written last, where there are masters
+        self.masters = Masters(self.owners, self.params, wanted=precision.master_weights)
         self._perturb: dict[Any, list[Job]] = {}
         self._update: dict[Any, Update] = {}
-        self._check()
+        check_parameters(self.params, self._names, self.flat)
 
     # ---- what the plan stands on --------------------------------------------------------------------------
 
     def name(self, i: int) -> str:
         """What errors call parameter i."""
         return self._names[i]
-
-    def _check(self) -> None:
-        devices: dict[torch.device, int] = {}
-        spans = []
-        for i, p in enumerate(self.params):
-            devices.setdefault(p.device, i)
-            if p.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):
-                advice = (
-                    "store it as pairs of reals and use torch.view_as_complex in forward()"
-                    if p.is_complex()
-                    else "leave it out, as in SAM([p for p in model.parameters() if p.requires_grad], ...)"
-                )
-                raise TypeError(
-                    f"{self.name(i)} is {p.dtype}: SAM takes weights of fp32, fp64, bf16 and fp16; {advice}"
-                )
-            if p.numel():
-                if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":
-                    raise ValueError(
-                        f"{self.name(i)} has no memory: its model was sharded after the optimizer was built; "
-                        "build the optimizer over the model's parameters after sharding it"
-                    )
-                size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-                spans.append((p.device.index or 0, p.data_ptr(), p.data_ptr() + size * p.element_size(), i))
-        if len(devices) > 1:
-            where = ", ".join(f"{self.name(i)} on {device}" for device, i in devices.items())
-            raise ValueError(f"SAM takes parameters of one device; got {where}: use one optimizer a device")
-        spans.sort()
-        for (device, _, end, i), (other_device, begin, _, j) in itertools.pairwise(spans):
-            if device == other_device and begin < end and begin > 0 and not self._interleaved(i, j):
-                raise ValueError(
-                    f"{self.name(i)} and {self.name(j)} share memory: perturbing one would perturb the other; "
-                    "pass each weight once"
-                )
-
-    def _interleaved(self, i: int, j: int) -> bool:
-        """Whether one of two weights has gaps: columns of one matrix overlap in span, not in elements."""
-        return not (self.flat[i] and self.flat[j])
 
     def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Whether the parameters are still those planned for, where they were."""
@@ -206,7 +166,7 @@ class Plan:
         self, scan: Scan, perturbed: Sequence[bool], state: dict[Tensor, dict[str, Any]]
     ) -> list[Job]:
         """Jobs over all weights that have a gradient and whose group is perturbed."""
-        self._check_masters(state)
+        self._follow(state)
         key = (scan.codes, tuple(perturbed))
         jobs = self._perturb.get(key)
         if jobs is None:
@@ -227,7 +187,7 @@ class Plan:
         `needs`: for each group the names of the state that the update reads and writes.
         """
         if perturbed is self.nothing:
-            self._check_masters(state)
+            self._follow(state)
         key = (scan.codes, id(perturbed), needs)
         found = self._update.get(key)
         if found is None or found.perturbed is not perturbed or not found.stands_on(state, self.reader):
@@ -238,51 +198,13 @@ class Plan:
     def forget_state(self) -> None:
         """Let go of optimizer state that has been replaced."""
         self._update.clear()
-        if self._masters:
-            self._masters.clear()
+        if self.masters.forget():
             self._perturb.clear()
 
-    # ---- master weights -----------------------------------------------------------------------------------
-
-    def wrote(self) -> None:
-        """The weights have just been written by this optimizer."""
-        if self._has_masters:
-            self._versions = self._written_at()
-
-    def _written_at(self) -> list[tuple[int, int]]:
-        """The weights' versions; writing to a DTensor counts on it and not on its part."""
-        return [(owner._version, p._version) for owner, p in zip(self.owners, self.params, strict=True)]
-
-    def written(self) -> list[Tensor]:
-        """What an update moves: each parameter's master, or itself."""
-        return [self._masters.get(i, p) for i, p in enumerate(self.params)]
-
-    def publish(self) -> None:
-        """Round masters that someone else has moved into their models."""
-        if self._masters:
-            torch._foreach_copy_([self.params[i] for i in self._masters], list(self._masters.values()))
-
-    def _check_masters(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Have a master for every bf16 and fp16 weight, and follow weights that someone else has written."""
-        if not self._has_masters:
-            return
-        now = self._written_at()
-        for i, p in enumerate(self.params):
-            if not self._mastered[i]:
-                continue
-            kept = state.get(self.owners[i], {}).get(MASTER)
-            master = self._masters.get(i)
-            if kept is not None and (master is None or local(kept) is not master):
-                fitting = self._fit(i, MASTER, kept)
-                if fitting is not local(kept):
-                    state[self.owners[i]][MASTER] = like(fitting, self.owners[i])
-                self._masters[i] = master = fitting
-                self._perturb.clear()
-            elif master is None:
-                self._masters[i] = master = p.detach().float()
-            if not self._versions or self._versions[i] != now[i]:
-                master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
-        self.wrote()
+    def _follow(self, state: dict[Tensor, dict[str, Any]]) -> None:
+        """Have the masters agree with the state and with their weights."""
+        if self.masters.any_due:
+            self.masters.follow(state, self._fit, self._perturb.clear)
 
     def _new_update(
         self,
@@ -291,7 +213,7 @@ class Plan:
         needs: tuple[tuple[str, ...], ...],
         state: dict[Tensor, dict[str, Any]],
     ) -> Update:
-        every_name = {*itertools.chain(*needs), *([MASTER] if self._has_masters else [])}
+        every_name = {*itertools.chain(*needs), *([MASTER] if self.masters.any_due else [])}
         update = Update(perturbed, held={name: [] for name in sorted(every_name)})
         saved = {i for job in perturbed for i in job.rows}
 
@@ -301,11 +223,11 @@ class Plan:
             entry = state.get(owner, {})
             value = entry.get(name)
             if value is None:
-                part = self._masters[i] if name == MASTER else begun(name, p)
+                part = self.masters[i] if name == MASTER else begun(name, p)
                 update.new.append((owner, name, part if name == "step" else like(part, owner)))
                 return part
             if name == MASTER:
-                part = self._masters[i]
+                part = self.masters[i]
             else:
                 part = fitting_step(value, p) if name == "step" else self._fit(i, name, value)
             if part is not local(value):
@@ -319,7 +241,7 @@ class Plan:
                 update.entries.append(state[self.owners[i]])
                 for column in update.held.values():
                     column.append(None)
-            return {name: found(i, name) for name in (*names, MASTER) if name != MASTER or self._mastered[i]}
+            return {name: found(i, name) for name in (*names, MASTER) if name != MASTER or self.masters.due[i]}
 
         def columns(table: Table, rows: list[int]) -> None:
             if not table.models:
@@ -382,11 +304,7 @@ class Plan:
 
     def inherit(self, old: Plan) -> None:
         """Take over another plan's master weights, where the parameters are the same."""
-        index = {id(p): i for i, p in enumerate(self.owners)}
-        for j, master in old._masters.items():
-            i = index.get(id(old.owners[j]))
-            if i is not None and self._mastered[i] and master.shape == self.params[i].shape:
-                self._masters[i] = fitting(master, self.params[i])
+        self.masters.inherit(old.masters, {id(p): i for i, p in enumerate(self.owners)})
         if self.sharding is not None and old.sharding is not None:
             self.sharding.inherit(old.sharding)
 
@@ -400,20 +318,18 @@ class Plan:
         rows = []
         for j in (row for job in perturbed for row in job.rows):
             i = index.get(id(old.owners[j]))
-            if i is None or (old._masters if old._mastered[j] else old._backups)[j].shape != self.params[i].shape:
+            kept = old.masters[j] if old.masters.due[j] else old._backups[j]
+            if i is None or kept.shape != self.params[i].shape:
                 raise RuntimeError(
                     f"{old.name(j)} was perturbed and has been removed or reshaped since: "
                     "call second_step() or restore() before changing weights"
                 )
-            kept, p = (old._masters if old._mastered[j] else old._backups)[j], self.params[i]
-            if self._mastered[i]:
-                self._masters[i] = fitting(kept, p)
+            if self.masters.due[i]:
+                self.masters.take(i, kept)
             else:
-                self._backups[i] = torch.empty_like(p, requires_grad=False).copy_(kept)
+                self._backups[i] = torch.empty_like(self.params[i], requires_grad=False).copy_(kept)
             rows.append(i)
-        for i, p in enumerate(self.params):
-            if self._mastered[i] and i not in self._masters:
-                self._masters[i] = p.detach().float()
+        self.masters.begin()
         return self._jobs(rows, self._own_codes(), self._save_here)
 
     def _own_codes(self) -> bytes:
@@ -437,7 +353,7 @@ class Plan:
             mastered = low and self._precision.master_weights
             weights = [self.params[i] for i in chosen]
             table = Table(
-                weights=[self._masters[i] for i in chosen] if mastered else weights,
+                weights=[self.masters[i] for i in chosen] if mastered else weights,
                 groups=[self.group_of[i] for i in chosen],
                 gradient_dtype=torch.float32 if code == WIDER else dtype,
                 agreeing=agreeing,
@@ -473,14 +389,3 @@ def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
     if len(cache) >= PATTERNS_KEPT:
         cache.pop(next(iter(cache)))
     cache[key] = value
-
-
-def _names(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """How errors call the parameters: by their names where the optimizer was given them."""
-    names = []
-    for k, group in enumerate(groups):
-        given = group.get("param_names")
-        for i, p in enumerate(group["params"]):
-            title = f"parameter {given[i]!r}" if given else f"parameter {i} of group {k}"
-            names.append(f"{title} (shape {tuple(p.shape)})")
-    return names

@@ -106,13 +106,13 @@ class WSAM(SAM):
     def _updated(self, plan: Plan, scan: Scan, groups: list[Group]) -> None:
         if self._kept is None or not self.decouple:
             return
-        weights, factor = plan.written(), -self.gamma / (1 - self.gamma) * self._unscaled()
+        weights, factor = plan.masters.written(), -self.gamma / (1 - self.gamma) * self._unscaled()
         for k, group in enumerate(groups):
             ours = [w if j == k else None for w, j in zip(weights, plan.group_of, strict=True)]
             sign = -1.0 if group.maximize else 1.0
             lr = self.param_groups[k]["lr"]
             Pair(plan, ours, self._kept).combine(ours, 1.0, sign * lr * factor, self._status())
-        plan.publish()
+        plan.masters.publish()
         self._wrote()
 
     def _unscaled(self) -> float | Tensor:
