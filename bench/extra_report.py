@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 from rich.table import Table
 
 from bench.extra_memory import Extra
-from bench.plot import OURS, STYLE, save
+from bench.plot import OURS, STYLE, name_rows, save
 from bench.targets import Outcome
 
 SLACK = 0.01  # bytes a parameter, for what does not grow with them
@@ -57,10 +57,8 @@ def plot(found: Sequence[Extra], path: Path, machine: str) -> Path:
                 f"+{max(beyond, 0):.2f}", (plain + max(beyond, 0), row), xytext=(5, 0), textcoords="offset points",
                 va="center", fontweight="bold",
             )  # fmt: skip
-        axes.set_yticks(range(len(found)), [extra.mode.name for extra in found])
-        axes.invert_yaxis()
+        name_rows(axes, [extra.mode.name for extra in found])
         axes.set_xlabel("bytes a parameter on each process: base optimizer's state, and SAM's beyond it")
         axes.set_title("Memory of SAM beyond its base optimizer")
-        axes.tick_params(axis="y", length=0)
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         return save(figure, path, machine)

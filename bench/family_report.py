@@ -12,7 +12,7 @@ from rich.table import Table
 from bench.family import METHODS
 from bench.methods import BASELINE, NETWORKS, Training
 from bench.optimizer_work import WITHIN, Work
-from bench.plot import OURS, STYLE, save
+from bench.plot import OURS, STYLE, name_rows, save
 from bench.report import duration, spread, times
 from bench.stats import summary
 from bench.targets import Outcome
@@ -100,13 +100,11 @@ def training_panel(axes: Axes, run: Training) -> None:
             f"{ratio.value:.2f}", (max(ratio.high, ratio.value, target or 0), row), xytext=(6, 0),
             textcoords="offset points", va="center",
         )  # fmt: skip
-    axes.set_yticks(range(len(names)), [METHODS[name].label for name in names])
-    axes.invert_yaxis()
+    name_rows(axes, [METHODS[name].label for name in names])
     axes.axvline(1, color="#1e293b", lw=0.8, ls=":")
     axes.set_xlim(0, axes.get_xlim()[1] * 1.12)
     axes.set_xlabel("time of a training step over SGD's; dark mark: target")
     axes.set_title(NETWORKS[run.network].title)
-    axes.tick_params(axis="y", length=0)
 
 
 def plot_work(work: Work, path: Path, machine: str) -> Path:
@@ -122,12 +120,10 @@ def plot_work(work: Work, path: Path, machine: str) -> Path:
                 f"{share.value:.2f}  ({work.floor(name):.3g} bytes)", (max(share.value, share.high), row),
                 xytext=(6, 0), textcoords="offset points", va="center",
             )  # fmt: skip
-        axes.set_yticks(range(len(names)), [METHODS[name].label for name in names])
-        axes.invert_yaxis()
+        name_rows(axes, [METHODS[name].label for name in names])
         axes.axvline(WITHIN, color="#1e293b", lw=0.8, ls=":")
         axes.set_xlim(0, axes.get_xlim()[1] * 1.3)
         axes.set_xlabel("bytes that the method has to move over its time, in units of copy_'s rate")
         axes.set_title(f"Optimizer work alone, {work.numel / 1e6:.1f}M parameters")
-        axes.tick_params(axis="y", length=0)
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         return save(figure, path, machine)

@@ -59,6 +59,13 @@ def save(figure: Figure, path: Path, machine: str) -> Path:
     return path
 
 
+def name_rows(axes: Axes, names: Sequence[str]) -> None:
+    """A name for each row of bars 0, 1, ..., the first one on top."""
+    axes.set_yticks(range(len(names)), names)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+
+
 def ratios(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
     """A panel a shape: bars of each peer's step in units of ours, split into the two halves of the step."""
     with plt.rc_context(STYLE):
@@ -99,14 +106,12 @@ def ratio_panel(axes: Axes, run: Comparison) -> None:
             label, (max(ratio.high, ratio.value), row), xytext=(6, 0), textcoords="offset points",
             va="center", fontweight="bold" if PEERS[peer].ours else None,
         )  # fmt: skip
-    axes.set_yticks(range(len(peers)), [run.label(peer) for peer in peers])
+    name_rows(axes, [run.label(peer) for peer in peers])
     for tick, peer in zip(axes.get_yticklabels(), peers, strict=True):
         tick.set_fontweight("bold" if PEERS[peer].ours else "normal")
-    axes.invert_yaxis()
     axes.axvline(1, color="#1e293b", lw=0.8, ls=":")
     longest = max(run.ratio(peer).high for peer in peers)
     axes.set_xlim(0, longest * 1.5)
-    axes.tick_params(axis="y", length=0)
     axes.set_title(run.title)
 
 
@@ -158,11 +163,9 @@ def bandwidth(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
                     note, (0, row + offset), xytext=(6, 0), textcoords="offset points", va="center",
                     fontweight=weight, color="white" if tint == OURS else "black",
                 )  # fmt: skip
-        axes.set_yticks(range(len(runs)), [run.title.replace(": ", "\n") for run in runs])
-        axes.invert_yaxis()
+        name_rows(axes, [run.title.replace(": ", "\n") for run in runs])
         axes.set_xlabel("GB/s: bytes that the work has to move, over its time")
         axes.set_title(f"Memory bandwidth of a SAM + {runs[0].base.__name__} step")
-        axes.tick_params(axis="y", length=0)
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         return save(figure, path, machine)
 
