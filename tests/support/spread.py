@@ -165,6 +165,15 @@ def local(t: Tensor) -> Tensor:
     return t.to_local() if isinstance(t, DTensor) else t
 
 
+def error_of(call: Callable[[], object]) -> str:
+    """The words of the RuntimeError that the call ends in; empty where it ends well."""
+    try:
+        call()
+    except RuntimeError as raised:
+        return str(raised)
+    return ""
+
+
 def gradients_missing(rank: int, which: str) -> tuple[bool, bool]:
     """Process 1 has no gradients (or lacks one); whether weights and state are as before after the error."""
     model = fsdp(model_of())
@@ -172,7 +181,6 @@ def gradients_missing(rank: int, which: str) -> tuple[bool, bool]:
     step(model, optimizer, part_of(batch_of(0), rank, 0))
     before = [local(p).clone() for p in model.parameters()]
     half = "second" if which.endswith("second") else "first"
-    error = ""
     loss_of(model, part_of(batch_of(1), rank, 0)).backward()
     if half == "second":
         optimizer.first_step(zero_grad=True)
@@ -180,10 +188,7 @@ def gradients_missing(rank: int, which: str) -> tuple[bool, bool]:
     if rank == 1:
         for p in list(model.parameters())[: 1 if which.startswith("one") else None]:
             p.grad = None
-    try:
-        optimizer.first_step() if half == "first" else optimizer.second_step()
-    except RuntimeError as raised:
-        error = str(raised)
+    error = error_of(optimizer.first_step if half == "first" else optimizer.second_step)
     same = all(torch.equal(local(p), w) for p, w in zip(model.parameters(), before, strict=True))
     return "gradients for different parameters" in error and not optimizer.perturbed, same
 
@@ -193,11 +198,7 @@ def other_parameters(rank: int) -> str:
     params = list(model.parameters())
     optimizer = SAM(params[rank:], rho=0.1, lr=0.1)
     loss_of(model, part_of(batch_of(0), rank, 0)).backward()
-    try:
-        optimizer.first_step()
-    except RuntimeError as raised:
-        return str(raised)
-    return ""
+    return error_of(optimizer.first_step)
 
 
 def built_before_sharding(rank: int, cls: type[SAM]) -> str:
@@ -205,11 +206,7 @@ def built_before_sharding(rank: int, cls: type[SAM]) -> str:
     optimizer = cls(model.parameters(), rho=0.1, lr=0.1)
     fsdp(model)
     loss_of(model, part_of(batch_of(0), rank, 0)).backward()
-    try:
-        optimizer.first_step()
-    except RuntimeError as raised:
-        return str(raised)
-    return ""
+    return error_of(optimizer.first_step)
 
 
 # ---- low precision, checkpoints, calls ------------------------------------------------------------------------------
