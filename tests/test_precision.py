@@ -132,6 +132,22 @@ def test_weights_loaded_behind_the_optimizer_reach_the_masters(backend: str) -> 
     assert_same_bits([optimizer.state[params[0]]["master_weight"]], [kept])
 
 
+def test_masters_replaced_by_the_user_are_climbed_from(backend: str) -> None:
+    params = weights([(50,), (3, 4)], torch.bfloat16)
+    twin = weights([(50,), (3, 4)], torch.bfloat16)
+    optimizer = SAM(params, rho=0.3, lr=0.1, master_weights=True, backend=backend)
+    other = SAM(twin, rho=0.3, lr=0.1, master_weights=True, backend=backend)
+    passes = draw_passes(params, 2)
+    drive(optimizer, params, passes)
+    drive(other, twin, passes)
+    for p, q in zip(params, twin, strict=True):
+        optimizer.state[p]["master_weight"] = optimizer.state[p]["master_weight"] + 0.125
+        other.state[q]["master_weight"].add_(0.125)
+    for found, expected in zip(drive(optimizer, params, passes), drive(other, twin, passes), strict=True):
+        assert_same_bits(found, expected)
+    assert_same_optimizers(optimizer, other)
+
+
 def test_checkpoints_of_plain_sgd_and_masters_load_each_other() -> None:
     model, twin = net(dtype=torch.bfloat16), net(dtype=torch.bfloat16)
     optimizer = SAM(model.parameters(), lr=0.1, momentum=0.9, master_weights=True)
