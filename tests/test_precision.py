@@ -173,6 +173,21 @@ def test_fp32_weights_beside_low_precision_ones_have_no_master(backend: str) -> 
     assert_same_bits([optimizer.state[params[0]]["master_weight"].to(torch.bfloat16)], [params[0].detach()])
 
 
+def test_a_group_added_while_perturbed_gets_masters(backend: str) -> None:
+    params = weights([(40,)], torch.bfloat16)
+    optimizer = SAM(params, rho=0.3, lr=0.1, master_weights=True, backend=backend)
+    set_gradients(params, draw_passes(params, 1)[0][0])
+    optimizer.first_step()
+    (late,) = weights([(9,)], torch.bfloat16, seed=3)
+    before = late.detach().float()
+    optimizer.add_param_group({"params": [late]})
+    late.grad = torch.full_like(late, 2.0**-12)
+    optimizer.second_step()
+    master = optimizer.state[late]["master_weight"]
+    torch.testing.assert_close(master, before - 0.1 * 2.0**-12, rtol=0, atol=2.0**-23)  # one rounding near 1
+    assert_same_bits([late], [master.bfloat16()])
+
+
 def _conv(layout: str) -> nn.Parameter:
     return nn.Parameter(LAYOUTS[layout](values((4, 6, 3, 5), 1, torch.bfloat16)))
 
