@@ -20,7 +20,8 @@ from torch import Tensor
 
 from .contract import LOW_PRECISION, Backend, Group, Lists, Table
 from .reference import Reference
-from .triton_tables import Memory, Native, NativeLists, NativeTable, Reserve, copy_rates, device_of
+from .triton_memory import Memory, Reserve
+from .triton_tables import Native, NativeLists, NativeTable, copy_rates, device_of
 from .versions import bump_versions
 
 _OLDEST = (3, 6)  # the launches below are those of Triton 3.6 and newer

@@ -34,8 +34,9 @@ from fused_sam.backends.draws import chosen, mix, round_at_random, stream_key, w
 from fused_sam.backends.reference import Reference
 from fused_sam.backends.triton import Triton
 from fused_sam.backends.triton_draws import words as words_of_a_block
+from fused_sam.backends.triton_memory import Memory
 from fused_sam.backends.triton_places import SEED, STREAM
-from fused_sam.backends.triton_tables import Memory, Native
+from fused_sam.backends.triton_tables import Native
 from fused_sam.backends.triton_updates import bias_correction
 
 INF, NAN = float("inf"), float("nan")
