@@ -132,6 +132,7 @@ class Engine(Optimizer):
     _kept: list[Tensor | None] | None = None
     _decision: bool | None = None  # whether this step perturbs; None: not asked yet
     _lent = False  # inside `with unperturbed()`
+    _knows_two_steps = False  # first_step() was called or `perturbs` asked, or a warning given that neither was
     _took_update_norm = False
     _had_gradients = False
     _scale: Tensor | None = None  # that the last update's gradients had
