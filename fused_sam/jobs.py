@@ -81,14 +81,18 @@ class Update:
     held: dict[str, list[Tensor | None]] = field(default_factory=dict)  # ... and by name what was found in each
     all_entries: list[dict[str, Any]] = field(default_factory=list)
     idle_steps: list[Tensor] = field(default_factory=list)  # Adam's of empty weights, which no primitive counts
+    spent: bool = False  # what it was to begin has begun: its tables must not begin that once more
 
     def commit(self, state: dict[Tensor, dict[str, Any]]) -> None:
         """The update has happened: state that it began is part of the optimizer's now."""
         for p, name, value in self.new:
             state[p][name] = value
+            self.spent = True
 
     def stands_on(self, state: dict[Tensor, dict[str, Any]], reader: Reader) -> bool:
         """Whether the state still holds the tensors that the tables point to, and none where they begin one."""
-        return reader.unchanged(
-            state, self.all_entries, self.entries, tuple(self.held), list(self.held.values())
-        ) and not any(name in state.get(p, ()) for p, name, _ in self.new)
+        return (
+            not self.spent
+            and reader.unchanged(state, self.all_entries, self.entries, tuple(self.held), list(self.held.values()))
+            and not any(name in state.get(p, ()) for p, name, _ in self.new)
+        )

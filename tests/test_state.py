@@ -201,6 +201,20 @@ def test_state_cleared_by_the_user_begins_anew(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+def test_state_cleared_after_its_first_step_begins_anew(backend: str, cls: type[Optimizer]) -> None:
+    """The tables of a first step begin state; that they have written it must not be forgotten with it."""
+    p, q = weights([(9,)], torch.float32) + weights([(9,)], torch.float32)
+    options: dict[str, Any] = {"lr": 0.1} if cls is torch.optim.AdamW else {"lr": 0.1, "momentum": 0.9}
+    optimizer, base = SAM([p], cls, rho=0.0, backend=backend, **options), cls([q], **options)
+    for step in range(3):
+        for w, o in ((p, optimizer), (q, base)):
+            w.grad = values((9,), step, torch.float32)
+            o.step()
+            o.state.clear()
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("layout", ["same", "bf16", "transposed", "fp64"])
 def test_buffers_replaced_by_the_user_are_used(backend: str, layout: str) -> None:
     p, q = weights([(6, 5)], torch.float32) + weights([(6, 5)], torch.float32)
