@@ -189,9 +189,10 @@ class Wrapped:
             job.backend.restore(job.table)
         if status[SKIP]:
             return
-        if groups and (grad_scale is not None or self._max_norm < math.inf):
+        present = scan.present()
+        if present and (grad_scale is not None or self._max_norm < math.inf):
             factor = gradient_factor(groups[0]._replace(maximize=False), status, grad_scale)
-            torch._foreach_mul_(scan.present(), factor)
+            torch._foreach_mul_(present, factor)
         self._inner.state = self._optimizer.state
         self._inner.param_groups = self._optimizer.param_groups
         step = type(self._inner).step

@@ -275,3 +275,13 @@ def test_eps_belongs_to_a_base_optimizer_that_has_one() -> None:
     optimizer = SAM([nn.Parameter(torch.ones(3))], torch.optim.Adam, lr=0.1, eps=1e-3)
     assert optimizer.param_groups[0]["eps"] == 1e-3
     assert "eps" not in SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, eps=1e-3).param_groups[0]
+
+
+def test_clipping_where_there_is_no_gradient(backend: str) -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.RMSprop, rho=0.1, lr=0.1, max_norm=1.0, backend=backend)
+    before = Snapshot(optimizer)
+    optimizer.first_step()
+    optimizer.second_step()
+    before.assert_unchanged()
+    assert not optimizer.step_was_skipped
