@@ -227,27 +227,24 @@ class SAM(Engine):
                 "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
                 "first_step() began, or restore() to undo it"
             )
+        self._refuse_misuse("step(closure)")
         evaluate = torch.enable_grad()(closure)
-        fresh = self._may_perturb() and fresh_gradients(self._parameters())
-        if not fresh:
-            self.zero_grad()
-            try:
+        try:
+            fresh = self._may_perturb() and fresh_gradients(self._parameters())
+            if not fresh:
+                self.zero_grad()
                 with self._first_pass():
                     loss = evaluate()
-            except BaseException:
-                self._decision = None
-                raise
-        if fresh and not self.perturbs:  # known only now, from the gradients: the closure's own run is the one pass
-            self.zero_grad()
-            loss = evaluate()
-        elif self.perturbs:
-            self.first_step(zero_grad=True)
-            try:
+            if fresh and not self.perturbs:  # known only now, from the gradients: the closure's own run is the one pass
+                self.zero_grad()
+                loss = evaluate()
+            elif self.perturbs:
+                self.first_step(zero_grad=True)
                 second = evaluate()
-            except BaseException:
-                self.restore()
-                raise
-            loss = second if fresh else loss
+                loss = second if fresh else loss
+        except BaseException:
+            self.restore()
+            raise
         self._step()
         return loss
 

@@ -12,7 +12,7 @@ from support.nets import closure_for, loss_of, net, two_steps
 from torch import Tensor, nn
 
 from fused_sam import SAM
-from fused_sam.schedule import AfterDecay
+from fused_sam.schedule import AdaptiveSchedule, AfterDecay
 
 
 def both(**options: float) -> tuple[nn.Module, SAM, nn.Module, SAM]:
@@ -321,3 +321,33 @@ def test_an_exception_in_the_first_run_leaves_no_decision_behind(backend: str) -
     count: list[int] = []
     optimizer.step(closure_for(model, 1, count))
     assert len(count) == 2
+
+
+def test_an_exception_in_the_only_run_leaves_no_decision_behind(backend: str) -> None:
+    """Gradients computed before, which decide that this step does not perturb: the closure runs for the update."""
+    model = net()
+    schedule = AdaptiveSchedule(100, lambda_1=0.0, lambda_2=0.0)
+    optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, backend=backend, schedule=schedule)
+    optimizer.step(closure_for(model, 0))
+    optimizer.zero_grad()
+    (1e-3 * loss_of(model, 1)).backward()  # small for its time
+
+    def fails() -> Tensor:
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        optimizer.step(fails)
+    (1e3 * loss_of(model, 1)).backward()  # large
+    assert optimizer.perturbs
+
+
+def test_a_closure_within_unperturbed_is_refused_before_it_runs() -> None:
+    model, optimizer, _, _ = both()
+    closure_for(model, 0)()
+    optimizer.first_step()
+    kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    runs: list[int] = []
+    with optimizer.unperturbed(), pytest.raises(RuntimeError, match=r"step\(closure\) inside `with optimizer"):
+        optimizer.step(closure_for(model, 0, runs))
+    assert not runs and optimizer.perturbed
+    assert_same_bits([p.grad for p in model.parameters() if p.grad is not None], kept)
