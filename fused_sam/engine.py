@@ -307,7 +307,8 @@ class Engine(Optimizer):
             self._backend.finish(status, scaled=scaled, carry=True, eps=self._eps)
             return
         if not jobs:
-            status[:DRAWS].zero_()
+            status[SUM] = 0
+            self._backend.finish(status, scaled=scaled, carry=carry, eps=self._eps)
         for i, job in enumerate(jobs):
             first, last = i == 0, i == len(jobs) - 1
             job.backend.norm(

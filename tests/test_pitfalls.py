@@ -115,6 +115,21 @@ def test_d06_no_gradients_at_all(backend: str) -> None:
     assert not optimizer.skipped and not optimizer.perturbed
 
 
+def test_d06_no_second_gradients_after_a_first_one_that_is_not_finite(backend: str) -> None:
+    model = net()
+    optimizer = sam(model.parameters(), backend)
+    before = Snapshot(optimizer)
+    for p in model.parameters():
+        p.grad = torch.full_like(p, float("inf"))
+    optimizer.first_step(zero_grad=True)
+    optimizer.second_step()
+    before.assert_unchanged()
+    assert optimizer.step_was_skipped
+    assert optimizer.grad_norm.isinf() and optimizer.update_norm == 0
+    optimizer.step()
+    assert not optimizer.step_was_skipped
+
+
 def test_d07_fp16_weights_have_an_eps_and_a_norm(variant: Variant) -> None:
     """In fp16 1e-12 is 0 and the squares of 300 are inf."""
     p = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
