@@ -236,6 +236,9 @@ class Engine(Optimizer):
             fresh = self._new_plan()
             if plan is not None:
                 fresh.inherit(plan)
+                if self._kept is not None:
+                    kept = dict(zip(plan.owners, self._kept, strict=True))
+                    self._kept = [kept.get(p) for p in fresh.owners]
                 if self._perturbed is not None:
                     self._perturbed = fresh.adopt(plan, self._perturbed)
             self._plan = plan = fresh

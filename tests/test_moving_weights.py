@@ -10,6 +10,7 @@ import pytest
 import torch
 from support.bits import Snapshot, assert_same_bits, same_bits
 from support.draws import values, weights
+from support.family import METHODS
 from support.nets import loss_of, net, train, two_steps
 from torch import nn
 
@@ -186,6 +187,31 @@ def test_add_param_group_while_perturbed(backend: str) -> None:
     optimizer.add_param_group({"params": layers[4:]})
     optimizer.restore()
     assert_same_bits(layers, before)
+
+
+@pytest.mark.parametrize("method", ["GSAM", "WSAM", "WSAM coupled", "FriendlySAM", "LookSAM"])
+def test_groups_added_and_reordered_while_first_gradients_are_kept(backend: str, method: str) -> None:
+    """Kept gradients go with their weights, not with their places."""
+
+    def step(change: bool) -> list[torch.Tensor]:
+        params = weights([(5,), (5,), (3, 4)], torch.float64)
+        groups = [{"params": params[:1]}, {"params": params[1:2]}]
+        optimizer = METHODS[method](groups, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+        for half in (0, 1):
+            for i, p in enumerate(params[:2]):
+                p.grad = values(p.shape, 10 * half + i, p.dtype)
+            if half == 0:
+                optimizer.first_step(zero_grad=True)
+        if change:
+            optimizer.add_param_group({"params": params[2:]})
+            optimizer.param_groups.reverse()
+            params[2].grad = values((3, 4), 30, torch.float64) * 0
+        optimizer.second_step()
+        assert not optimizer.perturbed and optimizer._kept is None
+        return [p.detach() for p in params]
+
+    for found, expected in zip(step(True), step(False), strict=True):
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
 def test_weight_removed_while_perturbed_is_an_error_that_says_so(backend: str) -> None:

@@ -149,3 +149,30 @@ def test_a_failed_closure_leaves_the_next_step_by_hand_alone(backend: str) -> No
             optimizer.next_microbatch()
     optimizer.step()
     assert_is(model, expected(1))
+
+
+def test_a_micro_batch_without_gradients_does_not_forgive_one_that_was_not_finite(backend: str) -> None:
+    p = nn.Parameter(torch.ones(4))
+    optimizer = MicrobatchSAM([p], rho=0.1, lr=0.1, num_microbatches=2, backend=backend)
+    p.grad = torch.full((4,), float("inf"))
+    optimizer.first_step()
+    p.grad = torch.ones(4)
+    optimizer.next_microbatch()
+    optimizer.first_step()
+    optimizer.second_step()
+    assert optimizer.step_was_skipped and torch.equal(p, torch.ones(4))
+
+
+def test_a_group_added_between_micro_batches(backend: str) -> None:
+    p, q = nn.Parameter(torch.ones(4)), nn.Parameter(torch.ones(3))
+    optimizer = MicrobatchSAM([p], rho=0.0, lr=0.5, num_microbatches=2, backend=backend)
+    p.grad = torch.ones(4)
+    optimizer.first_step()
+    p.grad = torch.ones(4)
+    optimizer.next_microbatch()
+    optimizer.add_param_group({"params": [q]})
+    p.grad, q.grad = torch.ones(4), torch.ones(3)
+    optimizer.first_step()
+    p.grad, q.grad = (None if p.grad is None else p.grad + 1.0), torch.ones(3)
+    optimizer.second_step()
+    assert torch.equal(p, torch.full((4,), 0.5)) and torch.equal(q, torch.full((3,), 0.75))

@@ -66,7 +66,7 @@ class MicrobatchSAM(SAM):
     _copied = (*SAM._copied, "num_microbatches")
     _recombines = True
     _done = 0  # micro-batches finished in this step
-    _sums: list[Tensor | None] | None = None  # of their second gradients, one for each parameter
+    _sums: dict[Tensor, Tensor] | None = None  # of their second gradients, by parameter
     _adds = False  # whether gradients are added to the sums here, in step(closure), and not by backward() in p.grad
 
     def __init__(
@@ -86,8 +86,8 @@ class MicrobatchSAM(SAM):
         """Climb along this micro-batch's gradient, which is let go of: zero_grad changes nothing."""
         self._climbs_on = self._done > 0
         super().first_step()
-        for i, p in enumerate(self._parameters()):
-            p.grad = None if self._sums is None or self._adds else self._sums[i]
+        for p in self._parameters():
+            p.grad = None if self._sums is None or self._adds else self._sums.get(p)
 
     def next_microbatch(self) -> None:
         """Finish a micro-batch: back to the weights, ready for the next one's first backward().
@@ -168,24 +168,23 @@ class MicrobatchSAM(SAM):
         for p in self._parameters():
             p.grad = None
 
-    def _collect(self) -> list[Tensor | None]:
+    def _collect(self) -> dict[Tensor, Tensor]:
         """Take the gradients into the sums. By hand p.grad is the sum, also where autograd made a new tensor of it."""
-        params = self._parameters()
         if self._sums is None:
-            self._sums = [None] * len(params)
-        for i, p in enumerate(params):
+            self._sums = {}
+        for p in self._parameters():
             if p.grad is None:
                 continue
-            total, g = self._sums[i], p.grad.detach()
+            total, g = self._sums.get(p), p.grad.detach()
             if total is None or not self._adds:
-                self._sums[i] = standalone(g)
+                self._sums[p] = standalone(g)
             else:
                 total.add_(g)
         return self._sums
 
     def _step(self) -> None:
         if self._sums is not None:
-            for p, g in zip(self._parameters(), self._collect(), strict=True):
+            for p, g in self._collect().items():
                 p.grad = g
         super()._step()
         self._sums, self._done, self._climbs_on = None, 0, False
