@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,7 @@ class Masters:
         state: dict[Tensor, dict[str, Any]],
         fit: Callable[[int, str, Tensor], Tensor],
         exchanged: Callable[[], None],
+        undone: Collection[int] = (),
     ) -> None:
         """Have a master for every weight that is due one: the state's, or a new one; and follow weights that someone
         else has written.
@@ -66,10 +67,11 @@ class Masters:
             state: the optimizer's; a master that does not lie as its weight does is replaced there.
             fit: lays a parameter's state of that name out as the parameter is; may raise.
             exchanged: called where a master has become another tensor.
+            undone: parameters to leave out: what is written to them will be overwritten.
         """
         now = self._written_at()
         for i, p in enumerate(self._params):
-            if not self.due[i]:
+            if not self.due[i] or i in undone:
                 continue
             kept = state.get(self._owners[i], {}).get(MASTER)
             master = self._of.get(i)

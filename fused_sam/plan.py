@@ -166,7 +166,7 @@ class Plan:
         self, scan: Scan, perturbed: Sequence[bool], state: dict[Tensor, dict[str, Any]]
     ) -> list[Job]:
         """Jobs over all weights that have a gradient and whose group is perturbed."""
-        self._follow(state)
+        self.follow(state, self.nothing)
         key = (scan.codes, tuple(perturbed))
         jobs = self._perturb.get(key)
         if jobs is None:
@@ -186,8 +186,7 @@ class Plan:
 
         `needs`: for each group the names of the state that the update reads and writes.
         """
-        if perturbed is self.nothing:
-            self._follow(state)
+        self.follow(state, perturbed)
         key = (scan.codes, id(perturbed), needs)
         found = self._update.get(key)
         if found is None or found.perturbed is not perturbed or not found.stands_on(state, self.reader):
@@ -201,10 +200,11 @@ class Plan:
         if self.masters.forget():
             self._perturb.clear()
 
-    def _follow(self, state: dict[Tensor, dict[str, Any]]) -> None:
-        """Have the masters agree with the state and with their weights."""
-        if self.masters.any_due:
-            self.masters.follow(state, self._fit, self._perturb.clear)
+    def follow(self, state: dict[Tensor, dict[str, Any]], perturbed: list[Job]) -> None:
+        """Have the masters agree with the state and with their weights, but those that `perturbed` will restore."""
+        if self.masters.any_due and sum(len(job.rows) for job in perturbed) < len(self.params):
+            undone = {i for job in perturbed for i in job.rows}
+            self.masters.follow(state, self._fit, self._perturb.clear, undone)
 
     def _new_update(
         self,

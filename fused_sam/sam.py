@@ -265,7 +265,8 @@ class SAM(Engine):
         self._decision = None
         if self._perturbed is None:
             return
-        self._planned()
+        plan = self._planned()
+        plan.follow(self.state, self._perturbed)
         for job in self._perturbed:
             job.backend.restore(job.table)
         self._perturbed = self._decision = self._kept = None
@@ -282,7 +283,7 @@ class SAM(Engine):
         if self._perturbed is None:
             yield
             return
-        self._planned()
+        plan = self._planned()
         jobs = self._perturbed
         kept = [[t.detach().clone() for t in job.table.models or job.table.weights] for job in jobs]
         with torch.no_grad():
@@ -294,6 +295,7 @@ class SAM(Engine):
         finally:
             self._perturbed, self._lent = jobs, False
             with torch.no_grad():
+                plan.follow(self.state, jobs)
                 for job, values in zip(jobs, kept, strict=True):
                     torch._foreach_copy_(job.table.models or job.table.weights, values)
             self._wrote()

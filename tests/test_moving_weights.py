@@ -150,6 +150,27 @@ def test_weights_assigned_by_the_user_are_kept(backend: str) -> None:
         assert torch.equal(p, torch.full((4,), 2.75))
 
 
+@pytest.mark.parametrize("end", ["second_step", "restore", "unperturbed"])
+def test_weights_written_between_the_passes_where_they_are_not_perturbed(backend: str, end: str) -> None:
+    """Their masters follow, whichever way the step ends, and the next update starts from what was written."""
+    p, q = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
+    groups = [{"params": [p]}, {"params": [q], "perturb": False}]
+    optimizer = SAM(groups, rho=0.5, lr=0.25, backend=backend, master_weights=True)
+    p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+    optimizer.step()
+    optimizer.first_step(zero_grad=True)
+    if end == "unperturbed":
+        with optimizer.unperturbed(), torch.no_grad():
+            q.fill_(3.0)
+    else:
+        with torch.no_grad():
+            q.fill_(3.0)
+    optimizer.restore() if end == "restore" else optimizer.second_step()
+    q.grad = torch.ones_like(q)
+    optimizer.step()
+    assert torch.equal(q, torch.full_like(q, 2.75))
+
+
 def test_add_param_group_mid_training(backend: str) -> None:
     model, twin = net(), net()
     ours, theirs = list(model.parameters()), list(twin.parameters())
