@@ -14,7 +14,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are alike in shape, dtype and every bit; -0.0 is not 0.0, and a NaN is itself."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
-    raw = [t.detach().contiguous().reshape(-1).view(torch.uint8) for t in (a, b)]
+    raw = [t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b)]
     return torch.equal(*raw)
 
 
