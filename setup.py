@@ -1,6 +1,7 @@
 """Builds the native modules by CMake while setuptools builds the package; what is missing, one line says.
 
 FUSED_SAM_CUDA (0, 1 or auto) chooses whether fused_sam._cuda is built, FUSED_SAM_CUDA_ARCHS for which GPUs.
+FUSED_SAM_NATIVE=0 builds nothing: a package of Python alone, with the backends triton, foreach and reference.
 """
 
 from __future__ import annotations
@@ -43,6 +44,15 @@ def gpu_visible() -> bool:
     return smi is not None and b"GPU" in subprocess.run([smi, "-L"], capture_output=True, check=False).stdout
 
 
+def wants_native() -> bool:
+    choice = os.environ.get("FUSED_SAM_NATIVE") or "1"
+    if choice not in ("0", "1"):
+        stop(f"FUSED_SAM_NATIVE is {choice!r}; it takes 0 (Python alone, nothing is compiled) or 1")
+    if choice == "0" and os.environ.get("FUSED_SAM_CUDA") == "1":
+        stop("FUSED_SAM_NATIVE=0 compiles nothing and FUSED_SAM_CUDA=1 the CUDA module: leave one of them out")
+    return choice == "1"
+
+
 def wants_cuda() -> bool:
     choice = os.environ.get("FUSED_SAM_CUDA") or "auto"
     if choice not in ("0", "1", "auto"):
@@ -71,7 +81,10 @@ def cuda_archs() -> str:
 def check_compiler() -> None:
     wanted = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in wanted):
-        stop(f"no C++ compiler found (looked for {', '.join(wanted)}): apt install g++")
+        stop(
+            f"no C++ compiler found (looked for {', '.join(wanted)}): apt install g++, "
+            "or set FUSED_SAM_NATIVE=0 to go without (slower on a CPU; on a GPU the triton backend needs none of it)"
+        )
     include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").is_file():
         stop(f"no Python.h in {include}: apt install python3-dev")
@@ -170,6 +183,6 @@ def remove_cuda_modules(folder: Path) -> None:
 
 
 setup(
-    ext_modules=[Extension("fused_sam._cpu", sources=[]), Extension("fused_sam._cuda", sources=[])],
+    ext_modules=[Extension(f"fused_sam.{name}", sources=[]) for name in ("_cpu", "_cuda") if wants_native()],
     cmdclass={"build_ext": CMakeBuild},
 )

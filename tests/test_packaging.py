@@ -57,6 +57,22 @@ def test_missing_compiler_says_what_to_install(tree: Path) -> None:
     assert "apt install g++" in refused(tree, CXX="", PATH=str(tree), FUSED_SAM_CUDA="0")
 
 
+def test_without_a_compiler_a_package_of_python_alone(tree: Path, tmp_path: Path) -> None:
+    nothing = {"CXX": "no-such-compiler", "FUSED_SAM_NATIVE": "0"}
+    done = setup(tree, "bdist_wheel", f"--dist-dir={tmp_path}", **nothing)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
+    script = "import fused_sam as f; print(f.backends.available()['cpu']); print(f.SAM([f.sam.torch.ones(1)]).backend)"
+    told = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
+    ).stdout
+    assert "fused_sam._cpu is not built" in told and told.endswith("foreach\n")
+    assert "FUSED_SAM_NATIVE=0" in refused(tree, FUSED_SAM_CUDA="0", CXX="no-such-compiler")
+    assert "leave one of them out" in refused(tree, FUSED_SAM_CUDA="1", FUSED_SAM_NATIVE="0")
+
+
 def test_failing_compile_shows_its_first_error(tree: Path) -> None:
     (tree / "csrc" / "bindings" / "cpu.cpp").write_text("int wrong() { return no_such_name; }\n")
     for kernels in (tree / "csrc" / "cpu").glob("*.cpp"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -14,15 +15,17 @@ from .versions import bump_versions
 
 _cpu: ModuleType | None
 try:
-    from fused_sam import _cpu  # type: ignore[attr-defined, no-redef]
-
+    _cpu = import_module("fused_sam._cpu")
     _reason = None
-except ImportError as error:
+except ModuleNotFoundError:
     _cpu = None
     _reason = (
-        f"the compiled module fused_sam._cpu did not load ({error}); "
-        "build it with `pip install .` (needs a C++ compiler and Python's headers: apt install g++ python3-dev)"
+        "the compiled module fused_sam._cpu is not built; build it with `pip install .`, "
+        "which needs a C++ compiler and Python's headers (apt install g++ python3-dev)"
     )
+except ImportError as error:
+    _cpu = None
+    _reason = f"the compiled module fused_sam._cpu did not load ({error}); build it anew"
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
 
