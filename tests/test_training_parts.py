@@ -78,7 +78,8 @@ def test_layers_in_eval_mode_are_left_alone(layer: Any) -> None:
     expected, mean = layer(x), layer.running_mean
     with frozen_batch_norm(layer):
         assert layer.running_mean is mean and layer.track_running_stats
-        assert same_bits(layer(x), expected)
+        # The batch's own statistics would differ by tenths; the bits depend on where torch puts the result.
+        torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(5), nn.InstanceNorm1d(5, track_running_stats=True)])

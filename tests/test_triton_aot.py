@@ -15,7 +15,7 @@ import fused_sam
 from fused_sam.backends import BACKENDS, choose
 from fused_sam.backends.triton import Triton
 
-triton = pytest.importorskip("triton")
+triton = pytest.importorskip("triton", minversion="3.6")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: this process cannot compile", allow_module_level=True)
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+pytest.importorskip("triton", minversion="3.6")
 
 # Files of tests, and which of their tests: all of the first, of the others those that run on each backend; of the
 # contract's not those of 16-bit weights with fp32 gradients, which are the same kernels and in the first.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fused_sam.backends.triton import Triton
 
-pytest.importorskip("triton")
+pytest.importorskip("triton", minversion="3.6")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: this process cannot compile", allow_module_level=True)
 

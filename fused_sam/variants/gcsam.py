@@ -31,4 +31,5 @@ class GCSAM(SAM):
         for g, owner, k in zip(scan.gradients, plan.owners, plan.group_of, strict=True):
             if g is not None and g.dim() > 1 and g.numel() and part[k]:
                 whole = like(g, owner)  # the mean may run over several processes' parts
-                whole.sub_(whole.mean(dim=tuple(range(1, g.dim())), keepdim=True, dtype=arithmetic_dtype(g.dtype)))
+                total = whole.sum(dim=tuple(range(1, g.dim())), keepdim=True, dtype=arithmetic_dtype(g.dtype))
+                whole.sub_(total / (whole.numel() // whole.shape[0]))  # gloo cannot average

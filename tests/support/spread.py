@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed import fsdp as fsdp2
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam import SAM
+
+from .processes import NotHereError
 
 SIZES = (6, 16, 16, 3)  # a bias of 3 over 4 processes leaves one of them without a part
 
@@ -53,6 +55,12 @@ def ddp(model: nn.Module) -> nn.Module:
 
 def ddp_views(model: nn.Module) -> nn.Module:
     return DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def fully_shard(model: nn.Module, **options: Any) -> nn.Module:
+    if not hasattr(torch.cpu.Stream, "record_event"):
+        raise NotHereError(f"FSDP2 of torch {torch.__version__} shards on GPUs alone")
+    return fsdp2.fully_shard(model, **options)
 
 
 def fsdp(model: nn.Module) -> nn.Module:
