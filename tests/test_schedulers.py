@@ -37,6 +37,7 @@ def test_with_rho_zero_it_is_sgd_bit_for_bit(schedule: Callable[[Optimizer], Any
     base = torch.optim.SGD(groups_of(twin, lr=0.02), foreach=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR's, of its own call in older torch
         ours = schedule(optimizer)
         for step in range(STEPS - 1):
             optimizer.step(closure_for(model, step))
