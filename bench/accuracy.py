@@ -1,8 +1,8 @@
 """What every method reaches on real images: options chosen on a validation split, several seeds, cost beside accuracy.
 
 The validation labels are as noisy as the training labels, the test labels are clean and choose nothing. Every method
-tries three settings on the first seed (SGD: learning rates; the others rho or an option of their own) and trains the
-best on all seeds.
+tries its settings on the first seed (SGD: five learning rates; the others three of rho or of an option of their own)
+and trains the best on all seeds.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def pairs(name: str, values: tuple[float, ...], rho: float) -> tuple[dict[str, f
 
 
 BASELINE = "sgd"
-LRS = tuple({"lr": lr} for lr in (0.02, 0.05, 0.1))
+LRS = tuple({"lr": lr} for lr in (0.005, 0.01, 0.02, 0.05, 0.1))
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", sgd, LRS, bytes=20, passes=1),
