@@ -193,9 +193,20 @@ class Wrapped:
         if present and (grad_scale is not None or self._max_norm < math.inf):
             factor = gradient_factor(groups[0]._replace(maximize=False), status, grad_scale)
             torch._foreach_mul_(present, factor)
-        self._inner.state = self._optimizer.state
-        self._inner.param_groups = self._optimizer.param_groups
-        step = type(self._inner).step
+        step = type(self._share()).step
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]  # the facade's step runs the hooks
         step(self._inner)
+
+    def modes(self) -> list[str]:
+        """Which of train() and eval() the optimizer has: schedule-free ones hold other weights for evaluating."""
+        return [mode for mode in ("train", "eval") if callable(getattr(self._inner, mode, None))]
+
+    def switch(self, mode: str) -> None:
+        getattr(self._share(), mode)()
+
+    def _share(self) -> Optimizer:
+        """The optimizer, with the facade's groups and state."""
+        self._inner.state = self._optimizer.state
+        self._inner.param_groups = self._optimizer.param_groups
+        return self._inner

@@ -12,6 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from .backends.contract import (
     SKIP,
     UPDATE_NORM,
 )
-from .base import check_base, make_base
+from .base import Wrapped, check_base, make_base
 from .checkpoint import check_state_dict, keep_numbers
 from .engine import Engine
 from .freshness import fresh_gradients
@@ -45,7 +46,7 @@ class SAM(Engine):
         params: parameters, named parameters, or parameter groups: dicts, which may set rho, adaptive, eta, perturb and
             the base optimizer's options. Everything else below is one for all groups.
         base_optimizer: an optimizer class. torch.optim.SGD, Adam and AdamW are fused with the undo; any other class is
-            wrapped: fused perturbation and undo, its own step.
+            wrapped: fused perturbation and undo, its own step, and its train() and eval() where it has them.
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
         adaptive: scale the perturbation by the weights' magnitudes (ASAM).
         eta: ASAM's offset, T = |w| + eta; used where adaptive.
@@ -147,7 +148,7 @@ class SAM(Engine):
         self._own_options = tuple(own)
         super().__init__(params, own)
         self._backend = backends.choose(backend, self._device())
-        self._base = make_base(base_optimizer, self, base_options, self._max_norm)
+        self._make_base()
         self.defaults.update({k: v for k, v in self._base.defaults.items() if k not in self.defaults})
         self._check_precision()
         self._plan = self._new_plan()
@@ -378,6 +379,19 @@ class SAM(Engine):
             del self.param_groups[before:]
             raise
 
+    def _make_base(self) -> None:
+        self._base = make_base(self._base_class, self, self._base_options, self._max_norm)
+        if isinstance(self._base, Wrapped):
+            for mode in self._base.modes():
+                setattr(self, mode, partial(self._switch, mode))
+
+    @torch.no_grad()
+    def _switch(self, mode: str) -> None:
+        self._refuse_perturbed(f"{mode}() was called")
+        assert isinstance(self._base, Wrapped)
+        self._base.switch(mode)
+        self._wrote()
+
     def _refuse_options_of_the_whole(self, group: dict[str, Any], k: int) -> None:
         """A group would keep what only the constructor reads, and nothing would come of it."""
         constructors = [inspect.signature(cls.__init__) for cls in type(self).__mro__ if issubclass(cls, SAM)]
@@ -444,7 +458,7 @@ class SAM(Engine):
         self._forget()
         if "_base_class" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone
             self._backend = backends.choose(self._backend_name, self._device())
-            self._base = make_base(self._base_class, self, self._base_options, self._max_norm)
+            self._make_base()
             self._plan = self._new_plan()
         elif self._plan is not None:
             self._plan.forget_state()

@@ -285,3 +285,51 @@ def test_clipping_where_there_is_no_gradient(backend: str) -> None:
     optimizer.second_step()
     before.assert_unchanged()
     assert not optimizer.step_was_skipped
+
+
+class Averaging(torch.optim.SGD):
+    """As schedule-free optimizers do: eval() puts the average of the weights in their place, train() takes it away."""
+
+    def step(self, closure: Any = None) -> None:
+        super().step(closure)
+        for group in self.param_groups:
+            for p in group["params"]:
+                average = self.state[p].setdefault("average", torch.zeros_like(p))
+                average.lerp_(p.detach(), 0.5)
+
+    def eval(self) -> None:
+        self._exchange("weight", "average")
+
+    def train(self) -> None:
+        self._exchange("average", "weight")
+
+    @torch.no_grad()
+    def _exchange(self, here: str, there: str) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p][here] = p.detach().clone()
+                p.copy_(self.state[p][there])
+
+
+def test_a_base_lends_its_train_and_eval(backend: str) -> None:
+    model, twin = net(dtype=torch.float64), net(dtype=torch.float64)
+    optimizer = SAM(model.parameters(), Averaging, rho=0.1, backend=backend, lr=0.1)
+    base = Averaging(twin.parameters(), lr=0.1)
+    for step in range(4):
+        if step == 2:
+            model, optimizer = copy.deepcopy((model, optimizer))
+        two_steps(model, optimizer, step)
+        by_hand(twin, base, 0.1, step)
+        clean = [p.detach().clone() for p in model.parameters()]
+        optimizer.eval()  # type: ignore[attr-defined]
+        base.eval()
+        for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)  # as above
+        optimizer.train()  # type: ignore[attr-defined]
+        base.train()
+        assert_same_bits(model.parameters(), clean)
+    loss_of(model, 0).backward()
+    optimizer.first_step()
+    with pytest.raises(RuntimeError, match=r"eval\(\) was called between first_step\(\) and second_step\(\)"):
+        optimizer.eval()  # type: ignore[attr-defined]
+    assert not hasattr(SAM(net().parameters(), torch.optim.RMSprop), "train")
