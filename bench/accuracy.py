@@ -1,8 +1,8 @@
 """What every method reaches on real images: options chosen on a validation split, several seeds, cost beside accuracy.
 
 The validation labels are as noisy as the training labels, the test labels are clean and choose nothing. Every method
-tries its settings on the first seed (SGD: five learning rates; the others three of rho or of an option of their own)
-and trains the best on all seeds.
+tries five learning rates on the first seed, then at the best one what it has of its own (rho or another option, three
+values of which the middle one stood while the rates were tried), and trains the best of all on all seeds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -29,9 +29,8 @@ from fused_sam.demo.data import CLASSES, Source, Task, load_digits, load_fashion
 from fused_sam.demo.methods import Method
 from fused_sam.demo.model import mlp
 from fused_sam.demo.training import Clock, Curve, Run, Trial, batches, evaluate
-from fused_sam.demo.tuning import Outcome, compete
+from fused_sam.demo.tuning import Outcome, Train, compete
 
-LR = 0.05
 FORWARD = 1 / 3  # of a pass: the backward half costs twice the forward one
 TUNING_SEEDS = 1
 SUBSET_SEED = 0
@@ -190,7 +189,7 @@ class Journal:
 
 def keys(trial: FamilyTrial, seed: int, setting: Setting) -> dict[str, Any]:
     return {
-        "method": trial.method.name, "options": dict(trial.options), "seed": seed, "lr": trial.lr,
+        "method": trial.method.name, "options": dict(trial.options), "seed": seed,
         "threads": torch.get_num_threads(), **asdict(setting),
     }  # fmt: skip
 
@@ -207,14 +206,23 @@ def finished(
     return Finished(trial, seed, validation, curve, Clock(math.nan, math.nan), seconds, passes)
 
 
-def trials_of(name: str, lr: float = LR) -> list[FamilyTrial]:
-    """What a method tries; `lr` where its grid has no learning rates of its own."""
+def trials_of(name: str, rates: Sequence[float], grid: Sequence[dict[str, float]]) -> list[FamilyTrial]:
+    """A method with each of its options at each learning rate."""
     method = family.METHODS[name]
     described = Method(name, method.label, method.label, method.stretch, math.ceil(method.passes))
-    trials = []
-    for options in method.grid:
-        trials.append(FamilyTrial(described, options.get("lr", lr), options.get("rho"), tuple(sorted(options.items()))))
-    return trials
+    settings = [{"lr": lr, **options} for lr in rates for options in grid]
+    return [FamilyTrial(described, s["lr"], s.get("rho"), tuple(s.items())) for s in settings]
+
+
+def tuned(name: str, seeds: int, train: Train) -> Outcome:
+    """A method at the best of its learning rates and options, on all seeds."""
+    grid = family.METHODS[name].grid
+    middle = grid[len(grid) // 2]
+    (by_rate,) = compete([trials_of(name, family.RATES, [middle])], TUNING_SEEDS, TUNING_SEEDS, train)
+    others = trials_of(name, [by_rate.winner.lr], [options for options in grid if options is not middle])
+    (found,) = compete([[by_rate.winner, *others]], seeds, TUNING_SEEDS, train)
+    validation = [*by_rate.validation, *found.validation[1:]]
+    return replace(found, trials=[*by_rate.trials, *others], validation=validation)
 
 
 def load(setting: Setting, folder: Path) -> Source:
@@ -248,6 +256,7 @@ def run(
     def task(seed: int) -> Task:
         return make_task(source, seed, setting.noise, setting.validation_share)
 
+    @cache  # the best learning rate is a trial again
     def train_one(trial: Trial, seed: int) -> Run:
         nonlocal done
         assert isinstance(trial, FamilyTrial)
@@ -259,12 +268,7 @@ def run(
         progress(done / total)
         return found
 
-    chosen, outcomes = LR, []
-    for name in sorted(names, key=lambda name: name != family.BASELINE):
-        outcomes += compete([trials_of(name, chosen)], seeds, TUNING_SEEDS, train_one)
-        if name == family.BASELINE:  # the others climb at the learning rate that suits SGD here
-            chosen = options_of(outcomes[-1].winner)["lr"]
-    return Result(setting, outcomes)
+    return Result(setting, [tuned(name, seeds, train_one) for name in names])
 
 
 def train(task: Task, trial: FamilyTrial, seed: int, setting: Setting) -> Finished:
@@ -272,8 +276,7 @@ def train(task: Task, trial: FamilyTrial, seed: int, setting: Setting) -> Finish
     epochs = setting.epochs * trial.method.stretch
     steps = math.ceil(len(task.train) / setting.batch_size)
     model = mlp(task.train.x.shape[1], CLASSES, seed)
-    options = {"lr": trial.lr, **dict(trial.options)}
-    optimizer = family.METHODS[trial.method.name].build(model.parameters(), epochs * steps, **options)
+    optimizer = family.METHODS[trial.method.name].build(model.parameters(), epochs * steps, **dict(trial.options))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
     seconds = 0.0
@@ -307,13 +310,14 @@ def counted(model: nn.Module) -> Iterator[list[float]]:
 
 def runs_of(names: Sequence[str], seeds: int) -> list[tuple[str, int]]:
     """Every method with the number of runs that it takes."""
-    return [(name, len(family.METHODS[name].grid) * TUNING_SEEDS + seeds - TUNING_SEEDS) for name in names]
+    tried = {name: len(family.RATES) + len(family.METHODS[name].grid) - 1 for name in names}
+    return [(name, tried[name] * TUNING_SEEDS + seeds - TUNING_SEEDS) for name in names]
 
 
 def estimate(setting: Setting, source: Source, names: Sequence[str], seeds: int, journal: Journal) -> float:
     """Seconds that the runs of a setting still take, from one short trial of SGD."""
     task = make_task(source, 0, setting.noise, setting.validation_share)
-    trial = trials_of("sgd")[0]
+    trial = trials_of("sgd", family.RATES, [{}])[0]
     train(task, trial, 0, replace(setting, epochs=1))  # threads settle
     short = train(task, trial, 0, replace(setting, epochs=1))
     passes = sum(

@@ -30,8 +30,8 @@ class Method:
     """One row of the tables.
 
     `bytes` is what the optimizer moves a step and parameter at least, fp32 with SGD-momentum, averaged over `period`
-    steps; `target` the time of a training step over SGD's that it is to reach; `grid` what a validation split chooses
-    from.
+    steps; `target` the time of a training step over SGD's that it is to reach; `grid` the method's own options, which a
+    validation split chooses from after the learning rate.
     """
 
     label: str
@@ -71,12 +71,11 @@ def pairs(name: str, values: tuple[float, ...], rho: float) -> tuple[dict[str, f
     return tuple({"rho": rho, name: value} for value in values)
 
 
-BASELINE = "sgd"
-LRS = tuple({"lr": lr} for lr in (0.005, 0.01, 0.02, 0.05, 0.1))
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # learning rates that every method chooses from
 
 METHODS: dict[str, Method] = {
-    "sgd": Method("SGD", sgd, LRS, bytes=20, passes=1),
-    "sgd-2x": Method("SGD, 2x epochs", sgd, LRS, passes=1, stretch=2),
+    "sgd": Method("SGD", sgd, ({},), bytes=20, passes=1),
+    "sgd-2x": Method("SGD, 2x epochs", sgd, ({},), passes=1, stretch=2),
     "sam": Method("SAM", of(fused_sam.SAM), rhos(0.1, 0.2, 0.4), bytes=WHOLE_STEP, target=2.05),
     # its norm reads the weights beside the gradients
     "asam": Method("ASAM", of(fused_sam.ASAM), rhos(0.5, 1.0, 2.0), bytes=WHOLE_STEP + 4),

@@ -32,6 +32,10 @@ PASSES = {
 }  # fmt: skip
 
 
+def trials_of(name: str) -> list[accuracy.FamilyTrial]:
+    return accuracy.trials_of(name, [0.05], METHODS[name].grid)
+
+
 def random_task(images: int, pixels: int = 9) -> Task:
     generator = torch.Generator().manual_seed(0)
     part = Part(torch.randn(images, pixels, generator=generator), torch.randint(10, (images,), generator=generator))
@@ -41,7 +45,7 @@ def random_task(images: int, pixels: int = 9) -> Task:
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_trains_with_the_passes_that_it_should(name: str) -> None:
     setting = replace(SMALL, epochs=1, batch_size=10)
-    trial = accuracy.trials_of(name)[1]
+    trial = trials_of(name)[-1]
     run = accuracy.train(random_task(100), trial, 0, setting)
     stretch = METHODS[name].stretch
     assert run.passes == pytest.approx(PASSES[name] * stretch)
@@ -126,12 +130,12 @@ def test_methods_command_writes_json_and_plots(tmp_path: Path, capsys: pytest.Ca
 
 
 def outcome(name: str, seconds: float, *test: float) -> Outcome:
-    trials = accuracy.trials_of(name)
+    trials = trials_of(name)
     runs = [
         accuracy.finished(trials[0], seed, validation=0.5, test=value, loss=1.0, seconds=seconds, passes=2.0)
         for seed, value in enumerate(test)
     ]
-    return Outcome(trials, [0.5, 0.4, 0.3], trials[0], runs)
+    return Outcome(trials, [0.5] * len(trials), trials[0], runs)
 
 
 def test_mean_spread_and_frontier() -> None:
@@ -144,7 +148,7 @@ def test_mean_spread_and_frontier() -> None:
     assert result.frontier() == [cheap, best]  # wsam is as good as sam and dearer
     written = result.as_json()["methods"]
     assert [name for name, row in written.items() if row["frontier"]] == ["sgd", "sam"]
-    assert written["sam"]["chosen"] == {"rho": 0.1}
+    assert written["sam"]["chosen"] == {"lr": 0.05, "rho": 0.1}
 
 
 def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -165,17 +169,18 @@ def test_a_stopped_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with path.open("a") as file:
         file.write('{"key": {"method": "sam", "opt')  # killed while it wrote
     journal = accuracy.Journal(path)
-    assert journal.share(SMALL, 8) == 3 / 8
+    runs = 5 + 1 + 5 + 2 + 1  # learning rates, then SAM's two other values of rho; the second seed of each
+    assert journal.share(SMALL, runs) == 3 / runs
     fractions: list[float] = []
     result = accuracy.run(SMALL, source, ["sgd", "sam"], 2, journal, fractions.append)
-    assert len(trained) == 3 + 1 + 5  # three kept, the one that was stopped, five more: eight in all
-    assert len(set(trained)) == 8
+    assert len(trained) == runs + 1  # the one that was stopped came twice
+    assert len(set(trained)) == runs
     assert fractions[-1] == 1
     monkeypatch.setattr(accuracy, "train", None)  # now nothing is left to train
     again = accuracy.run(SMALL, source, ["sgd", "sam"], 2, accuracy.Journal(path))
     assert again.as_json() == result.as_json()
     other = replace(SMALL, epochs=3)
-    assert accuracy.Journal(path).find(accuracy.trials_of("sgd")[0], 0, other) is None
+    assert accuracy.Journal(path).find(trials_of("sgd")[0], 0, other) is None
 
 
 def test_validation_chooses_and_its_labels_are_noisy(tmp_path: Path) -> None:
@@ -197,5 +202,5 @@ def test_accuracy_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsy
     (folder,) = tmp_path.iterdir()
     (run,) = json.loads((folder / "accuracy.json").read_text())["accuracy"]
     assert list(run["methods"]) == ["sgd", "interval"]
-    assert len((folder / "accuracy.jsonl").read_text().splitlines()) == 6
+    assert len((folder / "accuracy.jsonl").read_text().splitlines()) == 5 + 5 + 2
     assert (folder / "accuracy.png").read_bytes().startswith(b"\x89PNG")
