@@ -121,7 +121,9 @@ def sgd(
     row, entry, begin, count = find(owner, rows, from_the_end(), BLOCK)
     g = tl.load(gradients + row)
     w = tl.load(entry + WEIGHT)
-    b = tl.load(entry + BACKUP)
+    b = w  # a master is its own backup
+    if M is None:
+        b = tl.load(entry + BACKUP)
     m = tl.load(entry + MOMENTUM)
     model = w
     if M is not None:
@@ -222,7 +224,9 @@ def adam(
     row, entry, begin, count = find(owner, rows, from_the_end(), BLOCK)
     g = tl.load(gradients + row)
     w = tl.load(entry + WEIGHT)
-    b = tl.load(entry + BACKUP)
+    b = w  # a master is its own backup
+    if M is None:
+        b = tl.load(entry + BACKUP)
     m = tl.load(entry + MOMENTUM)
     s = tl.load(entry + SQUARE)
     t = tl.load(tl.load(entry + STEP).to(tl.pointer_type(tl.float32))) + 1.0
