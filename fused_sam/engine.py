@@ -29,6 +29,7 @@ from .backends.contract import (
 from .base import Base
 from .freshness import mark_used
 from .jobs import Job, Scan, attached
+from .misuse import warn_of_plain_step
 from .options import check_options
 from .plan import Plan, Precision
 from .precision import warn_of_rounding
@@ -325,6 +326,8 @@ class Engine(Optimizer):
             groups = self._groups()
             plan, scan = self._scan()
             perturbed = self._perturbed is not None
+            if not (perturbed or self._knows_two_steps):
+                self._tell_of_plain_step(groups)
             undo = plan.nothing if self._perturbed is None else self._perturbed
             update = plan.update(scan, undo, self._base.needs(groups), self.state)
             self._scale = self._divisor()
@@ -345,6 +348,15 @@ class Engine(Optimizer):
             self._schedule.stepped(self)
         self._updated(plan, scan, groups)
         self._decision = self._kept = self.loss_scale = None
+
+    def _tell_of_plain_step(self, groups: list[Group]) -> None:
+        """Once, where the first update of all is a plain step: not where its rate is 0, as a framework's is that only
+        wants state to be there."""
+        rates = [group.get("lr", 1.0) for group in self.param_groups]
+        moves = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
+        if moves and self._perturbs(groups):
+            self._knows_two_steps = True
+            warn_of_plain_step(type(self).__name__, self._base_class.__name__)
 
     def _judge(self, plan: Plan, jobs: list[Job], scan: Scan, groups: list[Group], *, carry: bool) -> None:
         """Set SKIP where this update's gradients are not finite; carry: or where the first ones were not."""

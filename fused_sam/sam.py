@@ -31,7 +31,6 @@ from .base import Wrapped, check_base, make_base
 from .checkpoint import check_state_dict, keep_numbers
 from .engine import Engine
 from .freshness import fresh_gradients
-from .misuse import warn_of_plain_step
 from .options import check_count, check_options, check_range, is_number
 from .plan import Precision
 from .schedule import Schedule
@@ -214,7 +213,6 @@ class SAM(Engine):
     def _whole_step(self, closure: Callable[..., Any] | None) -> Any:
         """step() without what torch wraps around it: a method with its own way runs hooks once."""
         if closure is None:
-            self._tell_of_plain_step()
             self._step()
             return None
         if self.__dict__.pop("found_inf", None) is not None:
@@ -248,16 +246,6 @@ class SAM(Engine):
             raise
         self._step()
         return loss
-
-    def _tell_of_plain_step(self) -> None:
-        """Once, where the first update of all is a plain step: not where its rate is 0, as a framework's is that only
-        wants state to be there."""
-        if self._knows_two_steps or not self._perturbs(self._groups()):
-            return
-        rates = [group.get("lr", 1.0) for group in self.param_groups]
-        self._knows_two_steps = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
-        if self._knows_two_steps:
-            warn_of_plain_step(type(self).__name__, self._base_class.__name__)
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -53,6 +53,7 @@ class MomentumSAM(SAM):
     """
 
     _copied = (*SAM._copied, "_training")
+    _knows_two_steps = True  # its whole step is one pass
     _carries_skip = False
     _training = True
     _ready = False  # whether the coming step's displacement was decided, and made if it was to be
