@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.shapes import by_name
 from fused_sam import SAM
-from fused_sam.precision import RoundingWarning
+from fused_sam.engine.rounding import RoundingWarning
 
 MODES: dict[str, dict[str, Any]] = {
     "to nearest": {},

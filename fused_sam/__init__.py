@@ -6,8 +6,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import backends, schedule, training
-from .sam import SAM
-from .variants import (
+from .methods import (
     ASAM,
     ESAM,
     GCSAM,
@@ -19,6 +18,7 @@ from .variants import (
     MomentumSAM,
     norm_only_groups,
 )
+from .sam import SAM
 
 try:
     __version__ = version("fused_sam")

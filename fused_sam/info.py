@@ -21,7 +21,7 @@ def report() -> str:
     for name, state in backends.available().items():
         lines.append(f"  {name:<10} {'available' if state is True else 'not available: ' + str(state)}")
     if backends.available()["cpu"] is True:
-        from fused_sam import _cpu  # type: ignore[attr-defined]
+        from . import _cpu  # type: ignore[attr-defined]
 
         lines.append(f"  (cpu runs its {_cpu.instruction_set()} kernels; can run {', '.join(_cpu.instruction_sets())})")
     if cuda.Cuda.module is not None:

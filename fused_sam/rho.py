@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from .options import check_count, check_range
+from .engine.options import check_count, check_range
 
 
 class RhoSchedule(ABC):

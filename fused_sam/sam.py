@@ -27,12 +27,12 @@ from .backends.contract import (
     SKIP,
     UPDATE_NORM,
 )
-from .base import Wrapped, check_base, make_base
-from .checkpoint import check_state_dict, keep_numbers
-from .engine import Engine
-from .freshness import fresh_gradients
-from .options import check_count, check_options, check_range, is_number
-from .plan import Precision
+from .engine.base_optimizers import Wrapped, check_base, make_base
+from .engine.checkpoint import check_state_dict, keep_numbers
+from .engine.options import check_count, check_options, check_range, is_number
+from .engine.plan import Precision
+from .engine.stale_grads import fresh_gradients
+from .engine.stepper import Engine
 from .schedule import Schedule
 
 _EPS = 1e-12

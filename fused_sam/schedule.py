@@ -17,10 +17,10 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor
 
 from .backends.contract import XX
-from .columns import Pair
-from .jobs import Scan
-from .options import check_count, check_range
-from .plan import Plan
+from .engine.calls import Scan
+from .engine.options import check_count, check_range
+from .engine.plan import Plan
+from .engine.vectors import Pair
 from .rho import RhoFromRate, RhoSchedule, RhoWarmup
 
 __all__ = [

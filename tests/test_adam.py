@@ -14,7 +14,7 @@ from support.nets import loss_of, net, train, two_steps
 from torch import nn
 
 from fused_sam import SAM
-from fused_sam.base import FusedAdam
+from fused_sam.engine.base_optimizers import FusedAdam
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}),

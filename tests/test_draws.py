@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.contract import MASK, ROUND_PERTURBED, ROUND_UPDATED
-from fused_sam.backends.draws import chosen, round_at_random, stream_key, words
+from fused_sam.backends.rng import chosen, round_at_random, stream_key, words
 
 N = 1 << 16
 DEVIATIONS = 5.0

@@ -9,10 +9,10 @@ import torch
 from support.nets import closure_for, loss_of, net, two_steps
 
 from fused_sam import SAM, MomentumSAM
-from fused_sam.misuse import PlainStepWarning
+from fused_sam.engine.user_warnings import PlainStepWarning
 from fused_sam.schedule import Every
 
-pytestmark = pytest.mark.filterwarnings("error::fused_sam.misuse.PlainStepWarning")
+pytestmark = pytest.mark.filterwarnings("error::fused_sam.engine.user_warnings.PlainStepWarning")
 
 
 def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int = 0) -> None:

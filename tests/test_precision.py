@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 from fused_sam import SAM
-from fused_sam.precision import RoundingWarning
+from fused_sam.engine.rounding import RoundingWarning
 
 LOW = [torch.bfloat16, torch.float16]
 BASES: dict[str, dict[str, Any]] = {

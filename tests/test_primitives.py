@@ -48,7 +48,7 @@ from fused_sam.backends.contract import (
     finish_norm,
     status_dtype,
 )
-from fused_sam.backends.draws import chosen, round_at_random, stream_key
+from fused_sam.backends.rng import chosen, round_at_random, stream_key
 
 SUBJECTS = [v for v in VARIANTS if v.name != "reference"]
 

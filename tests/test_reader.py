@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fused_sam.reader import PythonReader, Reader, make_reader
+from fused_sam.engine.grad_reader import PythonReader, Reader, make_reader
 
 KEYS = ("exp_avg", "max_exp_avg_sq", "step")
 

@@ -13,7 +13,7 @@ import torch
 
 import fused_sam
 from fused_sam.backends import BACKENDS, choose
-from fused_sam.backends.triton import Triton
+from fused_sam.backends.triton.backend import Triton
 
 triton = pytest.importorskip("triton", minversion="3.6")
 if os.environ.get("TRITON_INTERPRET"):
@@ -118,7 +118,7 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 def test_without_triton_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_sam.backends.triton.find_spec", lambda _: None)
+    monkeypatch.setattr("fused_sam.backends.triton.backend.find_spec", lambda _: None)
     assert "triton is not installed" in (Triton.missing() or "")
     assert "pip install triton" in (Triton.missing() or "")
 

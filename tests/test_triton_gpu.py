@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fused_sam import SAM
 from fused_sam.backends.contract import DRAWS, SKIP
 from fused_sam.backends.reference import Reference
-from fused_sam.backends.triton import Triton
+from fused_sam.backends.triton.backend import Triton
 
 pytestmark = [
     pytest.mark.gpu,

@@ -11,7 +11,7 @@ import torch
 from support.triton_draws import DTYPES, GROUPS, Case, draw_case, draw_lists
 from torch import Tensor
 
-from fused_sam.backends.triton import Triton
+from fused_sam.backends.triton.backend import Triton
 
 pytest.importorskip("triton", minversion="3.6")
 if os.environ.get("TRITON_INTERPRET"):
@@ -84,9 +84,9 @@ def test_later_launches_are_the_first_one_again(call: str, driver: NotingDriver)
 
 def test_a_kernel_fits_arguments_of_any_value_and_alignment(driver: NotingDriver) -> None:
     """What Triton compiled for one table is taken again for any other of the same dtypes and block size."""
-    from fused_sam.backends import triton_kernels, triton_updates
+    from fused_sam.backends.triton import passes, updates
 
-    kernels = (triton_kernels.norm, triton_kernels.perturb, triton_updates.sgd, triton_updates.adam)
+    kernels = (passes.norm, passes.perturb, updates.sgd, updates.adam)
     made = []
     for sizes in ([1], [16] * 16, [7, 600], [100] * 3):
         case = draw_case(sizes, DTYPES[0], adam=True)
@@ -104,7 +104,7 @@ def test_a_kernel_fits_arguments_of_any_value_and_alignment(driver: NotingDriver
 
 def test_a_variant_for_each_use_and_no_more(driver: NotingDriver) -> None:
     """Masks, models and random rounding are compiled where a table asks for them, and leave the plain kernel alone."""
-    from fused_sam.backends import triton_kernels
+    from fused_sam.backends.triton import passes
 
     masked = [g._replace(share=0.5) for g in GROUPS]
     for groups in (GROUPS, masked, GROUPS, masked):
@@ -112,7 +112,7 @@ def test_a_variant_for_each_use_and_no_more(driver: NotingDriver) -> None:
             dtypes = DTYPES[0] if "model" in options else DTYPES[1]
             case = draw_case(SIZES, dtypes, **options)  # type: ignore[arg-type]
             Triton().perturb(case.table, groups, NUMBERS)
-    assert len(triton_kernels.perturb.device_caches[0][0]) == 6
+    assert len(passes.perturb.device_caches[0][0]) == 6
 
 
 def test_a_whole_step_of_many_tensors_is_four_launches(driver: NotingDriver) -> None:

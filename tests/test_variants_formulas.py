@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fused_sam
 from fused_sam.backends.contract import MASK
-from fused_sam.backends.draws import chosen, stream_key
+from fused_sam.backends.rng import chosen, stream_key
 
 pytestmark = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 

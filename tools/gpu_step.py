@@ -72,7 +72,7 @@ def launches(backend: str) -> dict[str, list[str]]:
 
 def host_seconds(backend: str, device: torch.device = CUDA) -> dict[str, Any]:
     """Medians over settled steps of 161 small tensors, in seconds: of a step, and of each of Triton's launches."""
-    from fused_sam.backends import triton
+    from fused_sam.backends.triton import backend as triton
 
     optimizer = SAM(parameters([(300,)] * 161, device), lr=0.1, momentum=0.9, backend=backend)
     run, spent, steps = triton._run, {}, []  # type: ignore[var-annotated]

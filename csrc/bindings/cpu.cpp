@@ -1,7 +1,7 @@
 // Python's door to the CPU kernels: tables of raw addresses, no torch headers.
 //
 // Addresses are integers from Tensor.data_ptr(). The caller keeps the tensors alive during a call and
-// vouches for sizes, dtypes and layouts; fused_sam/plan.py is the one caller.
+// vouches for sizes, dtypes and layouts; fused_sam/engine/plan.py is the one caller.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -119,7 +119,7 @@ PYBIND11_MODULE(_cpu, m) {
           },
           "P5: out = a * x + b * y, unless there is a status and it says to skip.");
 
-  py::class_<fused_sam::Reader>(m, "Reader", "Reads all parameters' gradients at once; see fused_sam/reader.py.")
+  py::class_<fused_sam::Reader>(m, "Reader", "Reads all parameters' gradients at once; see fused_sam/engine/grad_reader.py.")
       .def(py::init<py::object, py::tuple, py::list>(), py::arg("tensor_base"), py::arg("plain"), py::arg("params"))
       .def("read", &fused_sam::Reader::read, py::arg("groups"))
       .def_static("unchanged", &fused_sam::Reader::unchanged);

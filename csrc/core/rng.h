@@ -1,5 +1,5 @@
 // Random numbers that are a function of where they are used, and rounding at random. Specification and sources:
-// fused_sam/backends/draws.py, which draws the same numbers.
+// fused_sam/backends/rng.py, which draws the same numbers.
 //
 // Number i of a stream is a hash of i and of the stream's key: nothing is stored, and threads share nothing.
 #pragma once

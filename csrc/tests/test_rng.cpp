@@ -11,7 +11,7 @@ using namespace fused_sam;
 
 namespace {
 
-// From fused_sam/backends/draws.py: the key's two words, and the numbers 0, 1, 16384, 2^32 - 1, 2^32, 2^32 + 1 and
+// From fused_sam/backends/rng.py: the key's two words, and the numbers 0, 1, 16384, 2^32 - 1, 2^32, 2^32 + 1 and
 // 5 * 2^32 + 7 of the stream.
 struct Specified {
   uint64_t seed;

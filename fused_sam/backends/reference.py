@@ -32,7 +32,7 @@ from .contract import (
     arithmetic_dtype,
     finish_norm,
 )
-from .draws import chosen, round_at_random, stream_key
+from .rng import chosen, round_at_random, stream_key
 
 
 def wide(x: Tensor) -> Tensor:

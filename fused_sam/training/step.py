@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fused_sam.methods import MicrobatchSAM
 from fused_sam.sam import SAM
-from fused_sam.variants import MicrobatchSAM
 
 from .batch_norm import frozen_batch_norm
 from .batches import Piece, chosen, known_size, leading, pieces_of

@@ -12,6 +12,7 @@ import support.triton_rounding  # noqa: F401  # rounds as GPUs do
 import torch
 import triton
 import triton.language as tl
+from fused_sam.backends.triton.layout import SEED, STREAM
 from support.bits import assert_same_bits, same_bits
 from support.draws import values
 from support.triton_draws import ADAM_GROUPS, DTYPES, GROUPS, SIZES, Case, assert_near, draw_case, draw_lists, place
@@ -30,14 +31,13 @@ from fused_sam.backends.contract import (
     Group,
     Lists,
 )
-from fused_sam.backends.draws import chosen, mix, round_at_random, stream_key, words
 from fused_sam.backends.reference import Reference
-from fused_sam.backends.triton import Triton
-from fused_sam.backends.triton_draws import words as words_of_a_block
-from fused_sam.backends.triton_memory import Memory
-from fused_sam.backends.triton_places import SEED, STREAM
-from fused_sam.backends.triton_tables import Native
-from fused_sam.backends.triton_updates import bias_correction
+from fused_sam.backends.rng import chosen, mix, round_at_random, stream_key, words
+from fused_sam.backends.triton.backend import Triton
+from fused_sam.backends.triton.memory import Memory
+from fused_sam.backends.triton.rng import words as words_of_a_block
+from fused_sam.backends.triton.tables import Native
+from fused_sam.backends.triton.updates import bias_correction
 
 INF, NAN = float("inf"), float("nan")
 PLAIN = [Group(0.05, False, 0.0, lr=0.1, momentum=0.9)]
@@ -362,7 +362,7 @@ class Recorded:
 
     def __init__(self, backend: Triton, monkeypatch: pytest.MonkeyPatch) -> None:
         self.made: list[tuple[Memory, Tensor]] = []
-        monkeypatch.setattr("fused_sam.backends.triton_tables.Device.capturing", lambda _: True)
+        monkeypatch.setattr("fused_sam.backends.triton.tables.Device.capturing", lambda _: True)
         send = Memory.send_in_graph
 
         def recording(memory: Memory, pinned: Tensor) -> None:
@@ -394,7 +394,7 @@ def test_a_capture_shares_nothing_with_steps_outside(monkeypatch: pytest.MonkeyP
 
 
 def test_a_first_step_inside_a_capture_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fused_sam.backends.triton_tables.Device.capturing", lambda _: True)
+    monkeypatch.setattr("fused_sam.backends.triton.tables.Device.capturing", lambda _: True)
     case = draw_case([3], DTYPES[0], PLAIN)
     with pytest.raises(RuntimeError, match="run one step with gradients for the same parameters first"):
         norm(case, Triton())

@@ -13,7 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_sam.backends import triton_kernels, triton_updates, triton_vectors
+from fused_sam.backends.triton import passes, updates, vectors
 
 BLOCK = 2048
 THREADS = 256
@@ -86,7 +86,7 @@ ROUNDING = [
 
 def compiled(kernel: Kernel, weight: tl.dtype, gradient: tl.dtype, target: GPUTarget) -> Any:
     """The kernel for columns w, x and out of `weight` and g, y of `gradient`."""
-    modules = (triton_kernels, triton_updates, triton_vectors)
+    modules = (passes, updates, vectors)
     function = next(getattr(m, kernel.name) for m in modules if hasattr(m, kernel.name))
     constants = {"W": weight, "X": weight, "OUT": weight, "G": gradient, "Y": gradient, "BLOCK": BLOCK, "SLOTS": 2048}
     every = {**PLAIN, **constants, **dict(kernel.constants)}

@@ -12,7 +12,7 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_sam.backends import triton_kernels, triton_updates, triton_vectors
+from fused_sam.backends.triton import passes, updates, vectors
 
 
 @dataclass
@@ -70,7 +70,7 @@ def noting_driver() -> Iterator[NotingDriver]:
 
 def _forget_compiled() -> None:
     """A compiled kernel keeps to the driver that it was first launched with."""
-    for module in (triton_kernels, triton_updates, triton_vectors):
+    for module in (passes, updates, vectors):
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()

@@ -1,0 +1,62 @@
+"""The parameters that an optimizer is given: what errors call them, and which of them SAM cannot take."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sam.backends.contract import LOW_PRECISION
+
+
+def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
+    """How errors call the parameters: by their names where the optimizer was given them."""
+    names = []
+    for k, group in enumerate(groups):
+        given = group.get("param_names")
+        for i, p in enumerate(group["params"]):
+            title = f"parameter {given[i]!r}" if given else f"parameter {i} of group {k}"
+            names.append(f"{title} (shape {tuple(p.shape)})")
+    return names
+
+
+def check_parameters(params: Sequence[Tensor], names: Sequence[str], flat: Sequence[bool]) -> None:
+    """Refuse parameters that SAM cannot take; `flat` tells which fill one block of memory, see layout.py.
+
+    Raises:
+        ValueError: they are on several devices, share memory, or have none.
+        TypeError: one is complex or of integers.
+    """
+    devices: dict[torch.device, int] = {}
+    spans = []
+    for i, p in enumerate(params):
+        devices.setdefault(p.device, i)
+        if p.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):
+            advice = (
+                "store it as pairs of reals and use torch.view_as_complex in forward()"
+                if p.is_complex()
+                else "leave it out, as in SAM([p for p in model.parameters() if p.requires_grad], ...)"
+            )
+            raise TypeError(f"{names[i]} is {p.dtype}: SAM takes weights of fp32, fp64, bf16 and fp16; {advice}")
+        if p.numel():
+            if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":
+                raise ValueError(
+                    f"{names[i]} has no memory: its model was sharded after the optimizer was built; "
+                    "build the optimizer over the model's parameters after sharding it"
+                )
+            size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
+            spans.append((p.device.index or 0, p.data_ptr(), p.data_ptr() + size * p.element_size(), i))
+    if len(devices) > 1:
+        where = ", ".join(f"{names[i]} on {device}" for device, i in devices.items())
+        raise ValueError(f"SAM takes parameters of one device; got {where}: use one optimizer a device")
+    spans.sort()
+    for (device, _, end, i), (other_device, begin, _, j) in itertools.pairwise(spans):
+        # Columns of one matrix, which have gaps, overlap in span and not in elements.
+        if device == other_device and 0 < begin < end and flat[i] and flat[j]:
+            raise ValueError(
+                f"{names[i]} and {names[j]} share memory: perturbing one would perturb the other; "
+                "pass each weight once"
+            )
