@@ -13,7 +13,7 @@ from torch.optim import SGD, Optimizer
 
 import fused_sam
 from bench.errors import BenchError
-from fused_sam.schedule import Every, Tail
+from fused_sam.schedule import Every, LastSteps
 from fused_sam.training import sam_step
 
 MOMENTUM = 0.9
@@ -59,7 +59,7 @@ def of(cls: type[fused_sam.SAM], **fixed: Any) -> Build:
 
 
 def tail(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
-    return of(fused_sam.SAM, schedule=Tail(0.7, total))(params, total, **options)
+    return of(fused_sam.SAM, schedule=LastSteps(0.7, total))(params, total, **options)
 
 
 def rhos(*values: float) -> tuple[dict[str, float], ...]:
@@ -145,7 +145,7 @@ def rewind(optimizer: Optimizer) -> None:
     """Let a schedule over the whole of training begin again."""
     for group in optimizer.param_groups:
         if "updates" in group:
-            group["updates"] = 0
+            group["sam_step"] = 0
 
 
 def at_rest(optimizer: Optimizer) -> None:

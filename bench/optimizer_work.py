@@ -81,7 +81,7 @@ class Stepper:
 
     def climb(self) -> None:
         """Where this step perturbs; asked here because that is part of its cost."""
-        if isinstance(self.optimizer, SAM) and self.optimizer.perturbs:
+        if isinstance(self.optimizer, SAM) and self.optimizer.needs_second_pass:
             self.optimizer.first_step()
 
     def descend(self) -> None:

@@ -6,19 +6,12 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from . import backends, schedule, training
-from .methods import (
-    ASAM,
-    ESAM,
-    GCSAM,
-    GSAM,
-    WSAM,
-    FriendlySAM,
-    LookSAM,
-    MicrobatchSAM,
-    MomentumSAM,
-    norm_only_groups,
-)
-from .sam import SAM
+from .engine.rounding import RoundingWarning
+from .engine.user_warnings import PlainStepWarning
+from .methods import *  # noqa: F403  # every method of the registry
+from .methods import METHODS
+from .optimizers import Lion
+from .step import Step, TensorVector, option
 
 try:
     __version__ = version("fused_sam")
@@ -26,19 +19,17 @@ except PackageNotFoundError:  # a source tree that was not installed
     __version__ = "0+unknown"
 
 __all__ = [
-    "ASAM",
-    "ESAM",
-    "GCSAM",
-    "GSAM",
-    "SAM",
-    "WSAM",
-    "FriendlySAM",
-    "LookSAM",
-    "MicrobatchSAM",
-    "MomentumSAM",
+    "METHODS",
+    "Lion",
+    "PlainStepWarning",
+    "RoundingWarning",
+    "Step",
+    "TensorVector",
     "__version__",
     "backends",
-    "norm_only_groups",
+    "norm_only_groups",  # noqa: F405
+    "option",
     "schedule",
     "training",
 ]
+__all__ += METHODS

@@ -37,7 +37,7 @@ def report() -> str:
         if device.type == "cuda":
             capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
             lines.append(f"  {'':<10} {torch.cuda.get_device_name(device)}, compute capability {capability}")
-            if cuda.Cuda.missing() is None and (reason := cuda.why_not(device)):
+            if cuda.Cuda.unavailable_reason() is None and (reason := cuda.why_not(device)):
                 lines.append(f"  {'':<10} {reason}")
     return "\n".join(lines)
 

@@ -67,7 +67,7 @@ class RhoWarmup(RhoSchedule):
         return self._full[k] * (self.start + (1 - self.start) * done)
 
 
-class RhoFromRate(RhoSchedule):
+class RhoProportionalToLR(RhoSchedule):
     """GSAM's rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min), arXiv 2203.08065.
 
     lr_t is each group's own, held within lr_min and lr_max.

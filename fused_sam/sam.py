@@ -1,4 +1,4 @@
-"""SAM as an ordinary torch.optim.Optimizer: the facade users see.
+"""SAM as an ordinary torch.optim.Optimizer: the facade.
 
     g = grad L(w);  e = rho * g / (||g|| + eps);  g_s = grad L(w + e);  w = BASE(w, g_s)
 
@@ -11,78 +11,82 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.optim import Optimizer
+from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import backends
-from .backends.contract import (
-    DRAWS,
-    NORM,
-    SKIP,
-    UPDATE_NORM,
-)
-from .engine.base_optimizers import Wrapped, check_base, make_base
-from .engine.checkpoint import check_state_dict, keep_numbers
-from .engine.options import check_count, check_options, check_range, is_number
+from .engine.base_optimizers import WrappedBase, check_base
+from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
+from .engine.options import REQUIRED, Option, check_count, check_group, check_range, is_number
 from .engine.plan import Precision
-from .engine.stale_grads import fresh_gradients
-from .engine.stepper import Engine
+from .engine.stale_grads import has_new_grads
+from .engine.stepper import Settings, Stepper
 from .schedule import Schedule
+from .step import Number, Step
 
 _EPS = 1e-12
+_DEFAULT: Any = object()  # the class's default: see DEFAULTS
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 
-class SAM(Engine):
+def _default(hook: _F) -> _F:
+    """Mark a hook that does nothing, so that the stepper need not call it."""
+    hook.is_default = True  # type: ignore[attr-defined]
+    return hook
+
+
+class SAM(Optimizer):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
 
     Args:
         params: parameters, named parameters, or parameter groups: dicts, which may set rho, adaptive, eta, perturb and
-            the base optimizer's options. Everything else below is one for all groups.
-        base_optimizer: an optimizer class. torch.optim.SGD, Adam and AdamW are fused with the undo; any other class is
-            wrapped: fused perturbation and undo, its own step, and its train() and eval() where it has them.
+            the base optimizer's options. All other arguments are the same for all groups.
+        base_optimizer: an optimizer class. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo.
+            Any other class is wrapped: fused perturbation and undo, and its own step, train() and eval().
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
-        adaptive: scale the perturbation by the weights' magnitudes (ASAM).
-        eta: ASAM's offset, T = |w| + eta; used where adaptive.
-        eps: added to the gradient norm before dividing by it; None: 1e-12. Where the base optimizer has an `eps` of its
+        adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
+        eta: ASAM's offset, T = |w| + eta; used if adaptive.
+        eps: added to the gradient norm before dividing by it; None: 1e-12. If the base optimizer has an `eps` of its
             own (Adam), that one is set, and SAM's stays 1e-12.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
-        check_update: look through the second gradients before the first weight is written, so that an inf or a NaN
-            among them changes nothing. False saves that pass (4 of 44 bytes a parameter, one launch of four) and trusts
-            them, as torch.optim.SGD does. Under GradScaler, which has looked already, the pass is left out anyway,
-            but for methods that update with other tensors than it saw.
+        check_update: check that the second gradients are finite before the first weight is written, so that an inf or
+            a NaN changes nothing. False saves that pass (4 of 44 bytes per parameter, one launch of four) and trusts
+            them, as torch.optim.SGD does. Under GradScaler, which has checked them, the pass is left out, except for
+            methods that update with other tensors than GradScaler saw.
         max_norm: clip the second gradient to this global norm within the update, as torch.nn.utils.clip_grad_norm_
-            would before it; `update_norm` tells the norm before clipping. None: no clipping.
+            would before it. `update_norm` is the norm before clipping. None: no clipping.
         master_weights: keep an fp32 master of every bf16 and fp16 weight in the state, as "master_weight". It is the
-            backup as well: beside mixed-precision SGD with masters, SAM then takes no memory. Fused base optimizers
-            only.
-        stochastic_rounding: round bf16 and fp16 weights up or down at random so that the mean is right, from `seed`;
-            the same numbers on every backend.
-        seed: of whatever is drawn at random; 64 bits.
-        schedule: which steps perturb (fused_sam.schedule); None: every one. A step that does not is the base
-            optimizer's and takes one pass.
-        **base_options: the base optimizer's own (lr, momentum, weight_decay, ...).
+            backup too, so that SAM takes no memory on top of mixed-precision SGD with masters. For fused base
+            optimizers.
+        stochastic_rounding: round bf16 and fp16 weights up or down at random, so that the mean is right; the same
+            numbers on every backend. For fused base optimizers.
+        seed: of all random numbers; 64 bits.
+        schedule: which steps perturb (fused_sam.schedule); None: every one. Any other step is the base optimizer's and
+            takes one pass.
+        **base_options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
 
     A group's own options: `rho`, `adaptive`, `eta`, and `perturb` (False: updated, but neither perturbed nor counted in
     the norm). The norm is global over all perturbed groups.
 
-    The perturbation follows the gradients as they are, whatever the base optimizer makes of them: to maximize an
-    objective R against its worst case, minimize -R rather than setting the base optimizer's `maximize`.
+    The perturbation follows the gradients as they are, also if the base optimizer maximizes. To maximize an objective R
+    against its worst case, minimize -R instead of setting the base optimizer's `maximize`.
 
-    State is the base optimizer's, under torch's names. Weights of bf16 or fp16 have theirs in fp32.
-    Sharded parameters (DTensor: FSDP2's fully_shard, tensor parallelism) are worked on where they lie; every process
-    takes the same steps. See docs/distributed.md.
-    A step whose first or second gradient is not finite changes no weight and no state; see `skipped`, `check_update`.
+    State is the base optimizer's, under torch's names. State of bf16 and fp16 weights is fp32. Sharded parameters
+    (DTensor: FSDP2's fully_shard, tensor parallelism) are updated in place; every process takes the same steps
+    (docs/distributed.md). A step whose first or second gradient is not finite changes no weight and no state; see
+    `skipped` and `check_update`.
 
     Raises:
         TypeError: base_optimizer is no class, params hold no tensors, or complex weights.
         ValueError: an option out of range, or one for all groups in a group, an unknown backend, duplicate parameters,
-            parameters on several devices, masters or random rounding where no weight is bf16 or fp16.
+            parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
         RuntimeError: a backend asked for by name cannot run here.
 
     Example:
@@ -93,17 +97,99 @@ class SAM(Engine):
         >>> optimizer.second_step(zero_grad=True)
     """
 
+    # ---- what a method declares (docs/writing-a-method.md) --------------------------------------------------
+
+    OPTIONS: ClassVar[Mapping[str, Any]] = {}
+    """The method's own options, by name: `option(0.4, low=0, high=1, help="...")`. Attributes of the instance."""
+
+    DEFAULTS: ClassVar[Mapping[str, Any]] = {}
+    """Other defaults of SAM's rho, adaptive and eta."""
+
+    GROUP_STATE: ClassVar[Mapping[str, Any]] = {}
+    """Counters that every parameter group gets and a state_dict carries, with their first values."""
+
+    keeps_ascent_grad: ClassVar[bool] = False
+    """True if the first gradients are needed after the second pass, as `step.ascent_grad`."""
+
+    skips_with_ascent: ClassVar[bool] = True
+    """True if the update is skipped where the perturbation was."""
+
+    combines_grads: ClassVar[bool] = False
+    """True if the update's gradient is not that of the second pass alone: it is checked under a GradScaler too, and
+    a first gradient of a part of the batch is refused. A `descent` that changes the gradient is noticed by itself."""
+
+    continues_step: bool = False
+    """True while a perturbation belongs to the same step as the one before it, so that a skip is kept."""
+
+    mask_prob: float = 1.0
+    """Share of the elements that a perturbation moves, drawn at random."""
+
+    @_default
+    def ascent(self, step: Step) -> None:
+        """Hook: before the norm. May change `step.grad` in place."""
+
+    @_default
+    def radius(self, step: Step) -> Any:
+        """Hook: between norm and perturbation. Return the length of e, or None for each group's rho."""
+
+    @_default
+    def descent(self, step: Step) -> None:
+        """Hook: before the update. May change `step.grad` in place, or set `step.update_grad`."""
+
+    @_default
+    def updated(self, step: Step) -> None:
+        """Hook: after the update, skipped or not. May write to `step.state(name)` and `step.weights`."""
+
+    @_default
+    def wants_perturbation(self, step: Step) -> bool:
+        """Hook: return True if this step perturbs; asked once per step, if the schedule lets it."""
+        return True
+
+    @_default
+    def is_scaled(self, param: Tensor) -> bool:
+        """Hook: return True if an adaptive perturbation scales this parameter; asked when the tables are built."""
+        return True
+
+    def first_pass(self) -> AbstractContextManager[None]:
+        """Return what step(closure) wraps its first evaluation in."""
+        return nullcontext()
+
+    def grad_divisor(self) -> int:
+        """Return of how many gradients the update's gradient is the sum."""
+        return 1
+
+    # ---- construction ---------------------------------------------------------------------------------------
+
     # GradScaler.step(optimizer) calls step() with `grad_scale` and `found_inf` set, and leaves skipping to it.
     _step_supports_amp_scaling = True
+    _options: ClassVar[dict[str, Option]] = {}  # OPTIONS of the class and of those that it inherits from
+
+    ascent_grad_scale: Number | None = None
+    """What the first gradients are multiplied by, for methods and schedules that compare gradients of different steps.
+    Set it for each step, before `needs_second_pass` is read, if needs_grad_scale says so and a GradScaler is used:
+    scaler.get_scale(). An update forgets it."""
+
+    def __init_subclass__(cls, **arguments: Any) -> None:
+        super().__init_subclass__(**arguments)
+        declared = cls.__dict__.get("OPTIONS", {})
+        for name, each in declared.items():
+            if not isinstance(each, Option):
+                raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] must be made by fused_sam.option(), not {each!r}")
+            if name in inspect.signature(SAM.__init__).parameters:
+                raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] is SAM's own; its default goes into DEFAULTS")
+            each.__set_name__(cls, name)
+            setattr(cls, name, each)
+        cls._options = {**cls._options, **declared}
+        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
 
     def __init__(
         self,
         params: ParamsT,
         base_optimizer: type[Optimizer] = torch.optim.SGD,
-        rho: float = 0.05,
-        adaptive: bool = False,
+        rho: float = _DEFAULT,
+        adaptive: bool = _DEFAULT,
         *,
-        eta: float = 0.0,
+        eta: float = _DEFAULT,
         eps: float | None = None,
         backend: str = "auto",
         check_update: bool = True,
@@ -120,6 +206,11 @@ class SAM(Engine):
                 "pass the optimizer that is to move the weights, such as torch.optim.SGD"
             )
         check_base(base_optimizer)
+        for name, each in self._options.items():
+            value = base_options.pop(name, each.default)
+            if value is REQUIRED:
+                raise TypeError(f"{type(self).__name__} needs the option {name}: {each.help}")
+            setattr(self, name, value)
         if eps is not None and not (is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
         if eps is not None and "eps" in inspect.signature(base_optimizer).parameters:
@@ -128,185 +219,236 @@ class SAM(Engine):
             check_range("max_norm", max_norm, 0.0, math.inf, open_low=True)
         if master_weights and stochastic_rounding:
             raise ValueError(
-                "master_weights and stochastic_rounding are two answers to one question: choose masters for the best "
-                "result, stochastic rounding for the least memory"
+                "master_weights and stochastic_rounding exclude each other: choose masters for the best result, "
+                "stochastic rounding for the least memory"
             )
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be one of fused_sam.schedule's, such as Every(10), not {schedule!r}")
-        self._eps = _EPS if eps is None else float(eps)
-        self._max_norm = math.inf if max_norm is None else float(max_norm)
-        seed = check_count("seed", seed, 0) % 2**64
-        self._precision = Precision(bool(master_weights), bool(stochastic_rounding), seed)
-        self._schedule = schedule
-        self._backend_name = backend
-        self._check_update = bool(check_update)
-        self._base_class = base_optimizer
-        self._base_options = base_options
-        self._forget()
-        own = {"rho": rho, "adaptive": adaptive, "eta": eta, "perturb": True, **self._own_defaults()}
+        self._settings = Settings(
+            base_class=base_optimizer,
+            base_options=base_options,
+            backend=backend,
+            eps=_EPS if eps is None else float(eps),
+            max_norm=math.inf if max_norm is None else float(max_norm),
+            check_update=bool(check_update),
+            precision=Precision(
+                bool(master_weights), bool(stochastic_rounding), check_count("seed", seed, 0) % 2**64
+            ),
+            schedule=schedule,
+        )
+        self._stepper: Stepper | None = None
+        given = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        usual = {"rho": 0.05, "adaptive": False, "eta": 0.0, **self.DEFAULTS}
+        own = {name: usual[name] if value is _DEFAULT else value for name, value in given.items()}
+        own.update(perturb=True, **self.group_state())
         self._own_options = tuple(own)
         super().__init__(params, own)
-        self._backend = backends.choose(backend, self._device())
-        self._make_base()
-        self.defaults.update({k: v for k, v in self._base.defaults.items() if k not in self.defaults})
-        self._check_precision()
-        self._plan = self._new_plan()
+        self._make_stepper()
+        base = self.stepper.base
+        self.defaults.update({k: v for k, v in base.defaults.items() if k not in self.defaults})
 
-    # ---- the two steps ------------------------------------------------------------------------------------
+    def group_state(self) -> dict[str, Any]:
+        """Return the counters of method, schedule and random numbers, with their first values."""
+        precision, schedule = self._settings.precision, self._settings.schedule
+        draws = precision.stochastic_rounding or self.mask_prob < 1
+        return {
+            **({"rng_offset": 0} if draws else {}),
+            **({} if schedule is None else schedule.group_state()),
+            **self.GROUP_STATE,
+        }
 
-    @torch.no_grad()
-    def first_step(self, zero_grad: bool = False) -> None:
-        """Climb: save the weights and add e = rho * g / (||g|| + eps) to them, g being the gradients as they are now.
+    def _make_stepper(self) -> None:
+        stepper = Stepper(self, self._settings)
+        stepper.context = Step(stepper)
+        self._stepper = stepper
+        if isinstance(stepper.base, WrappedBase):
+            for mode in stepper.base.modes():
+                setattr(self, mode, partial(self._set_mode, mode))
 
-        Weights without a gradient stay where they are. Where g is not finite nothing moves, and second_step() will
-        change nothing either.
+    @property
+    def stepper(self) -> Stepper:
+        """What perturbs, restores and updates: for methods that order the passes themselves."""
+        stepper: Stepper | None = self.__dict__.get("_stepper")
+        if stepper is None:
+            raise RuntimeError(
+                f"{type(self).__name__} was called on a wrapper around the optimizer, or before its constructor: "
+                "call it on the SAM optimizer itself, which Lightning and accelerate keep as `.optimizer`"
+            )
+        return stepper
+
+    # ---- the two steps --------------------------------------------------------------------------------------
+
+    def first_step(self, zero_grad: bool = False, *, grad_scale: Number | None = None) -> None:
+        """Save the weights and add e = rho * g / (||g|| + eps) to them, g being the gradients as they are now.
+
+        Weights without a gradient stay where they are. If g is not finite nothing moves, and second_step() will change
+        nothing either.
+
+        Args:
+            zero_grad: clear the gradients afterwards.
+            grad_scale: what the loss was multiplied by, scaler.get_scale(). SAM itself does not need it; methods that
+                compare gradients of different steps do (see `needs_grad_scale`). Sets `ascent_grad_scale`.
 
         Raises:
             RuntimeError: the weights are perturbed already, or a gradient is sparse.
         """
-        self._refuse_misuse("first_step()")
-        self._knows_two_steps = True
-        if self._perturbed is not None:
+        stepper = self._usable("first_step()")
+        stepper.plain_step_is_meant = True
+        if stepper.perturbed is not None:
             raise RuntimeError(
                 "first_step() was called twice: the weights are perturbed already; call second_step() to update, "
                 "or restore() to undo the perturbation without an update"
             )
-        if self.perturbs:
-            self._climb(self._groups())
-        else:
-            self._status()[:DRAWS].zero_()
-            self._perturbed = self._planned().nothing
+        if grad_scale is not None:
+            self.ascent_grad_scale = grad_scale
+        with_grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
+        try:
+            stepper.perturb(keep_skip=self.continues_step)
+        finally:
+            torch._C._set_grad_enabled(with_grad)
         if zero_grad:
             self.zero_grad()
 
     def second_step(self, zero_grad: bool = False) -> None:
-        """Descend: restore the weights and let the base optimizer step with the gradients as they are now.
+        """Restore the weights and let the base optimizer step with the gradients as they are now.
 
         A weight that has no gradient now is restored and not updated; one that has a gradient only now is updated.
 
         Raises:
             RuntimeError: first_step() was not called, or a gradient is sparse (the weights are restored then).
         """
-        self._refuse_misuse("second_step()")
-        if self._perturbed is None:
+        if self._usable("second_step()").perturbed is None:
             raise RuntimeError("second_step() was called without first_step(): the weights are not perturbed")
         self.step()
         if zero_grad:
             self.zero_grad()
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update, in any of three ways.
+        """Update the weights, in one of three ways.
 
         Without a closure: second_step() if the weights are perturbed, else a plain step of the base optimizer.
 
         With a closure that evaluates the model and calls backward(): a whole SAM step. If gradients have been computed
-        since the last update, they are the first gradient and the closure runs once, at the perturbed weights; if not,
-        the closure runs twice, first at the weights. It runs once in all where no group is perturbed (rho 0).
-        Gradients are cleared before each run. If the closure raises, the weights are restored.
+        since the last update, they are the first gradient, and the closure runs once, at the perturbed weights. If not,
+        the closure runs twice, first at the weights. It runs once in all if no group is perturbed (rho 0). Gradients are
+        cleared before each run. If the closure raises, the weights are restored.
 
         Returns:
-            The loss: of the closure's first run. None without a closure.
+            The loss of the closure's first run. None without a closure.
         """
-        return self._whole_step(closure)
+        if (
+            profiler._is_profiler_enabled
+            or self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or torch_optimizer._global_optimizer_pre_hooks
+            or torch_optimizer._global_optimizer_post_hooks
+        ):
+            return _step_with_hooks(self, closure)
+        return self.run_step(closure)
 
-    def _whole_step(self, closure: Callable[..., Any] | None) -> Any:
-        """step() without what torch wraps around it: a method with its own way runs hooks once."""
+    # torch would wrap step() in a profiler record and its hooks, which costs 15 us when there are none.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def run_step(self, closure: Callable[..., Any] | None) -> Any:
+        """Do what step() does, without the hooks that torch runs around it. Methods with their own order override it.
+
+        Returns:
+            The loss of the closure's first run. None without a closure.
+        """
+        stepper = self._usable("a step" if closure is None else "step(closure)")
         if closure is None:
-            self._step()
+            self._update(stepper)
             return None
+        self.check_closure()
+        if stepper.perturbed is not None:
+            raise RuntimeError(
+                "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
+                "first_step() began, or restore() to undo it"
+            )
+        evaluate = torch.enable_grad()(closure)
+        try:
+            new = self._may_perturb() and has_new_grads(p for group in self.param_groups for p in group["params"])
+            if not new:
+                self.zero_grad()
+                with self.first_pass():
+                    loss = evaluate()
+            if new and not self.needs_second_pass:
+                # Known only now, from the gradients: the closure's own run is the one pass.
+                self.zero_grad()
+                loss = evaluate()
+            elif self.needs_second_pass:
+                self.first_step(zero_grad=True)
+                second = evaluate()
+                loss = second if new else loss
+        except BaseException:
+            self.restore()
+            raise
+        self._update(stepper)
+        return loss
+
+    def _update(self, stepper: Stepper) -> None:
+        with_grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            stepper.update(divisor=self.grad_divisor())
+        finally:
+            torch._C._set_grad_enabled(with_grad)
+        self.__dict__.pop("ascent_grad_scale", None)
+
+    def check_closure(self) -> None:
+        """Raise RuntimeError if step(closure) runs under a GradScaler."""
         if self.__dict__.pop("found_inf", None) is not None:
             self.__dict__.pop("grad_scale", None)
             raise RuntimeError(
                 "GradScaler.step(optimizer, closure) cannot work: the scaler looks for infs before the closure has "
                 "made the gradients; use two passes by hand and scaler.step(optimizer), or fused_sam.training.sam_step"
             )
-        if self._perturbed is not None:
-            raise RuntimeError(
-                "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
-                "first_step() began, or restore() to undo it"
-            )
-        self._refuse_misuse("step(closure)")
-        evaluate = torch.enable_grad()(closure)
-        try:
-            fresh = self._may_perturb() and fresh_gradients(self._parameters())
-            if not fresh:
-                self.zero_grad()
-                with self._first_pass():
-                    loss = evaluate()
-            if fresh and not self.perturbs:  # known only now, from the gradients: the closure's own run is the one pass
-                self.zero_grad()
-                loss = evaluate()
-            elif self.perturbs:
-                self.first_step(zero_grad=True)
-                second = evaluate()
-                loss = second if fresh else loss
-        except BaseException:
-            self.restore()
-            raise
-        self._step()
-        return loss
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed."""
-        self._refuse_misuse("restore()")
-        self._decision = None
-        if self._perturbed is None:
-            return
-        plan = self._planned()
-        plan.follow(self.state, self._perturbed)
-        for job in self._perturbed:
-            job.backend.restore(job.table)
-        self._perturbed = self._decision = self._kept = None
-        self._wrote()
+        self._usable("restore()").restore()
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """The clean weights, for evaluating or saving between first_step() and second_step(): within `with`, perturbed
-        weights are restored, bit for bit, and afterwards perturbed again, bit for bit.
+        """Give the clean weights inside `with`, for evaluating or saving between first_step() and second_step().
 
-        Keeps a copy of the perturbed weights meanwhile. Does nothing where the weights are not perturbed. What is
-        written to the weights inside is lost with the end of the step.
+        Perturbed weights are restored, bit for bit, and perturbed again afterwards, bit for bit. That keeps a copy of
+        the perturbed weights. Does nothing if the weights are not perturbed. What is written to the weights inside is
+        lost with the end of the step.
         """
-        if self._perturbed is None:
+        with self.stepper.unperturbed():
             yield
-            return
-        plan = self._planned()
-        jobs = self._perturbed
-        kept = [[t.detach().clone() for t in job.table.models or job.table.weights] for job in jobs]
-        with torch.no_grad():
-            for job in jobs:
-                job.backend.restore(job.table)
-        self._perturbed, self._lent = None, True
-        try:
-            yield
-        finally:
-            self._perturbed, self._lent = jobs, False
-            with torch.no_grad():
-                plan.follow(self.state, jobs)
-                for job, values in zip(jobs, kept, strict=True):
-                    torch._foreach_copy_(job.table.models or job.table.weights, values)
-            self._wrote()
 
-    # ---- what a step left to read -------------------------------------------------------------------------
+    def _may_perturb(self) -> bool:
+        """Return True if this step perturbs, as far as is known before there are gradients."""
+        schedule = self._settings.schedule
+        if schedule is not None and not schedule.needs_gradients:
+            return self.needs_second_pass
+        return self.stepper.any_perturbed(self.stepper.perturb_groups())
+
+    # ---- what a step left to read ---------------------------------------------------------------------------
 
     @property
     def perturbed(self) -> bool:
-        """Whether the weights are between first_step() and second_step()."""
-        return self._perturbed is not None
+        """True between first_step() and second_step()."""
+        return self.stepper.perturbed is not None
 
     @property
-    def perturbs(self) -> bool:
-        """Whether this step perturbs, and so makes a second pass: ask after the first backward(), before first_step().
+    def needs_second_pass(self) -> bool:
+        """True if this step perturbs, and so makes a second pass: read it after the first backward().
 
-        False where rho is 0 and, with a schedule or a method that perturbs now and then, on the steps between. Such a
-        step is finished by step(), with the gradients that are there.
+        False if rho is 0 and, with a schedule or a method that perturbs now and then, in the steps between. step()
+        finishes such a step, with the gradients that are there.
         """
-        self._knows_two_steps = True
-        if self._decision is None:
-            self._decision = self._perturbs(self._groups()) and self._due()
-        return self._decision
+        self.stepper.plain_step_is_meant = True
+        return self.stepper.decide()
+
+    @property
+    def needs_grad_scale(self) -> bool:
+        """True if `ascent_grad_scale` must be set under a GradScaler: gradients of several steps are compared."""
+        schedule = self._settings.schedule
+        return schedule is not None and bool(schedule.needs_grad_scale)
 
     @property
     def step_was_skipped(self) -> bool:
@@ -315,40 +457,43 @@ class SAM(Engine):
 
     @property
     def skipped(self) -> Tensor:
-        """Whether the last step met a gradient that was not finite and changed nothing.
+        """True if the last step met a gradient that was not finite, and changed nothing.
 
         A 0-dim bool tensor on the weights' device: reading its value waits for that device, taking it does not.
         """
-        return self._status()[SKIP] != 0
+        return self.stepper.status.skip != 0
 
     @property
     def grad_norm(self) -> Tensor:
         """||T g||, the global norm of the last first_step()'s gradients: 0-dim, fp64 on the CPU, fp32 elsewhere."""
-        return self._status()[NORM].clone()
+        return self.stepper.status.ascent_norm.clone()
 
     @property
     def update_norm(self) -> Tensor:
-        """||g_s||, the global norm of the gradients of the last update, before clipping and with the loss scale undone:
-        0-dim, fp64 on the CPU, fp32 elsewhere.
+        """||g_s||, the global norm of the last update's gradients, before clipping and without the loss scale.
 
-        NaN where no pass took it (GradScaler or check_update=False, without max_norm; see check_update).
+        0-dim, fp64 on the CPU, fp32 elsewhere. NaN if no pass took it (GradScaler or check_update=False, without
+        max_norm; see check_update).
         """
-        norm = self._status()[UPDATE_NORM].clone()
-        if self._scale is not None:
-            norm = norm / self._scale.to(norm)
-        return norm if self._took_update_norm else torch.full_like(norm, math.nan)
+        return self.stepper.update_norm()
+
+    @property
+    def schedule(self) -> Schedule | None:
+        """Which steps perturb; None: every one."""
+        schedule: Schedule | None = self._settings.schedule
+        return schedule
 
     @property
     def backend(self) -> str:
         """The name of the backend that runs this optimizer's primitives."""
-        return self._backend.name
+        return self.stepper.backend.name
 
     @property
     def base_optimizer(self) -> SAM:
         """The optimizer itself: for programs that hand the public SAM package's `base_optimizer` to a scheduler."""
         return self
 
-    # ---- torch.optim.Optimizer's own ----------------------------------------------------------------------
+    # ---- torch.optim.Optimizer's own ------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not set are the constructor's."""
@@ -358,47 +503,42 @@ class SAM(Engine):
             group = self.param_groups[-1]
             if len({id(p) for p in group["params"]}) != len(group["params"]):
                 raise ValueError(f"group {before} holds a parameter twice; pass each parameter once")
-            check_options(group, before)
-            self._refuse_options_of_the_whole(param_group, before)
-            if self._plan is not None:
-                self._group_numbers(group, before)
-                self._new_plan()
+            check_group(group, before)
+            self._refuse_common_options(param_group, before)
+            if self._stepper is not None:
+                self._stepper.base.numbers([group])
+                self._stepper.new_plan()
         except BaseException:
             del self.param_groups[before:]
             raise
 
-    def _make_base(self) -> None:
-        self._base = make_base(self._base_class, self, self._base_options, self._max_norm)
-        if isinstance(self._base, Wrapped):
-            for mode in self._base.modes():
-                setattr(self, mode, partial(self._switch, mode))
-
-    @torch.no_grad()
-    def _switch(self, mode: str) -> None:
-        self._refuse_perturbed(f"{mode}() was called")
-        assert isinstance(self._base, Wrapped)
-        self._base.switch(mode)
-        self._wrote()
-
-    def _refuse_options_of_the_whole(self, group: dict[str, Any], k: int) -> None:
-        """A group would keep what only the constructor reads, and nothing would come of it."""
-        constructors = [inspect.signature(cls.__init__) for cls in type(self).__mro__ if issubclass(cls, SAM)]
-        whole = {p.name for c in constructors for p in c.parameters.values() if p.kind is p.KEYWORD_ONLY}
-        whole = (whole | {"base_optimizer"}) - {*self._own_options, *inspect.signature(self._base_class).parameters}
-        if clash := sorted(whole & group.keys()):
+    def _refuse_common_options(self, group: dict[str, Any], k: int) -> None:
+        """Refuse options in a group that only the constructor reads."""
+        common = [p.name for p in inspect.signature(SAM.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        base = inspect.signature(self._settings.base_class).parameters
+        names = {*common, *self._options, "base_optimizer"} - {*self._own_options, *base}
+        if clash := sorted(names & group.keys()):
             raise ValueError(
                 f"group {k} sets {clash[0]}, which is one for all groups: "
                 f"pass it to {type(self).__name__} beside the groups"
             )
 
+    @torch.no_grad()
+    def _set_mode(self, mode: str) -> None:
+        self.refuse_perturbed(f"{mode}() was called")
+        base = self.stepper.base
+        assert isinstance(base, WrappedBase)
+        base.set_mode(mode)
+        self.stepper.plan.masters.record_versions()
+
     def state_dict(self) -> dict[str, Any]:
-        """torch's own: the base optimizer's state and the groups, which torch.optim.SGD loads as well.
+        """Return torch's own: the base optimizer's state and the groups, which torch.optim.SGD loads as well.
 
         Raises:
             RuntimeError: the weights are perturbed, so that a checkpoint taken now would hold perturbed weights.
         """
-        self._refuse_perturbed("state_dict() was called")
-        self._count_draws()
+        self.refuse_perturbed("state_dict() was called")
+        self._before_saving()
         return super().state_dict()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -410,22 +550,24 @@ class SAM(Engine):
             RuntimeError: the weights are perturbed, or will be again after `with unperturbed()`.
             ValueError, TypeError: not an optimizer's state_dict, or one of other parameters; nothing is loaded then.
         """
-        self._refuse_misuse("load_state_dict()")
-        self._refuse_perturbed("load_state_dict() was called")
-        self._count_draws()
+        self._usable("load_state_dict()")
+        self.refuse_perturbed("load_state_dict() was called")
+        self._before_saving()
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
         checked: dict[str, Any] = {}
+        base_class, fused = self._settings.base_class, self.stepper.base.rule is not None
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
-            checked.update(check_state_dict(adapted, self.param_groups, self._own_options))
+            renamed = rename_old_keys(adapted)
+            checked.update(check_state_dict(renamed, self.param_groups, self._own_options, fused=fused))
             for group in checked["param_groups"]:  # as torch's optimizers do for options that older ones lack
                 for name, value in self.defaults.items():
                     group.setdefault(name, value)
-                if issubclass(self._base_class, torch.optim.AdamW) and "decoupled_weight_decay" in group:
+                if issubclass(base_class, torch.optim.AdamW) and "decoupled_weight_decay" in group:
                     group["decoupled_weight_decay"] = True
             for k, group in enumerate(checked["param_groups"]):
-                check_options(group, k)
+                check_group(group, k)
             return checked
 
         last = self.register_load_state_dict_pre_hook(check)  # after hooks of the user's, which may adapt it
@@ -433,20 +575,73 @@ class SAM(Engine):
             super().load_state_dict(dict(state_dict))
         finally:
             last.remove()
-        keep_numbers(self, checked)
-        self._numbers = self._host_numbers = None  # made anew, with the groups' count of draws
+        keep_dtypes(self, checked)
+        self.stepper.forget_state()
 
     def __getstate__(self) -> dict[str, Any]:
-        self._refuse_perturbed("the optimizer was copied or pickled")
-        self._count_draws()
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in self._copied}}
+        self.refuse_perturbed("the optimizer was copied or pickled")
+        self._before_saving()
+        # A method's options and public attributes; not what GradScaler or a learning-rate scheduler puts here.
+        foreign = ("defaults", "state", "param_groups", "grad_scale", "found_inf", "ascent_grad_scale")
+        own = {k: v for k, v in vars(self).items() if not (k.startswith("_") or k in foreign or callable(v))}
+        settings = {"_settings": self._settings, "_own_options": self._own_options}
+        return {**super().__getstate__(), **own, **settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._forget()
-        if "_base_class" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone
-            self._backend = backends.choose(self._backend_name, self._device())
-            self._make_base()
-            self._plan = self._new_plan()
-        elif self._plan is not None:
-            self._plan.forget_state()
+        self.__dict__.pop("ascent_grad_scale", None)
+        if "_settings" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone
+            self._stepper = None
+            self._make_stepper()
+        elif self._stepper is not None:
+            self._stepper.forget_state()
+            self._stepper.context.forget()  # type: ignore[attr-defined]
+
+    def _before_saving(self) -> None:
+        """Bring what is known on the device only into groups and state."""
+        self.stepper.save_rng_offset()
+        self.stepper.context.settle()  # type: ignore[attr-defined]
+
+    def refuse_unperturbed(self, what: str) -> None:
+        """Raise RuntimeError inside `with unperturbed()`, where the weights are restored only temporarily."""
+        self._usable(what)
+
+    def _usable(self, what: str) -> Stepper:
+        """Return the stepper, unless the weights are restored only temporarily."""
+        stepper: Stepper = self.__dict__.get("_stepper") or self.stepper
+        if stepper.suspended:
+            raise RuntimeError(
+                f"{what} inside `with optimizer.unperturbed():`, after which the weights are perturbed again: "
+                "leave it first"
+            )
+        return stepper
+
+    def refuse_perturbed(self, what: str) -> None:
+        """Raise RuntimeError if the weights are perturbed, because `what` needs the clean ones."""
+        if self.stepper.perturbed is not None:
+            raise RuntimeError(
+                f"{what} between first_step() and second_step(), where the weights are perturbed: "
+                "call second_step() to finish the step, restore() to undo it, or do this "
+                "inside `with optimizer.unperturbed():`"
+            )
+
+
+def _signature(cls: type[SAM]) -> inspect.Signature:
+    """Return the constructor's signature with the method's options and defaults."""
+    parameters = []
+    defaults = {"rho": 0.05, "adaptive": False, "eta": 0.0, **cls.DEFAULTS}
+    for p in list(inspect.signature(SAM.__init__).parameters.values())[1:]:
+        if p.kind is p.VAR_KEYWORD:
+            for name, each in cls._options.items():
+                default = p.empty if each.default is REQUIRED else each.default
+                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=default))
+        parameters.append(p.replace(default=defaults.get(p.name, p.default)))
+    return inspect.Signature(parameters)
+
+
+def _run_step(optimizer: SAM, closure: Callable[..., Any] | None = None) -> Any:
+    return optimizer.run_step(closure)
+
+
+_step_with_hooks = Optimizer.profile_hook_step(_run_step)
+SAM.__signature__ = _signature(SAM)  # type: ignore[attr-defined]

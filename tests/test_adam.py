@@ -14,7 +14,7 @@ from support.nets import loss_of, net, train, two_steps
 from torch import nn
 
 from fused_sam import SAM
-from fused_sam.engine.base_optimizers import FusedAdam
+from fused_sam.backends.contract import ADAM
 
 OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
     "AdamW": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.99), "weight_decay": 0.1}),
@@ -43,7 +43,7 @@ def test_equals_torchs_for_loop(backend: str, dtype: torch.dtype, cls: Any, opti
     optimizer = SAM([{"params": params[:half]}, {"params": params[half:], **split}], cls, rho=0.1, backend=backend,
                     **options)  # fmt: skip
     base = cls([{"params": twin[:half]}, {"params": twin[half:], **split}], foreach=False, **options)
-    assert isinstance(optimizer._base, FusedAdam)
+    assert optimizer.stepper.base.rule is ADAM
     for both in draw_passes(params, 6):
         drive(optimizer, params, [both])
         by_hand(base, twin, 0.1, ([], [g.double() for g in both[1]]))

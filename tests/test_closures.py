@@ -338,7 +338,7 @@ def test_an_exception_in_the_only_run_leaves_no_decision_behind(backend: str) ->
     with pytest.raises(KeyError):
         optimizer.step(fails)
     (1e3 * loss_of(model, 1)).backward()  # large
-    assert optimizer.perturbs
+    assert optimizer.needs_second_pass
 
 
 def test_a_closure_within_unperturbed_is_refused_before_it_runs() -> None:

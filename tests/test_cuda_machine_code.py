@@ -1,7 +1,7 @@
-"""What nvcc makes of the CUDA kernels: registers, spills, the width of their loads and stores, and no FP64 arithmetic.
+"""The machine code of the CUDA kernels: registers, spills, the width of loads and stores, and no FP64 arithmetic.
 
-Needs nvcc and NVIDIA's disassembler (cuobjdump and nvdisasm, of the toolkit or of the triton package), but no GPU. The
-cubins, which take two minutes of one core, are kept under build/ until the sources change.
+The tests need nvcc and NVIDIA's disassembler (cuobjdump and nvdisasm, of the toolkit or of the triton package), but no
+GPU. The cubins take some minutes of one core and are kept under build/ until the sources change.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
-# Kernels for small and for large tables are one template: both are read for one architecture, to halve the time.
+# Kernels for small and for large tables are one template: both are compiled for one architecture, to halve the time.
 WITH_LARGE_TABLES = "sm_90"
 SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled storage types and their bytes
 
-FILES = ("norm", "move", "sgd", "adam", "lists")  # csrc/cuda/*.cu, but for the host's table.cu and device.cu
+FILES = ("norm", "vectors", "perturb", "lion", "sgd", "adam")  # of csrc/cuda; table.cu and device.cu have no kernels
 
-# Most that a kernel may take: up to 128 registers two blocks of 256 threads share an SM, and by docs/gpu.md that is
-# enough bytes in flight; Adam, with its divisions and roots, needs the room above 96.
-MOST_REGISTERS = {"adam": 128}
+# The most registers that a kernel may take. With up to 128, two blocks of 256 threads share an SM, and by docs/gpu.md
+# that is enough bytes in flight; with up to 80, three. Adam needs more than 96 for its divisions and roots.
+MOST_REGISTERS = {"adam": 128, "lion": 80}
 MOST_REGISTERS_OF_OTHERS = 96
 
 
 @dataclass
 class Kernel:
-    """One compiled kernel: its primitive, the bytes of an element of each type it is made for, and its instructions.
+    """One compiled kernel: its primitive, the bytes of an element of each of its types, and its instructions.
 
-    The types are those of weight, gradient and what the network computes with, as far as the primitive has them.
+    The types are those of param, gradient, and master or backup, as far as the primitive has them.
     """
 
     architecture: str
@@ -54,12 +54,13 @@ class Kernel:
 
     @property
     def masters(self) -> bool:
-        return self.types[0] > self.types[-1]
+        return self.types[-1] > self.types[0]
 
     @property
     def elements(self) -> int:
-        """Elements of each array that a thread has under way (kElements in csrc/cuda)."""
-        fewer = self.random or self.primitive == "adam" or (self.primitive == "sgd" and self.masters)
+        """Elements of each array that a thread has in flight (kElements in csrc/cuda)."""
+        fewer = self.random or self.primitive == "adam" or (self.primitive in ("sgd", "lion") and self.masters)
+        fewer = fewer or (self.primitive == "lion" and self.types[0] < self.types[1])
         return 8 if fewer else 16
 
 
@@ -72,7 +73,7 @@ def tool(name: str) -> str | None:
 
 
 def compiled(nvcc: str) -> list[Path]:
-    """A cubin for each architecture and file of kernels."""
+    """Compile a cubin for each architecture and file of kernels."""
     version = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True).stdout
     state = hashlib.sha256(repr((version, FLAGS)).encode())
     for folder in ("core", "cuda"):
@@ -104,12 +105,14 @@ def compiled(nvcc: str) -> list[Path]:
 
 
 def kernel_of(mangled: str, architecture: str) -> Kernel:
-    if "finish_kernel" in mangled:
-        return Kernel(architecture, "finish", (), False, 0)
-    found = re.search(r"\d+([a-z]+)_kernelI(.*)NS_11LaunchTableILi\d+ENS_9(Pass|Adam)GroupELi(\d+)E", mangled)
+    """Read the mangled name of a kernel."""
+    if "finish_norm_kernel" in mangled:
+        return Kernel(architecture, "finish_norm", (), False, 0)
+    table = r"NS_11LaunchTableILi\d+ENS_(?:8AnyGroup|11AdamGroupOfIfE)ELi(\d+)E"
+    found = re.search(r"\d+([a-z]+)_kernelI(.*)" + table, mangled)
     assert found is not None, mangled
     types, rest, random, narrow = [], found[2], False, 0
-    while rest:  # a type is f, NS_4bf16E, NS_3f16E, or S<number>_ for the narrow one named before; Lb1E says random
+    while rest:  # a type is f, NS_4bf16E, NS_3f16E, or S<number>_ for the narrow one named before; Lb1E means random
         word = re.match(r"NS_(\w+?)E|(f)|Lb([01])E|S\d*_", rest)
         assert word is not None, mangled
         if word[3]:
@@ -118,7 +121,7 @@ def kernel_of(mangled: str, architecture: str) -> Kernel:
             narrow = SIZES[word[1]] if word[1] else narrow
             types.append(SIZES["f"] if word[2] else narrow)
         rest = rest[word.end() :]
-    return Kernel(architecture, found[1], tuple(types), random, int(found[4]))
+    return Kernel(architecture, found[1], tuple(types), random, int(found[3]))
 
 
 def disassembled(cubin: Path, cuobjdump: str) -> list[Kernel]:
@@ -159,12 +162,12 @@ def matching(instructions: list[str], pattern: str) -> list[str]:
 
 
 def vectors(instruction: str) -> int:
-    """How many 16-byte vectors a load or store moves."""
+    """Return how many 16-byte vectors a load or store moves."""
     return 2 if ".256" in instruction else 1 if ".128" in instruction else 0
 
 
 def in_flight(kernel: Kernel) -> int:
-    """Most 16-byte loads that are issued before anything waits for one: with no store or branch between them."""
+    """Return the most 16-byte loads that follow each other with no store or branch between them."""
     most = count = 0
     for instruction in kernel.instructions:
         if re.match(r"(STG|BRA|BAR|BSYNC|WARPSYNC|EXIT)\b", instruction):
@@ -176,11 +179,12 @@ def in_flight(kernel: Kernel) -> int:
 
 
 def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
-    pairs, masters = {(4, 4), (2, 2), (2, 4)}, {(4, 2, 2), (4, 4, 2)}
-    plain = {(w, g, w) for w, g in pairs}
-    random = {False: plain | masters, True: plain - {(4, 4, 4)}}  # an update with masters, or fp32, rounds to nearest
+    pairs, masters = {(4, 4), (2, 2), (2, 4)}, {(2, 2, 4), (2, 4, 4)}
+    plain = {(p, g, p) for p, g in pairs}
+    # With fp32 params or masters an update rounds to nearest.
+    updates = {False: plain | masters, True: plain - {(4, 4, 4)}}
     for architecture in ARCHITECTURES:
-        assert len([k for k in kernels if k.architecture == architecture and k.primitive == "finish"]) == 1
+        assert len([k for k in kernels if k.architecture == architecture and k.primitive == "finish_norm"]) == 1
         for tensors, adam_tensors in ((64, 44), (600, 400)) if architecture == WITH_LARGE_TABLES else ((64, 44),):
             here = [k for k in kernels if k.architecture == architecture and k.tensors in (tensors, adam_tensors)]
 
@@ -189,11 +193,11 @@ def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
 
             assert types("norm") == pairs | {(4, 2)}
             assert types("perturb") == types("perturb", True) == plain | masters
-            for primitive in ("sgd", "adam"):
-                assert [types(primitive, r) for r in (False, True)] == [random[r] for r in (False, True)]
-            assert types("restore") == {(4, 4), (2, 2), (4, 2)}
-            assert types("dots") == pairs | {(4, 2)}
-            assert len([k for k in here if k.primitive == "combine"]) == 11
+            for primitive in ("sgd", "adam", "lion"):
+                assert [types(primitive, r) for r in (False, True)] == [updates[r] for r in (False, True)]
+            assert types("restore") == {(4, 4), (2, 2), (2, 4)}
+            assert types("dot") == pairs | {(4, 2)}
+            assert len([k for k in here if k.primitive == "axpby"]) == 11
 
 
 def test_registers_and_no_spills(kernels: list[Kernel]) -> None:
@@ -217,16 +221,17 @@ def test_the_space_of_every_address_is_known(kernels: list[Kernel]) -> None:
 
 def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        # Bytes an element; amsgrad's largest squares are not counted.
+        # Bytes per element; amsgrad's max_exp_avg_sq is not counted.
         read = {
             "norm": lambda k: k.types[1],
-            "perturb": lambda k: k.types[0] + k.types[1],
-            "sgd": lambda k: k.types[0] + k.types[1] + 4,
-            "adam": lambda k: k.types[0] + k.types[1] + 8,
-            "restore": lambda k: k.types[0],
-            "dots": lambda k: sum(k.types),
-            "combine": lambda k: k.types[0] + k.types[1],
-            "finish": lambda k: 0,
+            "perturb": lambda k: k.types[2] + k.types[1],
+            "sgd": lambda k: k.types[2] + k.types[1] + 4,
+            "lion": lambda k: k.types[2] + k.types[1] + 4,
+            "adam": lambda k: k.types[2] + k.types[1] + 8,
+            "restore": lambda k: k.types[1],
+            "dot": lambda k: sum(k.types),
+            "axpby": lambda k: k.types[0] + k.types[1],
+            "finish_norm": lambda k: 0,
         }[kernel.primitive](kernel)
         expected = read * kernel.elements // 16
         assert in_flight(kernel) >= expected, f"{kernel}: {in_flight(kernel)} loads in flight, not {expected}"
@@ -234,13 +239,13 @@ def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) ->
 
 def test_stores_are_16_bytes_wide(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        if kernel.primitive in ("norm", "dots", "finish"):
+        if kernel.primitive in ("norm", "dot", "finish_norm"):
             continue
-        state = {"sgd": 4, "adam": 12}.get(kernel.primitive, 0)
-        # Beside what the network computes with, perturb writes the backup, and an update with masters the master.
-        kept = kernel.types[0] if kernel.masters != (kernel.primitive == "perturb") else 0
-        if kernel.primitive in ("restore", "combine"):
-            kept = 0
-        expected = (kernel.types[-1] + state + kept) * kernel.elements // 16
+        # Bytes per element: the params (of axpby the result), the state, and perturb's backup or an update's master.
+        written = kernel.types[-1 if kernel.primitive == "axpby" else 0]
+        written += {"sgd": 4, "lion": 4, "adam": 12}.get(kernel.primitive, 0)
+        if kernel.primitive not in ("restore", "axpby") and kernel.masters != (kernel.primitive == "perturb"):
+            written += kernel.types[2]
+        expected = written * kernel.elements // 16
         wide = sum(map(vectors, matching(kernel.instructions, r"STG\b")))
         assert wide >= expected, f"{kernel}: {wide} wide stores, not {expected}"

@@ -1,7 +1,7 @@
-"""Random numbers and rounding at random, as the specification has them: fair, independent, and unbiased.
+"""The specification of random numbers and of stochastic rounding: they are fair, independent and unbiased.
 
-All seeds are fixed, so that a test passes always or never. Bounds are 5 standard deviations of what is measured: a fair
-generator would leave them once in two million tries.
+All seeds are fixed, so that a test passes always or never. Bounds are 5 standard deviations of the measured number. A
+fair generator would leave them once in two million tries.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.contract import MASK, ROUND_PERTURBED, ROUND_UPDATED
-from fused_sam.backends.rng import chosen, round_at_random, stream_key, words
+from fused_sam.backends.rng import mask_of, random_words, round_stochastically, stream_key
 
 N = 1 << 16
 DEVIATIONS = 5.0
@@ -25,8 +25,8 @@ FLAT = torch.zeros(N)
 
 
 def uniform(key: tuple[int, int]) -> Tensor:
-    """The stream's first numbers in [0, 1), in float64."""
-    return words(key, FLAT).double() * 2.0**-32
+    """Return the stream's first numbers in [0, 1), in float64."""
+    return random_words(key, FLAT).double() * 2.0**-32
 
 
 def correlation(a: Tensor, b: Tensor) -> float:
@@ -38,10 +38,10 @@ def test_words_are_uniform(key: tuple[int, int, int, int]) -> None:
     x = uniform(stream_key(*key))
     assert abs(float(x.mean()) - 0.5) < DEVIATIONS * math.sqrt(1 / 12 / N)
     assert abs(float(x.var()) - 1 / 12) < DEVIATIONS * math.sqrt(1 / 180 / N)
-    # 256 boxes: chi squared has 255 degrees of freedom, and so a standard deviation of sqrt(2 * 255).
+    # 256 bins: chi squared has 255 degrees of freedom, and so a standard deviation of sqrt(2 * 255).
     for shift in (24, 16, 8, 0):
-        boxes = torch.bincount((words(stream_key(*key), FLAT) >> shift) & 0xFF, minlength=256)
-        chi = float((boxes - N / 256).square().sum() / (N / 256))
+        bins = torch.bincount((random_words(stream_key(*key), FLAT) >> shift) & 0xFF, minlength=256)
+        chi = float((bins - N / 256).square().sum() / (N / 256))
         assert abs(chi - 255) < DEVIATIONS * math.sqrt(2 * 255), f"bits {shift} to {shift + 7}"
 
 
@@ -52,7 +52,7 @@ def test_neighbours_in_a_stream_are_independent() -> None:
 
 
 def test_streams_are_independent() -> None:
-    """Of neighbouring seeds, draws, tensors and purposes, and of seeds that differ in their upper half."""
+    """Streams of neighbouring seeds, offsets, tensors and purposes, and of seeds that differ in their upper half."""
     keys = [stream_key(SEED, 5, 6, MASK)]
     keys += [stream_key(SEED + d, 5, 6, MASK) for d in (1, 1 << 32, 1 << 63)]
     keys += [stream_key(SEED, 5 + d, 6, MASK) for d in (1, 2, 1 << 20)]
@@ -61,38 +61,38 @@ def test_streams_are_independent() -> None:
     streams = [uniform(key) for key in keys]
     for (i, a), (j, b) in itertools.combinations(enumerate(streams), 2):
         assert abs(correlation(a, b)) < DEVIATIONS / math.sqrt(N), f"streams {i} and {j}"
-        # Nor is one the other, moved: of N words, a fair pair shares N * N / 2^32 = 1.
-        shared = int(torch.isin(words(keys[i], FLAT), words(keys[j], FLAT)).sum())
+        # No stream is a shifted copy of another: of N words, a fair pair shares N * N / 2^32 = 1.
+        shared = int(torch.isin(random_words(keys[i], FLAT), random_words(keys[j], FLAT)).sum())
         assert shared < 1 + DEVIATIONS * 2, f"streams {i} and {j} share {shared} words"
 
 
 def test_keys_of_a_run_do_not_coincide() -> None:
-    """300 draws, 50 tensors, 3 purposes: of 45,000 keys in 2^32 a fair hash lets 0.24 pairs coincide."""
+    """30 offsets, 50 tensors, 3 purposes: of 4,500 keys in 2^32 a fair hash lets 0.002 pairs coincide."""
     keys = {stream_key(SEED, d, s * 7919, p)[0] for d in range(0, 300, 10) for s in range(50) for p in range(3)}
     assert len(keys) >= 30 * 50 * 3 - 1
 
 
-def test_numbers_go_by_place_in_memory() -> None:
+def test_numbers_depend_on_the_place_in_memory() -> None:
     key = stream_key(SEED, 1, 1, MASK)
-    flat = words(key, torch.zeros(360))
+    flat = random_words(key, torch.zeros(360))
     last = torch.zeros(4, 6, 5, 3).contiguous(memory_format=torch.channels_last)
-    assert torch.equal(words(key, last).permute(0, 2, 3, 1).reshape(-1), flat)
+    assert torch.equal(random_words(key, last).permute(0, 2, 3, 1).reshape(-1), flat)
     turned = torch.zeros(20, 18).t()
-    assert torch.equal(words(key, turned).t().reshape(-1), flat)
-    assert torch.equal(words(key, torch.zeros(())), flat[0])
+    assert torch.equal(random_words(key, turned).t().reshape(-1), flat)
+    assert torch.equal(random_words(key, torch.zeros(())), flat[0])
 
 
-@pytest.mark.parametrize("share", [0.5, 0.1, 0.9, 1.0, 2.0**-10])
-def test_share_of_the_chosen(share: float) -> None:
-    count = int(chosen(stream_key(SEED, 2, 9, MASK), FLAT, share).sum())
-    assert abs(count - share * N) <= DEVIATIONS * math.sqrt(N * share * (1 - share))
+@pytest.mark.parametrize("prob", [0.5, 0.1, 0.9, 1.0, 2.0**-10])
+def test_mask_has_its_share_of_elements(prob: float) -> None:
+    count = int(mask_of(stream_key(SEED, 2, 9, MASK), FLAT, prob).sum())
+    assert abs(count - prob * N) <= DEVIATIONS * math.sqrt(N * prob * (1 - prob))
 
 
-def test_the_choice_and_the_rounding_are_independent() -> None:
-    """What is chosen must not be what is rounded up."""
-    mask = chosen(stream_key(SEED, 2, 9, MASK), FLAT, 0.5)
+def test_mask_and_rounding_are_independent() -> None:
+    """The elements in the mask must not be those that are rounded up."""
+    mask = mask_of(stream_key(SEED, 2, 9, MASK), FLAT, 0.5)
     for purpose in (ROUND_PERTURBED, ROUND_UPDATED):
-        up = round_at_random(FLAT + 1 + 2.0**-8, stream_key(SEED, 2, 9, purpose), BF16) > 1
+        up = round_stochastically(FLAT + 1 + 2.0**-8, stream_key(SEED, 2, 9, purpose), BF16) > 1
         assert abs(correlation(mask.double(), up.double())) < DEVIATIONS / math.sqrt(N)
 
 
@@ -106,7 +106,7 @@ VALUES = {
 
 
 def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The numbers of `dtype` below and above a positive x that it does not hold."""
+    """Return the numbers of `dtype` below and above a positive x that it cannot represent."""
     near = torch.tensor(x, dtype=torch.float64).to(torch.float32).to(dtype)
     bits = int(near.view(torch.int16))
     low = bits if float(near) <= x else bits - 1
@@ -119,7 +119,7 @@ def neighbours(x: float, dtype: torch.dtype) -> tuple[float, float]:
 def test_rounding_is_unbiased(dtype: torch.dtype, x: float, sign: float) -> None:
     numbers = torch.full((N,), sign * x)
     exact = float(numbers[0].abs())
-    found = round_at_random(numbers, stream_key(SEED, 4, 4, ROUND_PERTURBED), dtype).double() * sign
+    found = round_stochastically(numbers, stream_key(SEED, 4, 4, ROUND_PERTURBED), dtype).double() * sign
     low, high = neighbours(exact, dtype)
     assert set(found.tolist()) <= {low, high}
     share = (exact - low) / (high - low)
@@ -129,12 +129,12 @@ def test_rounding_is_unbiased(dtype: torch.dtype, x: float, sign: float) -> None
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_a_sum_of_many_small_numbers_arrives(dtype: torch.dtype) -> None:
-    """What rounding at random is for: steps of a twentieth of the last place, each lost by rounding to nearest."""
+def test_many_small_steps_add_up(dtype: torch.dtype) -> None:
+    """The purpose of stochastic rounding: rounding to nearest loses each step of a twentieth of the last place."""
     step = float(torch.finfo(dtype).eps) / 20
     x, nearest = torch.ones(4096, dtype=dtype), torch.ones(4096, dtype=dtype)
     for draw in range(100):
-        x = round_at_random(x.float() + step, stream_key(SEED, draw, 8, ROUND_UPDATED), dtype)
+        x = round_stochastically(x.float() + step, stream_key(SEED, draw, 8, ROUND_UPDATED), dtype)
         nearest = (nearest.float() + step).to(dtype)
     assert torch.equal(nearest, torch.ones(4096, dtype=dtype))
     # Each step adds eps with probability 1/20: variance 100 * 1/20 * 19/20 in units of eps squared.
@@ -143,51 +143,51 @@ def test_a_sum_of_many_small_numbers_arrives(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_numbers_that_the_type_holds_stay(dtype: torch.dtype) -> None:
-    """Every one of them, subnormals and zeros with their sign as well: a weight that does not move keeps its bits."""
+def test_representable_numbers_stay(dtype: torch.dtype) -> None:
+    """Every representable number, also subnormals and signed zeros: a param that does not move keeps its bits."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for draw in range(8):
-        found = round_at_random(every.float(), stream_key(SEED, draw, 2, ROUND_PERTURBED), dtype)
+        found = round_stochastically(every.float(), stream_key(SEED, draw, 2, ROUND_PERTURBED), dtype)
         wrong = found.view(torch.int16) != every.view(torch.int16)
         assert not wrong.any(), f"{every[wrong]} became {found[wrong]}"
 
 
 @pytest.mark.parametrize("steps", [255, 256, 511, 1023])
-def test_large_subnormals_of_fp16_stay_whatever_is_drawn(steps: int) -> None:
-    """A sum of the number and the random fraction that fp32 cannot hold would be rounded up to the next number."""
+def test_large_subnormals_of_fp16_stay_for_every_draw(steps: int) -> None:
+    """If fp32 could not represent the sum of the number and the random fraction, it would be rounded up."""
     x = torch.full((N,), steps * 2.0**-24)
     for draw in range(4):
-        assert torch.equal(round_at_random(x, stream_key(SEED, draw, 2, ROUND_UPDATED), F16).float(), x)
+        assert torch.equal(round_stochastically(x, stream_key(SEED, draw, 2, ROUND_UPDATED), F16).float(), x)
 
 
 def test_finite_numbers_within_fp16_stay_finite() -> None:
     x = torch.cat([torch.linspace(65472, 65504, N), torch.linspace(-65504, -65472, N)])
     for draw in range(4):
-        found = round_at_random(x, stream_key(SEED, draw, 3, ROUND_PERTURBED), F16)
+        found = round_stochastically(x, stream_key(SEED, draw, 3, ROUND_PERTURBED), F16)
         assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_what_is_not_finite_or_too_large_is_rounded_to_nearest(dtype: torch.dtype) -> None:
+def test_not_finite_and_too_large_numbers_are_rounded_to_nearest(dtype: torch.dtype) -> None:
     x = torch.tensor([math.inf, -math.inf, math.nan])
     x = torch.cat([x, torch.tensor([65505.0, 65519.9, 65520.0, -1e6, 3e38])]) if dtype is F16 else x
     for draw in range(16):
-        found = round_at_random(x, stream_key(SEED, draw, 3, ROUND_UPDATED), dtype)
+        found = round_stochastically(x, stream_key(SEED, draw, 3, ROUND_UPDATED), dtype)
         torch.testing.assert_close(found, x.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_rounding_does_not_know_of_signs(dtype: torch.dtype) -> None:
+def test_rounding_is_symmetric(dtype: torch.dtype) -> None:
     x = torch.randn(N) * 2.0 ** torch.randint(-26, 16, (N,))
     key = stream_key(SEED, 1, 1, ROUND_UPDATED)
-    assert torch.equal(round_at_random(-x, key, dtype), -round_at_random(x, key, dtype))
+    assert torch.equal(round_stochastically(-x, key, dtype), -round_stochastically(x, key, dtype))
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-def test_larger_numbers_are_rounded_to_no_smaller_ones(dtype: torch.dtype) -> None:
-    """One word rounds a sequence of numbers without changing their order, over the seam between fp16's two formulas."""
+def test_rounding_keeps_the_order(dtype: torch.dtype) -> None:
+    """One word rounds a sequence of numbers without changing their order, also where fp16's two formulas meet."""
     key = stream_key(SEED, 6, 6, ROUND_UPDATED)
     ladder = [2.0**-14 * (1 + i * 2.0**-13) for i in range(-64, 64)]
-    columns = [round_at_random(torch.full((256,), x), key, dtype).double() for x in ladder]
+    columns = [round_stochastically(torch.full((256,), x), key, dtype).double() for x in ladder]
     assert all(bool((a <= b).all()) for a, b in pairwise(columns))

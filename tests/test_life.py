@@ -256,7 +256,7 @@ class Lives(RuleBasedStateMachine):
         self.backward(seed, frozenset())
         if bad == 1:
             self.spoil(0, math.inf)
-        if self.ours[0].optimizer.perturbs:
+        if self.ours[0].optimizer.needs_second_pass:
             self.climb(True)
             for life in self.lives:
                 life.backward(seed + 50, absent)
@@ -301,7 +301,7 @@ class Lives(RuleBasedStateMachine):
                 return float(count)
 
             try:
-                extra = {"fresh": runs[id(self.ours[0])] == 1 and life.optimizer.perturbs} if life.plain else {}
+                extra = {"fresh": runs[id(self.ours[0])] == 1 and life.optimizer.needs_second_pass} if life.plain else {}
                 result = life.optimizer.step(closure, **extra)
                 assert result == 1.0 or self.method == "MicrobatchSAM of two"
             except OnPurposeError:
@@ -356,12 +356,12 @@ class Lives(RuleBasedStateMachine):
         def one(life: Life) -> None:
             scale = 1.0 if life.plain else life.scaler.get_scale()
             life.scaler.scale(torch.zeros(()))  # begins it
-            if not life.plain and life.optimizer.needs_scale:
-                life.optimizer.loss_scale = scale
+            if not life.plain and life.optimizer.needs_grad_scale:
+                life.optimizer.ascent_grad_scale = scale
             life.backward(seed, factor=scale)
             if bad == 1:
                 life.spoil(0, math.inf)
-            if life.optimizer.perturbs:
+            if life.optimizer.needs_second_pass:
                 life.perturb()
                 life.optimizer.first_step(zero_grad=True)
                 life.backward(seed + 50, factor=scale)

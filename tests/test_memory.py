@@ -105,7 +105,7 @@ def test_the_backup_is_the_same_memory_every_step(backend: str) -> None:
         for i, p in enumerate(params):
             p.grad = torch.ones(SIZE) if step % 3 != i else None
         optimizer.first_step()
-        assert optimizer._perturbed is not None
-        places |= {b.data_ptr() for job in optimizer._perturbed for b in job.table.backups}
+        assert optimizer.stepper.perturbed is not None
+        places |= {b.data_ptr() for call in optimizer.stepper.perturbed for b in call.table.backups}
         optimizer.second_step()
     assert len(places) == 2

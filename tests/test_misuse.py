@@ -42,7 +42,7 @@ def test_whoever_knows_about_the_second_pass_is_not_told() -> None:
     plain_step(model, optimizer)
     model, optimizer = fresh(schedule=Every(2))
     loss_of(model, 0).backward()
-    assert optimizer.perturbs
+    assert optimizer.needs_second_pass
     optimizer.step()
     model, optimizer = fresh(rho=0.0)
     plain_step(model, optimizer)

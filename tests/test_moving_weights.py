@@ -228,7 +228,7 @@ def test_groups_added_and_reordered_while_first_gradients_are_kept(backend: str,
             optimizer.param_groups.reverse()
             params[2].grad = values((3, 4), 30, torch.float64) * 0
         optimizer.second_step()
-        assert not optimizer.perturbed and optimizer._kept is None
+        assert not optimizer.perturbed and optimizer.stepper.context._kept is None
         return [p.detach() for p in params]
 
     for found, expected in zip(step(True), step(False), strict=True):

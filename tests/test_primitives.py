@@ -1,11 +1,12 @@
-"""Every backend's primitives against `reference`, table by table: master weights, random rounding, masks, clipping,
-Adam, and what a skipped step leaves alone.
+"""Every backend's primitives against `reference`, table by table.
+
+Dtypes, master weights, stochastic rounding, masks, clipping, update rules, skipped steps.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -20,61 +21,80 @@ from support.tables import (
     F64,
     KINDS,
     MASTERS,
+    PERTURB_GROUPS,
     PLAIN,
     STOCHASTIC,
+    Group,
     Kind,
     Pair,
     addressed,
     assert_near,
     assert_unchanged,
     backend_for,
+    columns,
+    draw_table,
+    primary,
+    status_with,
 )
 from torch import Tensor
 
 from fused_sam.backends.contract import (
-    DRAWS,
-    INVERSE,
+    ADAM,
+    ASCENT_NORM,
+    INVERSE_NORM,
+    LION,
     MASK,
-    NORM,
+    RNG_OFFSET,
     ROUND_PERTURBED,
     ROUND_UPDATED,
     SKIP,
-    STATUS_SIZE,
     SUM,
     UPDATE_NORM,
-    Group,
-    Lists,
+    AdamGroup,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
     Table,
+    UpdateRule,
+    VectorPair,
     finish_norm,
-    status_dtype,
 )
-from fused_sam.backends.rng import chosen, round_at_random, stream_key
+from fused_sam.backends.rng import mask_of, round_stochastically, stream_key
 
 SUBJECTS = [v for v in VARIANTS if v.name != "reference"]
 
-SGD = [
-    Group(0.5, False, 0.0, lr=0.1),
-    Group(0.8, True, 0.1, lr=0.2, momentum=0.9, weight_decay=0.03),
-    Group(0.3, False, 0.0, lr=0.05, momentum=0.8, dampening=0.3, maximize=True),
-    Group(0.0, True, 0.0, lr=0.3, momentum=0.7, nesterov=True, weight_decay=0.01),
-]
-# An adam_eps far above rounding: at 1e-8 a gradient that cancels to nothing would decide its element's sign.
-ADAM = [
-    Group(0.5, False, 0.0, lr=0.1, beta1=0.8, beta2=0.95, adam_eps=1e-3, weight_decay=0.05),
-    Group(0.5, False, 0.0, lr=0.2, beta1=0.9, beta2=0.99, adam_eps=1e-2, weight_decay=0.1, decoupled=True),
-    Group(0.5, False, 0.0, lr=0.05, beta1=0.0, beta2=0.9, adam_eps=1e-3, maximize=True, amsgrad=True),
-    Group(0.5, False, 0.0, lr=0.3, beta1=0.7, beta2=0.8, adam_eps=1e-1, decoupled=True, amsgrad=True),
-]
+# Groups per update rule, with all of its options.
+GROUPS: dict[str, Sequence[Group]] = {
+    "sgd": [
+        SGDGroup(0.1),
+        SGDGroup(0.2, momentum=0.9, weight_decay=0.03),
+        SGDGroup(0.05, momentum=0.8, dampening=0.3, maximize=True),
+        SGDGroup(0.3, momentum=0.7, nesterov=True, weight_decay=0.01),
+    ],
+    # An eps far above rounding: at 1e-8 a gradient that cancels to nothing would decide its element's sign.
+    "adam": [
+        AdamGroup(0.1, 0.8, 0.95, eps=1e-3, weight_decay=0.05),
+        AdamGroup(0.2, 0.9, 0.99, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
+        AdamGroup(0.05, 0.0, 0.9, eps=1e-3, maximize=True, amsgrad=True),
+        AdamGroup(0.3, 0.7, 0.8, eps=1e-1, decoupled_weight_decay=True, amsgrad=True),
+    ],
+    # Betas on both sides of 0.5, where the moving average changes its formula, and at 0.
+    "lion": [
+        LionGroup(0.1, weight_decay=0.05),
+        LionGroup(0.2, 0.7, 0.3),
+        LionGroup(0.05, 0.0, 0.6, maximize=True),
+        LionGroup(0.3, 0.3, 0.0, weight_decay=0.2),
+    ],
+}
+SGD_GROUPS = GROUPS["sgd"]
+
+rules = pytest.mark.parametrize("rule", GROUPS)
 
 
 @pytest.fixture(params=SUBJECTS, ids=str)
-def variant(request: pytest.FixtureRequest) -> Any:  # in place of conftest's, which has `reference` as well
+def variant(request: pytest.FixtureRequest) -> Any:  # instead of conftest's, which includes `reference`
     with request.param.active():
         yield request.param
-
-
-def with_options(groups: Sequence[Group], **options: Any) -> list[Group]:
-    return [g._replace(**options) for g in groups]
 
 
 def kinds(of: Sequence[Kind]) -> Any:
@@ -84,121 +104,160 @@ def kinds(of: Sequence[Kind]) -> Any:
 # ---- the passes of a step ---------------------------------------------------------------------------------
 
 
+def assert_same_norms(pair: Pair) -> None:
+    # Sums in fp32 over 17,451 squares: 1e-5 is above their rounding and far below a lost tensor.
+    for place in (ASCENT_NORM, INVERSE_NORM, UPDATE_NORM):
+        wanted = float(pair.twin_status.values[place])
+        assert float(pair.status.values[place]) == pytest.approx(wanted, rel=1e-5)
+    assert pair.status.skip == 0
+    assert pair.status.rng_offset == 7
+
+
 @kinds(KINDS)
 def test_norm(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, SGD)
-    for scaled, carry in ((True, False), (False, True)):
-        pair.run("norm", scaled=scaled, carry=carry, begin=True, finish=True, eps=0.25)
-    # Sums in fp32 over 17,451 squares: 1e-5 is above their rounding and far below a lost tensor.
-    for place in (NORM, INVERSE, UPDATE_NORM):
-        assert float(pair.status[place]) == pytest.approx(float(pair.twin_status[place]), rel=1e-5)
-    assert pair.status[SKIP] == 0
-    assert pair.status[DRAWS] == 7
+    pair = Pair(variant, kind, SGD_GROUPS)
+    pair.set_status({SUM: 1e6})  # from an earlier norm
+    pair.norm(ascent=True, eps=0.25)
+    pair.norm(ascent=False, keep_skip=True, eps=0.25)
+    assert_same_norms(pair)
+
+
+@kinds([*PLAIN[:3], MASTERS[0]])
+@pytest.mark.parametrize("ascent", [True, False])
+def test_norm_over_several_tables(variant: Variant, kind: Kind, ascent: bool) -> None:
+    """It equals the accumulated sums of the tables, from zero, and a finish."""
+    pair = Pair(variant, kind, SGD_GROUPS)
+    more = draw_table(kind, SGD_GROUPS, [(3,), (70001,)], perturbed=True, seed=50)
+    twin = draw_table(kind, SGD_GROUPS, [(3,), (70001,)], perturbed=True, seed=50)
+    groups = PERTURB_GROUPS if ascent else None
+    single = status_with({RNG_OFFSET: 7.0, SUM: 0.0})
+    pair.set_status({SUM: 1e6, SKIP: 1.0})
+    pair.backend.norm([pair.table, more], groups, pair.status, keep_skip=False, eps=0.25)
+    pair.reference.norm([pair.twin, twin], groups, pair.twin_status, keep_skip=False, eps=0.25)
+    assert_same_norms(pair)
+    for table in (pair.table, more):
+        pair.backend.accumulate_norm(table, groups, single)
+    pair.backend.finish_norm(single, ascent=ascent, keep_skip=False, eps=0.25)
+    places = (SUM, *([ASCENT_NORM, INVERSE_NORM] if ascent else [UPDATE_NORM]))
+    for place in places:
+        assert float(single.values[place]) == pytest.approx(float(pair.status.values[place]), rel=1e-6)
+
+
+@pytest.mark.parametrize("keep_skip", [True, False])
+def test_norm_over_no_table(variant: Variant, keep_skip: bool) -> None:
+    status = status_with({SUM: 9.0, ASCENT_NORM: 3.0, SKIP: 1.0})
+    backend_for(variant, Kind(F32, F32)).norm([], PERTURB_GROUPS, status, keep_skip=keep_skip, eps=0.5)
+    assert status.ascent_norm == 0 and status.inverse_norm == 2 and status.skip == float(keep_skip)
 
 
 @kinds(KINDS)
 def test_perturb(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, SGD)
-    before = pair.copies()
-    pair.run("perturb")
+    pair = Pair(variant, kind, SGD_GROUPS)
+    before = [t.clone() for t in primary(pair.table)]
+    pair.perturb()
     pair.compare()
-    moved = pair.table.models or pair.table.weights
-    assert not torch.equal(moved[4], before["weights"][4].to(moved[4].dtype))  # type: ignore[union-attr]
-    if kind.model is not None:
-        assert_unchanged(pair.table.weights, before["weights"], "masters")
+    assert not torch.equal(pair.table.params[4], before[4].to(kind.param))
+    if kind.masters:
+        assert_unchanged(pair.table.masters, before, "masters")
     else:
-        assert_unchanged(pair.table.backups, before["weights"], "backups")
+        assert_unchanged(pair.table.backups, before, "backups")
 
 
+@rules
 @kinds(KINDS)
 @pytest.mark.parametrize("scale", [None, 16.0])
-def test_sgd(variant: Variant, kind: Kind, scale: float | None) -> None:
-    pair = Pair(variant, kind, SGD)
-    pair.run("perturb")
-    pair.run("sgd", None if scale is None else torch.tensor(scale))
+def test_update(variant: Variant, kind: Kind, rule: str, scale: float | None) -> None:
+    pair = Pair(variant, kind, GROUPS[rule])
+    pair.perturb()
+    pair.update(scale)
     pair.compare()
+    if rule == "adam":
+        assert [float(t) for t in pair.table.state["step"] if t is not None] == [3.0 * i + 1 for i in range(5)]
 
 
+@rules
 @kinds(KINDS)
-def test_sgd_of_weights_that_were_not_perturbed(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, SGD, perturbed=False)
-    pair.run("sgd", None)
+def test_update_of_params_that_were_not_perturbed(variant: Variant, kind: Kind, rule: str) -> None:
+    pair = Pair(variant, kind, GROUPS[rule], perturbed=False)
+    pair.update()
     pair.compare()
-
-
-@kinds(KINDS)
-@pytest.mark.parametrize("scale", [None, 16.0])
-def test_adam(variant: Variant, kind: Kind, scale: float | None) -> None:
-    pair = Pair(variant, kind, ADAM)
-    pair.run("perturb")
-    pair.run("adam", None if scale is None else torch.tensor(scale))
-    pair.compare()
-    assert [float(t) for t in pair.table.steps] == [3.0 * i + 1 for i in range(5)]
-
-
-@kinds(KINDS)
-def test_adam_of_weights_that_were_not_perturbed(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, ADAM, perturbed=False)
-    pair.run("adam", None)
-    pair.run("adam", None)
-    pair.compare()
+    if rule == "adam" or kind.param in (F32, F64):  # else params near 0 may differ by places of larger ones
+        pair.update()
+        pair.compare()
 
 
 @kinds(KINDS)
 def test_restore(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, SGD)
-    before = pair.copies()["weights"]
-    pair.run("perturb")
-    pair.run("restore")
-    assert_unchanged(pair.table.weights, before, "weights")
-    if kind.model is not None:
-        assert_same_bits(pair.table.models, [w.to(kind.model) for w in before if w is not None])
+    pair = Pair(variant, kind, SGD_GROUPS)
+    before = [t.clone() for t in primary(pair.table)]
+    pair.perturb()
+    pair.restore()
+    assert_unchanged(primary(pair.table), before, "params")
+    assert_same_bits(pair.table.params, [w.to(kind.param) for w in before])
 
 
-@pytest.mark.parametrize("primitive", ["sgd", "adam"])
+@rules
 @kinds([KINDS[0], MASTERS[0], STOCHASTIC[0]])
-def test_learning_rate_in_a_tensor(variant: Variant, kind: Kind, primitive: str) -> None:
-    groups = with_options(SGD if primitive == "sgd" else ADAM, lr=torch.tensor(0.15))
-    pair = Pair(variant, kind, groups)
-    pair.run("perturb")
-    pair.run(primitive, None)
+def test_learning_rate_in_a_tensor(variant: Variant, kind: Kind, rule: str) -> None:
+    pair = Pair(variant, kind, [g._replace(lr=torch.tensor(0.15)) for g in GROUPS[rule]])
+    pair.perturb()
+    pair.update()
     pair.compare()
 
 
 # ---- clipping ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("primitive", ["sgd", "adam"])
+@rules
 @kinds([*PLAIN, MASTERS[0], STOCHASTIC[0]])
 @pytest.mark.parametrize("scale", [None, 16.0])
-def test_clipping(variant: Variant, kind: Kind, primitive: str, scale: float | None) -> None:
+@pytest.mark.parametrize("limit", [100.0, 2.5, math.inf, 10.5])
+def test_clipping(variant: Variant, kind: Kind, rule: str, scale: float | None, limit: float) -> None:
     """The update's norm is 160, of gradients that have the loss scale; 100 clips without one, 10.5 does not with 16."""
-    groups = [
-        g._replace(max_norm=limit)
-        for g, limit in zip(SGD if primitive == "sgd" else ADAM, (100.0, 2.5, math.inf, 10.5), strict=True)
-    ]
-    pair = Pair(variant, kind, groups)
-    pair.run("perturb")
-    pair.run(primitive, None if scale is None else torch.tensor(scale))
+    pair = Pair(variant, kind, GROUPS[rule])
+    pair.perturb()
+    pair.update(scale, limit)
     pair.compare()
 
 
 @kinds([Kind(F64, F64), Kind(F32, F32)])
 @pytest.mark.parametrize("limit", [3.0, 1e4])
 def test_clipping_is_torchs(variant: Variant, kind: Kind, limit: float) -> None:
-    pair = Pair(variant, kind, [Group(0.5, False, 0.0, lr=0.1, max_norm=limit)], perturbed=False)
-    twins = [torch.nn.Parameter(w.double()) for w in pair.table.weights]
-    for p, g in zip(twins, pair.table.gradients, strict=True):
+    pair = Pair(variant, kind, [SGDGroup(0.1)], perturbed=False)
+    twins = [torch.nn.Parameter(w.double()) for w in pair.table.params]
+    for p, g in zip(twins, pair.table.grads, strict=True):
         p.grad = g.double()
     torch.nn.utils.clip_grad_norm_(twins, limit)
     torch.optim.SGD(twins, lr=0.1).step()
-    pair.run("norm", scaled=False, carry=False, begin=True, finish=True, eps=0.0)
-    pair.run("sgd", None)
-    for found, wanted in zip(pair.table.weights, twins, strict=True):
-        assert_near(found, wanted.detach().to(kind.weight), "weights")
+    pair.norm(ascent=False)
+    pair.update(max_norm=limit)
+    for found, wanted in zip(pair.table.params, twins, strict=True):
+        assert_near(found, wanted.detach().to(kind.param), "params")
 
 
-# ---- Adam is torch's --------------------------------------------------------------------------------------
+# ---- Adam is torch's, Lion is the paper's -----------------------------------------------------------------
+
+SHAPES = [(1,), (33,), (5, 205)]
+
+
+def train(
+    variant: Variant, kind: Kind, rule: UpdateRule, group: Group, follow: Callable[[list[Tensor]], None]
+) -> Table:
+    """Run seven steps from new state; `follow` takes each step's gradients, in float64, before the backend does."""
+    backend = backend_for(variant, kind)
+    params = [values(s, i, kind.param) for i, s in enumerate(SHAPES)]
+    state: dict[str, list[Tensor | None]] = {
+        c.name: [torch.zeros(()) if c.scalar else torch.full_like(p, c.init) for p in params] for c in rule.columns
+    }
+    table = Table(params, [0] * len(params), kind.grad, backups=params, rule=rule, state=state)
+    status = status_with({})
+    for step in range(7):
+        table.grads = [values(s, 100 * step + 50 + i, kind.grad) for i, s in enumerate(SHAPES)]
+        table.grad_addresses = addressed(table.grads)
+        follow([g.double() for g in table.grads])
+        getattr(backend, rule.name)(table, [group], status, None, math.inf)
+    return table
+
 
 ADAMS: dict[str, dict[str, Any]] = {
     "adamw": {"lr": 0.02, "betas": (0.8, 0.95), "eps": 1e-4, "weight_decay": 0.1},
@@ -215,116 +274,190 @@ def test_adam_is_torchs(variant: Variant, kind: Kind, name: str) -> None:
     """Seven steps from nothing against torch.optim in float64."""
     options = ADAMS[name]
     cls = torch.optim.AdamW if name.startswith("adamw") else torch.optim.Adam
-    shapes = [(1,), (33,), (5, 205)]
-    twins = [torch.nn.Parameter(values(s, i, kind.weight).double()) for i, s in enumerate(shapes)]
+    twins = [torch.nn.Parameter(values(s, i, kind.param).double()) for i, s in enumerate(SHAPES)]
     theirs = cls(twins, foreach=False, **options)
-    group = Group(
-        0.1,
-        False,
-        0.0,
-        lr=options["lr"],
+    group = AdamGroup(
+        options["lr"],
+        *options.get("betas", (0.9, 0.999)),
+        eps=options["eps"],
         weight_decay=options.get("weight_decay", 0.0),
-        maximize=options.get("maximize", False),
-        beta1=options.get("betas", (0.9, 0.999))[0],
-        beta2=options.get("betas", (0.9, 0.999))[1],
-        adam_eps=options["eps"],
-        decoupled=cls is torch.optim.AdamW,
+        decoupled_weight_decay=cls is torch.optim.AdamW,
         amsgrad=options.get("amsgrad", False),
+        maximize=options.get("maximize", False),
     )
-    backend = backend_for(variant, kind)
-    weights = [values(s, i, kind.weight) for i, s in enumerate(shapes)]
-    table = Table(
-        weights,
-        [0] * len(weights),
-        kind.gradient,
-        backups=weights,
-        momenta=[torch.zeros_like(w) for w in weights],
-        squares=[torch.zeros_like(w) for w in weights],
-        largest=[torch.zeros_like(w) if group.amsgrad else None for w in weights],
-        steps=[torch.zeros(()) for _ in weights],
-    )
-    status = torch.zeros(STATUS_SIZE, dtype=status_dtype(weights[0].device))
-    for step in range(7):
-        table.gradients = [values(s, 100 * step + 50 + i, kind.gradient) for i, s in enumerate(shapes)]
-        table.gradient_addresses = addressed(table.gradients)
-        for p, g in zip(twins, table.gradients, strict=True):
-            p.grad = g.double()
+
+    def follow(grads: list[Tensor]) -> None:
+        for p, g in zip(twins, grads, strict=True):
+            p.grad = g
         theirs.step()
-        backend.adam(table, [group], status, None)
-    for i, (w, p) in enumerate(zip(weights, twins, strict=True)):
-        state = theirs.state[p]
-        assert_near(w, p.detach().to(kind.weight), "weights")
-        assert_near(table.momenta[i], state["exp_avg"].to(kind.weight), "exp_avg")  # type: ignore[arg-type]
-        assert_near(table.squares[i], state["exp_avg_sq"].to(kind.weight), "exp_avg_sq")
-        if group.amsgrad:
-            assert_near(table.largest[i], state["max_exp_avg_sq"].to(kind.weight), "max")  # type: ignore[arg-type]
-        assert float(table.steps[i]) == float(state["step"]) == 7
+
+    table = train(variant, kind, ADAM, group, follow)
+    for i, p in enumerate(twins):
+        assert_near(table.params[i], p.detach().to(kind.param), "params")
+        for column, wanted in theirs.state[p].items():
+            found = table.state[column][i]
+            assert found is not None
+            assert_near(found, wanted.to(found.dtype), column)
+        assert theirs.state[p]["step"] == 7
+
+
+@kinds([Kind(F64, F64), Kind(F32, F32)])
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("decay", [0.0, 0.3])
+@pytest.mark.parametrize("betas", [(0.9, 0.99), (0.75, 0.6), (0.4, 0.95)])
+def test_lion_is_the_papers(
+    variant: Variant, kind: Kind, betas: tuple[float, float], decay: float, maximize: bool
+) -> None:
+    """Seven steps from nothing against arXiv 2302.06675, algorithm 2, written out in float64."""
+    (b1, b2), lr = betas, 0.05
+    twins = [values(s, i, kind.param).double() for i, s in enumerate(SHAPES)]
+    means = [torch.zeros_like(w) for w in twins]
+
+    def follow(grads: list[Tensor]) -> None:
+        for w, m, gradient in zip(twins, means, grads, strict=True):
+            g = -gradient if maximize else gradient
+            c = b1 * m + (1 - b1) * g
+            assert (c.abs() > 1e-6).all()  # else rounding might decide a sign
+            w.sub_(lr * (torch.sign(c) + decay * w))
+            m.copy_(b2 * m + (1 - b2) * g)
+
+    table = train(variant, kind, LION, LionGroup(lr, b1, b2, decay, maximize), follow)
+    for i, (w, m) in enumerate(zip(twins, means, strict=True)):
+        found = table.state["exp_avg"][i]
+        assert found is not None
+        assert_near(table.params[i], w.to(kind.param), "params")
+        assert_near(found, m.to(kind.param), "exp_avg")
+
+
+@kinds(PLAIN)
+def test_lion_at_zero_and_nan(variant: Variant, kind: Kind) -> None:
+    """Where nothing has a sign, only the decay is left; NaN in the state reaches the params."""
+    pair = Pair(variant, kind, [LionGroup(0.5, weight_decay=0.25)], [(70,)], perturbed=False)
+    pair.replace("params", [torch.ones(70)])
+    pair.replace("grads", [torch.zeros(70)])
+    means = pair.table.state["exp_avg"][0]
+    assert means is not None
+    means.zero_()[5] = math.nan
+    means[6], means[7], means[8] = -0.0, 1.0, -1.0
+    pair.backend.lion(pair.table, [LionGroup(0.5, weight_decay=0.25)], pair.status, None, math.inf)
+    wanted = torch.full((70,), 0.875, dtype=kind.param)
+    wanted[5], wanted[7], wanted[8] = math.nan, 0.375, 1.375
+    torch.testing.assert_close(pair.table.params[0], wanted, rtol=0, atol=0, equal_nan=True)
 
 
 # ---- skipped steps ----------------------------------------------------------------------------------------
 
 
+@rules
 @kinds(KINDS)
-def test_a_skipped_step_changes_no_bit(variant: Variant, kind: Kind) -> None:
-    for update, groups in (("sgd", SGD), ("adam", ADAM)):
-        pair = Pair(variant, kind, with_options(groups, max_norm=1.0, share=0.5))
-        odd = [w.index_fill(0, torch.tensor([0]), -0.0) for w in pair.table.weights]  # a copy keeps its sign
-        odd[2][5] = math.inf
-        pair.replace("weights", odd)
-        before = pair.copies()
-        pair.set_status({SKIP: 1.0, INVERSE: 0.0, UPDATE_NORM: math.inf})
-        pair.run("perturb")
-        assert_unchanged(pair.table.weights, before["weights"], "weights")
-        if kind.model is None:
-            assert_unchanged(pair.table.backups, before["weights"], "backups")
-            for w in pair.table.weights:
-                w.fill_(3.0)
-        assert_unchanged(pair.table.models, before["models"], "models")
-        pair.run(update, None)
-        for name, column in pair.columns(pair.table).items():
-            if name not in ("models", "backups"):
-                assert_unchanged(column, before[name], f"{update}: {name}")
-        if kind.model is not None:
-            assert_same_bits(pair.table.models, [w.to(kind.model) for w in odd])
+def test_a_skipped_step_changes_no_bit(variant: Variant, kind: Kind, rule: str) -> None:
+    masked = [g._replace(mask_prob=0.5) for g in PERTURB_GROUPS]
+    pair = Pair(variant, kind, GROUPS[rule], perturb_groups=masked)
+    odd = [w.index_fill(0, torch.tensor([0]), -0.0) for w in primary(pair.table)]  # a copy keeps its sign
+    odd[2][5] = math.inf
+    pair.replace_primary(odd)
+    before = pair.copies()
+    pair.set_status({SKIP: 1.0, INVERSE_NORM: 0.0, UPDATE_NORM: math.inf})
+    pair.perturb()
+    assert_unchanged(pair.table.params, before["params"], "params")
+    if not kind.masters:
+        assert_unchanged(pair.table.backups, before["params"], "backups")
+        for p in pair.table.params:
+            p.fill_(3.0)
+    pair.update(max_norm=1.0)
+    for name, column in columns(pair.table).items():
+        if name not in ("params", "backups"):
+            assert_unchanged(column, before[name], name)
+    assert_same_bits(pair.table.params, [w.to(kind.param) for w in odd])
+
+
+# ---- vectors ----------------------------------------------------------------------------------------------
+
+
+def draw_vectors(dx: torch.dtype, dy: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    x, y = ([values((n,), 10 * c + i, d) for i, n in enumerate((7, 1025, 16385))] for c, d in enumerate((dx, dy)))
+    return x, y
+
+
+VECTOR_DTYPES = [(F32, F32), (F32, BF16), (BF16, BF16), (F16, F32), (F64, F64)]
 
 
 @pytest.mark.parametrize("skip", [False, True])
-def test_sums_of_columns_heed_a_skip(variant: Variant, skip: bool) -> None:
+def test_axpby_and_ema_respect_skip(variant: Variant, skip: bool) -> None:
     backend = backend_for(variant, Kind(F32, F32))
-    status = torch.zeros(STATUS_SIZE, dtype=status_dtype(torch.device("cpu")))
-    status[SKIP] = float(skip)
-    for dx, dy in ((F32, F32), (F32, BF16), (BF16, BF16)):
-        x, y = ([values((n,), 10 * c + i, d) for i, n in enumerate((7, 1025, 16385))] for c, d in enumerate((dx, dy)))
-        lists = Lists([t.clone() for t in x], y)
+    status = status_with({SKIP: float(skip)})
+    for dx, dy in VECTOR_DTYPES[:3]:
+        x, y = draw_vectors(dx, dy)
+        pair = VectorPair([t.clone() for t in x], y)
         out = [torch.full_like(t, 7.0) for t in y]
-        backend.combine(lists, out, torch.tensor([2.0, -0.5], dtype=status.dtype), status)
-        backend.average(lists, 0.75, status)
+        backend.axpby(pair, out, torch.tensor([2.0, -0.5], dtype=status.values.dtype), status)
+        backend.ema(pair, 0.75, status)
         for i, (a, b) in enumerate(zip(x, y, strict=True)):
             if skip:
-                assert_same_bits([out[i], lists.x[i]], [torch.full_like(b, 7.0), a])
+                assert_same_bits([out[i], pair.x[i]], [torch.full_like(b, 7.0), a])
             else:
-                assert_near(out[i], (2.0 * a.float() - 0.5 * b.float()).to(dy), "combine")
-                assert_near(lists.x[i], (0.75 * a.float() + 0.25 * b.float()).to(dx), "average")
+                assert_near(out[i], (2.0 * a.float() - 0.5 * b.float()).to(dy), "axpby")
+                assert_near(pair.x[i], (0.75 * a.float() + 0.25 * b.float()).to(dx), "ema")
 
 
-@pytest.mark.parametrize("scaled", [True, False])
-@pytest.mark.parametrize("carry", [True, False])
+@pytest.mark.parametrize(("dx", "dy"), VECTOR_DTYPES)
+@pytest.mark.parametrize("on_host", [True, False])
+def test_axpby_into_each_column(variant: Variant, dx: torch.dtype, dy: torch.dtype, on_host: bool) -> None:
+    """The coefficients come as numbers or as a tensor; a column with coefficient 0 counts for nothing."""
+    backend = backend_for(variant, Kind(F32, F32))
+    for a, b in ((2.0, -0.5), (0.0, 1.5), (0.25, 0.0), (0.0, 0.0)):
+        coefficients = (a, b) if on_host else torch.tensor([a, b], dtype=torch.float64)
+        for target in ("x", "y", "third"):
+            x, y = draw_vectors(dx, dy)
+            for column, c in ((x, a), (y, b)):
+                if c == 0:
+                    column[1][3] = math.nan
+            wide = F64 if dx is F64 else F32
+            wanted = [
+                torch.nan_to_num(p.to(wide)) * a + torch.nan_to_num(q.to(wide)) * b for p, q in zip(x, y, strict=True)
+            ]
+            out = {"x": x, "y": y, "third": [torch.full_like(t, 7.0) for t in x]}[target]
+            backend.axpby(VectorPair(x, y), out, coefficients)
+            for o, w in zip(out, wanted, strict=True):
+                assert_near(o, w.to(o.dtype), f"{a} x + {b} y in {target}")
+
+
+@pytest.mark.parametrize(("dx", "dy"), VECTOR_DTYPES)
+def test_dot(variant: Variant, dx: torch.dtype, dy: torch.dtype) -> None:
+    backend = backend_for(variant, Kind(F32, F32))
+    x, y = draw_vectors(dx, dy)
+    wanted = torch.zeros(3, dtype=torch.float64)
+    for p, q in zip(x, y, strict=True):
+        u, v = p.double(), q.double()
+        wanted += torch.stack([(u * v).sum(), (u * u).sum(), (v * v).sum()])
+    sums, pair = torch.full((3,), 1e6, dtype=torch.float64), VectorPair(x, y)
+    backend.dot(pair, sums, reset=True)
+    # <x, y> cancels, and so is compared on the scale of the norms.
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5 * float(wanted[1]))
+    backend.dot(pair, sums, reset=False)
+    torch.testing.assert_close(sums, 2 * wanted, rtol=1e-5, atol=1e-5 * float(wanted[1]))
+
+
+# ---- the end of a norm ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ascent", [True, False])
+@pytest.mark.parametrize("keep_skip", [True, False])
 @pytest.mark.parametrize("skip", [0.0, 1.0])
 @pytest.mark.parametrize("total", [0.0, 6.25, math.inf, math.nan])
-def test_finish(variant: Variant, total: float, skip: float, carry: bool, scaled: bool) -> None:
-    """As the norm ends, for a sum that came from elsewhere."""
+def test_finish_norm(variant: Variant, total: float, skip: float, keep_skip: bool, ascent: bool) -> None:
+    """For a sum that came from elsewhere."""
     backend = backend_for(variant, Kind(F32, F32))
-    found = torch.zeros(STATUS_SIZE, dtype=status_dtype(torch.device("cpu")))
-    found[SUM], found[NORM], found[UPDATE_NORM], found[SKIP], found[DRAWS] = total, 3.0, 4.0, skip, 5.0
-    wanted = found.clone()
-    backend.finish(found, scaled=scaled, carry=carry, eps=0.5)
-    finish_norm(wanted, scaled=scaled, carry=carry, eps=0.5)
-    torch.testing.assert_close(found, wanted, rtol=1e-6, atol=0, equal_nan=True)
+    numbers = {SUM: total, ASCENT_NORM: 3.0, UPDATE_NORM: 4.0, SKIP: skip, RNG_OFFSET: 5.0}
+    found, wanted = status_with(numbers), status_with(numbers)
+    backend.finish_norm(found, ascent=ascent, keep_skip=keep_skip, eps=0.5)
+    finish_norm(wanted, ascent=ascent, keep_skip=keep_skip, eps=0.5)
+    torch.testing.assert_close(found.values, wanted.values, rtol=1e-6, atol=0, equal_nan=True)
 
 
 # ---- random numbers ---------------------------------------------------------------------------------------
 
-# Numbers around all that rounding treats apart: subnormals, fp16's largest, what is beyond it, what is not finite.
+# Numbers around every case of rounding: subnormals, fp16's largest number, numbers beyond it, and those not finite.
 EDGES = [
     0.0, 1e-45, 2.0**-26, 2.0**-24, 1.5 * 2.0**-24, 2.0**-14 - 2.0**-26, 2.0**-14, 1.0, 65503.9, 65504.0, 65519.9,
     65520.0, 1e6, 3.3e38, 3.4028234e38, math.inf, math.nan,
@@ -332,7 +465,7 @@ EDGES = [
 
 
 def every_magnitude(n: int, seed: int) -> Tensor:
-    """fp32 numbers of all magnitudes that bf16 and fp16 have, and the edges."""
+    """Return fp32 numbers of all magnitudes of bf16 and fp16, and the edges."""
     x = values((n,), seed, F32) * 2.0 ** (values((n,), seed + 1, F32).mul(8).clamp(-27, 17)).round()
     edges = torch.tensor(EDGES + [-e for e in EDGES])
     x[: len(edges)] = edges
@@ -341,88 +474,112 @@ def every_magnitude(n: int, seed: int) -> Tensor:
 
 @pytest.mark.parametrize("purpose", [ROUND_PERTURBED, ROUND_UPDATED])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
-@pytest.mark.parametrize("draw", [0, 1, 16777215])
-def test_random_rounding_to_the_bit(variant: Variant, dtype: torch.dtype, purpose: int, draw: int) -> None:
-    """From weights of 0 the result is the gradient exactly, so that nothing but the rounding is left to differ."""
-    group = Group(1.0, False, 0.0, lr=1.0, maximize=True)
-    pair = Pair(variant, Kind(dtype, F32, stochastic=True), [group], [(3000,), (1,)])
-    pair.set_status({INVERSE: 1.0, DRAWS: draw})
-    gradients = [every_magnitude(3000, 5), torch.tensor([1.0 + 2**-12])]
-    pair.replace("gradients", gradients)
-    pair.replace("weights", [torch.zeros(3000), torch.zeros(1)])
+@pytest.mark.parametrize("offset", [0, 1, 16777215])
+def test_stochastic_rounding_to_the_bit(variant: Variant, dtype: torch.dtype, purpose: int, offset: int) -> None:
+    """From params of 0 the result is the gradient exactly, so that only the rounding is left to differ."""
+    groups, perturb_groups = [SGDGroup(1.0, maximize=True)], [PerturbGroup(1.0)]
+    pair = Pair(variant, Kind(dtype, F32, stochastic=True), groups, [(3000,), (1,)], perturb_groups=perturb_groups)
+    pair.set_status({INVERSE_NORM: 1.0, RNG_OFFSET: offset})
+    grads = [every_magnitude(3000, 5), torch.tensor([1.0 + 2**-12])]
+    pair.replace("grads", grads)
+    pair.replace("params", [torch.zeros(3000), torch.zeros(1)])
     pair.replace("backups", [torch.zeros(3000), torch.zeros(1)])
-    pair.run("perturb" if purpose == ROUND_PERTURBED else "sgd", *([] if purpose == ROUND_PERTURBED else [None]))
+    if purpose == ROUND_PERTURBED:
+        pair.perturb()
+    else:
+        pair.update()
     for table in (pair.table, pair.twin):
-        for i, (w, g) in enumerate(zip(table.weights, gradients, strict=True)):
-            key = stream_key(table.seed, draw, table.streams[i], purpose)
-            wanted = round_at_random(g, key, dtype)
+        for i, (w, g) in enumerate(zip(table.params, grads, strict=True)):
+            key = stream_key(table.seed, offset, table.rng_streams[i], purpose)
+            wanted = round_stochastically(g, key, dtype)
             torch.testing.assert_close(w, wanted, rtol=0, atol=0, equal_nan=True)
             assert g.isfinite().logical_and(g.abs() < 65504).logical_and(~w.isfinite()).sum() == 0
 
 
 @kinds([k for k in KINDS if not k.stochastic] + STOCHASTIC[:1])
-@pytest.mark.parametrize("share", [0.5, 0.1])
-def test_mask(variant: Variant, kind: Kind, share: float) -> None:
-    """A random choice of elements moves, by rho / share; the others keep every bit."""
-    pair = Pair(variant, kind, with_options(SGD, share=share))
-    pair.replace("weights", [w.index_fill(0, torch.arange(0, w.numel(), 7), -0.0) for w in pair.table.weights])
-    before = pair.copies()["weights"]
-    pair.run("perturb")
+@pytest.mark.parametrize("prob", [0.5, 0.1])
+def test_mask(variant: Variant, kind: Kind, prob: float) -> None:
+    """Only elements drawn at random are perturbed, by rho / mask_prob; the others keep every bit."""
+    groups = [g._replace(mask_prob=prob) for g in PERTURB_GROUPS]
+    pair = Pair(variant, kind, SGD_GROUPS, perturb_groups=groups)
+    pair.replace_primary([w.index_fill(0, torch.arange(0, w.numel(), 7), -0.0) for w in primary(pair.table)])
+    before = [w.clone() for w in primary(pair.table)]
+    pair.perturb()
     pair.compare()
-    moved = pair.table.models or pair.table.weights
-    for i, (now, w) in enumerate(zip(moved, before, strict=True)):
-        assert w is not None
-        mask = chosen(stream_key(pair.table.seed, 7, pair.table.streams[i], MASK), w, share)
+    for i, (now, w) in enumerate(zip(pair.table.params, before, strict=True)):
+        mask = mask_of(stream_key(pair.table.seed, 7, pair.table.rng_streams[i], MASK), w, prob)
         assert_same_bits([now[~mask]], [w.to(now.dtype)[~mask]])
-        if kind.computes in (F32, F64) and pair.groups[pair.table.groups[i]].rho and w.numel() > 1000:
-            assert torch.equal(now != w, mask)  # what was chosen moved: its gradient is not small enough to round away
+        if kind.param in (F32, F64) and groups[pair.table.group_ids[i]].rho and w.numel() > 1000:
+            assert torch.equal(now != w, mask)  # all of the mask moved: no gradient is small enough to round away
 
 
-@kinds([Kind(F32, F32), Kind(F64, F64), Kind(BF16, BF16), Kind(F32, BF16, BF16)])
+@kinds([Kind(F32, F32), Kind(F64, F64), Kind(BF16, BF16), Kind(BF16, BF16, masters=True)])
 def test_groups_with_and_without_a_mask(variant: Variant, kind: Kind) -> None:
-    groups = [g._replace(share=share) for g, share in zip(SGD, (1.0, 0.25, 0.75, 1.0), strict=True)]
-    pair = Pair(variant, kind, groups)
-    pair.run("perturb")
+    probs = (1.0, 0.25, 0.75, 1.0)
+    groups = [g._replace(mask_prob=prob) for g, prob in zip(PERTURB_GROUPS, probs, strict=True)]
+    pair = Pair(variant, kind, SGD_GROUPS, perturb_groups=groups)
+    pair.perturb()
     pair.compare()
 
 
 @pytest.mark.parametrize("kind", [Kind(F32, F32), *STOCHASTIC[::2]], ids=str)
-def test_draws_follow_the_count_in_the_status(variant: Variant, kind: Kind) -> None:
-    group = Group(1.0, False, 0.0, share=0.5)
+def test_draws_depend_on_the_offset_in_the_status(variant: Variant, kind: Kind) -> None:
     seen = []
-    for draw in (3, 4, 3):
-        pair = Pair(variant, kind, [group], [(1025,)])
-        pair.set_status({DRAWS: draw})
-        pair.run("perturb")
+    for offset in (3, 4, 3):
+        pair = Pair(variant, kind, [SGDGroup(0.1)], [(1025,)], perturb_groups=[PerturbGroup(1.0, mask_prob=0.5)])
+        pair.set_status({RNG_OFFSET: offset})
+        pair.perturb()
         pair.compare()
-        seen.append(pair.table.weights[0])
+        seen.append(pair.table.params[0])
     assert torch.equal(seen[0], seen[2])
     assert not torch.equal(seen[0], seen[1])
 
 
+def _relaid(column: list[Any]) -> None:
+    """Put the first two tensors of a column in other orders in memory."""
+    if column and column[0] is not None:
+        column[0] = column[0].contiguous(memory_format=torch.channels_last)
+    if column and column[1] is not None:
+        column[1] = column[1].t().contiguous().t()
+
+
+@rules
 @kinds([Kind(F32, F32), *STOCHASTIC[:1], *MASTERS[:1]])
-def test_random_numbers_go_by_place_in_memory(variant: Variant, kind: Kind) -> None:
-    pair = Pair(variant, kind, with_options(SGD, share=0.5), [(4, 6, 5, 3), (7, 5), ()])
+def test_random_numbers_depend_on_the_place_in_memory(variant: Variant, kind: Kind, rule: str) -> None:
+    shapes = [(4, 6, 5, 3), (7, 5), ()]
+    groups = [g._replace(mask_prob=0.5) for g in PERTURB_GROUPS]
+    pair = Pair(variant, kind, GROUPS[rule], shapes, perturb_groups=groups)
     for table in (pair.table, pair.twin):
-        for name in ("weights", "gradients", "momenta", "squares", "backups", "models"):
-            column = getattr(table, name)
-            if column:
-                column[0] = column[0].contiguous(memory_format=torch.channels_last)
-                column[1] = column[1].t().contiguous().t()
-        table.gradient_addresses = addressed(table.gradients)
-    pair.run("perturb")
-    pair.run("sgd", None)
+        for name in ("params", "grads", "backups", "masters"):
+            _relaid(getattr(table, name))
+        assert table.rule is not None
+        for name in table.rule.buffers():
+            _relaid(table.state[name])
+        table.grad_addresses = addressed(table.grads)
+    pair.perturb()
+    pair.update()
     pair.compare()
 
 
-# ---- what autograd is told --------------------------------------------------------------------------------
+# ---- autograd's version counters --------------------------------------------------------------------------
 
 
+@rules
 @kinds([Kind(F32, F32), *MASTERS[:1]])
-def test_autograd_hears_of_every_write(variant: Variant, kind: Kind) -> None:
-    for primitive, groups in (("perturb", SGD), ("sgd", SGD), ("adam", ADAM), ("restore", SGD)):
-        pair = Pair(variant, kind, groups)
-        written = pair.table.models or pair.table.weights
+def test_every_write_raises_the_version(variant: Variant, kind: Kind, rule: str) -> None:
+    for primitive in ("perturb", "update", "restore"):
+        pair = Pair(variant, kind, GROUPS[rule])
+        written = pair.table.params + (pair.table.masters if primitive == "update" else [])
         before = [t._version for t in written]
-        pair.run(primitive, *([None] if primitive in ("sgd", "adam") else []))
+        getattr(pair, primitive)()
         assert all(t._version > v for t, v in zip(written, before, strict=True)), primitive
+
+
+def test_axpby_and_ema_raise_the_version(variant: Variant) -> None:
+    backend = backend_for(variant, Kind(F32, F32))
+    x, y = draw_vectors(F32, F32)
+    out = [torch.zeros_like(t) for t in x]
+    versions = [t._version for t in (*out, *x)]
+    backend.axpby(VectorPair(x, y), out, (1.0, 1.0))
+    backend.ema(VectorPair(x, y), 0.5)
+    assert all(t._version > v for t, v in zip((*out, *x), versions, strict=True))

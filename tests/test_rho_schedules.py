@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fused_sam import SAM
-from fused_sam.schedule import RhoFromRate, RhoWarmup
+from fused_sam.schedule import RhoProportionalToLR, RhoWarmup
 
 
 def two_groups() -> SAM:
@@ -82,7 +82,7 @@ def test_rho_follows_the_learning_rate() -> None:
     optimizer = two_groups()
     optimizer.param_groups[1]["lr"] = 0.05
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10, eta_min=0.01)
-    schedule = RhoFromRate(optimizer, 0.5, 0.1, lr_max=0.1, lr_min=0.01)
+    schedule = RhoProportionalToLR(optimizer, 0.5, 0.1, lr_max=0.1, lr_min=0.01)
     assert optimizer.param_groups[0]["rho"] == pytest.approx(0.5)
     for _ in range(10):
         optimizer.step()
@@ -101,9 +101,9 @@ def test_rho_follows_the_learning_rate() -> None:
     [
         (lambda o: RhoWarmup(o, 0), "steps must be at least 1"),
         (lambda o: RhoWarmup(o, 3, start=2), "start must be from 0 to 1"),
-        (lambda o: RhoFromRate(o, -1, lr_max=1), "rho_max"),
-        (lambda o: RhoFromRate(o, 0.1, 0.2, lr_max=1), "rho_min"),
-        (lambda o: RhoFromRate(o, 0.1, lr_max=0.1, lr_min=0.1), "lr_max must be above lr_min"),
+        (lambda o: RhoProportionalToLR(o, -1, lr_max=1), "rho_max"),
+        (lambda o: RhoProportionalToLR(o, 0.1, 0.2, lr_max=1), "rho_min"),
+        (lambda o: RhoProportionalToLR(o, 0.1, lr_max=0.1, lr_min=0.1), "lr_max must be above lr_min"),
     ],
 )
 def test_rho_schedules_out_of_range(make: Callable[[SAM], Any], message: str) -> None:

@@ -15,7 +15,7 @@ from support.family import train
 from torch import nn
 
 from fused_sam import SAM, LookSAM
-from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Random, Schedule, Tail
+from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Random, Schedule, LastSteps
 
 STEPS = 20
 
@@ -41,12 +41,12 @@ def test_every(backend: str) -> None:
     ("start", "total", "first"), [(0.7, 20, 14), (0.71, 20, 15), (13, None, 13), (0.0, 20, 0), (1.0, 20, 20)]
 )
 def test_tail(backend: str, start: float, total: int | None, first: int) -> None:
-    assert perturbed_steps(Tail(start, total), backend) == [t >= first for t in range(STEPS)]
+    assert perturbed_steps(LastSteps(start, total), backend) == [t >= first for t in range(STEPS)]
 
 
 @pytest.mark.parametrize(("share", "total", "first"), [(0.07, 100, 7), (0.55, 100, 55), (0.14, 50, 7), (0.141, 50, 8)])
 def test_tail_of_a_share_that_is_a_whole_number_of_steps(share: float, total: int, first: int) -> None:
-    assert Tail(share, total).start == first
+    assert LastSteps(share, total).start == first
 
 
 def test_after_decay_waits_for_a_rate_above_zero(backend: str) -> None:
@@ -56,7 +56,7 @@ def test_after_decay_waits_for_a_rate_above_zero(backend: str) -> None:
     for rate in (0.0, 0.0, 0.01, 0.1, 0.1, 0.04):
         optimizer.param_groups[0]["lr"] = rate
         nets.loss_of(model, 0).backward()
-        seen.append(optimizer.perturbs)
+        seen.append(optimizer.needs_second_pass)
         optimizer.step()
         optimizer.zero_grad()
     assert seen == [False] * 5 + [True]
@@ -77,7 +77,7 @@ def test_after_decay_follows_any_scheduler(backend: str) -> None:
     for step in range(14):
         rates.append(optimizer.param_groups[0]["lr"])
         nets.loss_of(model, step).backward()
-        seen.append(optimizer.perturbs)
+        seen.append(optimizer.needs_second_pass)
         optimizer.step()
         optimizer.zero_grad()
         scheduler.step()
@@ -95,8 +95,9 @@ def test_random_is_reproducible_and_has_its_probability(backend: str) -> None:
     optimizer = SAM([nn.Parameter(torch.ones(1))], schedule=Random(0.3, seed=9))
     due = []
     for t in range(4000):
-        optimizer.param_groups[0]["updates"] = t
-        due.append(optimizer._due())
+        optimizer.param_groups[0]["sam_step"] = t
+        optimizer.restore()
+        due.append(optimizer.needs_second_pass)
     assert abs(sum(due) / 4000 - 0.3) < 0.03  # 4 standard deviations
     assert not any(perturbed_steps(Random(0.0), backend)) and all(perturbed_steps(Random(1.0), backend))
 
@@ -119,15 +120,15 @@ def test_adaptive(backend: str, scale: float | None) -> None:
     optimizer = SAM(
         model.parameters(), rho=0.1, lr=0.1, schedule=AdaptiveSchedule(15, -0.5, 0.8, delta=0.7), backend=backend
     )
-    assert optimizer.needs_scale
+    assert optimizer.needs_grad_scale
     scaler = torch.amp.GradScaler("cpu", init_scale=scale or 1.0, growth_interval=3, enabled=scale is not None)
     squares, seen = [], []
     for step in range(STEPS):
-        optimizer.loss_scale = scaler.get_scale()
+        optimizer.ascent_grad_scale = scaler.get_scale()
         scaler.scale(nets.loss_of(model, step)).backward()
         g = [p.grad.double() / scaler.get_scale() for p in model.parameters() if p.grad is not None]
         squares.append(sum(float(x.square().sum()) for x in g))
-        seen.append(optimizer.perturbs)
+        seen.append(optimizer.needs_second_pass)
         if seen[-1]:
             optimizer.first_step(zero_grad=True)
             scaler.scale(nets.loss_of(model, step)).backward()
@@ -158,9 +159,9 @@ def test_adaptive_asked_too_early(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, schedule=AdaptiveSchedule(10), backend=backend)
     with pytest.raises(RuntimeError, match=r"ask after backward\(\)"):
-        _ = optimizer.perturbs
+        _ = optimizer.needs_second_pass
     train(model, optimizer, range(2))
-    assert optimizer.param_groups[0]["updates"] == 2
+    assert optimizer.param_groups[0]["sam_step"] == 2
 
 
 def test_adaptive_keeps_its_averages_from_gradients_that_are_not_finite(backend: str) -> None:
@@ -171,17 +172,17 @@ def test_adaptive_keeps_its_averages_from_gradients_that_are_not_finite(backend:
     optimizer.zero_grad()
     nets.loss_of(model, 3).backward()
     next(model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
-    assert optimizer.perturbs
+    assert optimizer.needs_second_pass
     optimizer.first_step()
     optimizer.step()
     after = optimizer.param_groups[0]
-    assert optimizer.skipped and after["updates"] == 4
+    assert optimizer.skipped and after["sam_step"] == 4
     assert all(after[k] == before[k] for k in ("square_mean", "square_variance"))
 
 
 @pytest.mark.parametrize(
     "schedule",
-    [Every(3), Tail(0.5, 8), AfterDecay(), Random(0.5), AdaptiveSchedule(12)],
+    [Every(3), LastSteps(0.5, 8), AfterDecay(), Random(0.5), AdaptiveSchedule(12)],
     ids=lambda s: type(s).__name__,
 )
 @pytest.mark.parametrize("cls", [SAM, LookSAM])
@@ -211,10 +212,10 @@ def test_a_state_dict_resumes_the_schedule(backend: str, schedule: Schedule, cls
     [
         (lambda: Every(0), ValueError, "interval must be at least 1"),
         (lambda: Every(1.5), TypeError, "interval must be a whole number"),
-        (lambda: Tail(0.7), ValueError, r"Tail\(0.7, total\)"),
-        (lambda: Tail(1.5, 10), ValueError, "start must be from 0 to 1"),
-        (lambda: Tail(-1), ValueError, "start must be at least 0"),
-        (lambda: Tail(0.5, 0), ValueError, "total must be at least 1"),
+        (lambda: LastSteps(0.7), ValueError, r"LastSteps\(0.7, total\)"),
+        (lambda: LastSteps(1.5, 10), ValueError, "start must be from 0 to 1"),
+        (lambda: LastSteps(-1), ValueError, "start must be at least 0"),
+        (lambda: LastSteps(0.5, 0), ValueError, "total must be at least 1"),
         (lambda: AfterDecay(1.0), ValueError, "fraction must be below 1"),
         (lambda: Random(1.1), ValueError, "probability must be from 0 to 1"),
         (lambda: Random(0.5, -1), ValueError, "seed must be at least 0"),

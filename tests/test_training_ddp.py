@@ -64,7 +64,7 @@ def run(rank: int, folder: str) -> None:
 
 def save(folder: str, name: str, model: DistributedDataParallel, optimizer: SAM, **more: Any) -> None:
     weights = [p.detach().clone() for p in model.parameters()]
-    told = optimizer.process_group_of_skip is model.process_group
+    told = optimizer.stepper.skip_process_group is model.process_group
     torch.save({"weights": weights, "told": told, **more}, f"{folder}/{name}")
 
 

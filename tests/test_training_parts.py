@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from support.bits import same_bits
 from torch import Tensor, nn
 
-from fused_sam import SAM, FriendlySAM
+from fused_sam import SAM, FriendlySAM, Step
 from fused_sam.schedule import Schedule
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, local_perturbation, paired_closure, select_sharp
 from fused_sam.training.batches import chosen, leading, pieces_of, take
@@ -202,12 +202,12 @@ def test_local_perturbation_refuses_what_would_part_the_processes() -> None:
         process_group, no_sync = None, nullcontext
 
     class Mixing(SAM):
-        _keeps_gradients = _recombines = True
+        keeps_ascent_grad = combines_grads = True
 
     class Steep(Schedule):
         needs_gradients = True
 
-        def due(self, optimizer: SAM) -> bool:
+        def due(self, step: Step) -> bool:
             return True
 
     model = Wrapped(2, 1)

@@ -30,7 +30,7 @@ class Selecting(SAM):
 class OnePass(SAM):
     """SAM that perturbs in no step, as a schedule may have it."""
 
-    perturbs = False
+    needs_second_pass = False
 
 
 def mean_loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

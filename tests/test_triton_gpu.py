@@ -1,4 +1,4 @@
-"""The Triton backend on a GPU: against the reference, in CUDA graphs, without waiting for the device."""
+"""The Triton backend on a GPU: against the reference, in CUDA graphs, without waits for the device."""
 
 from __future__ import annotations
 
@@ -8,140 +8,144 @@ from collections.abc import Callable
 import pytest
 import torch
 from support.bits import assert_same_bits
-from support.triton_draws import ADAM_GROUPS, DTYPES, GROUPS, Case, assert_near, draw_case
+from support.triton_tables import DTYPES, GROUPS, PERTURB_GROUPS, Case, columns, draw_case
 from torch import Tensor, nn
 
 from fused_sam import SAM
-from fused_sam.backends.contract import DRAWS, SKIP
-from fused_sam.backends.reference import Reference
+from fused_sam.backends.contract import RNG_OFFSET, SKIP, AdamGroup
 from fused_sam.backends.triton.backend import Triton
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU"),
-    pytest.mark.skipif(Triton.missing() is not None, reason=f"triton cannot run: {Triton.missing()}"),
+    pytest.mark.skipif(
+        Triton.unavailable_reason() is not None, reason=f"triton cannot run: {Triton.unavailable_reason()}"
+    ),
 ]
 
 SIZES = [1, 15, 16, 17, 511, 512, 513, 2047, 2048, 2049, 40_000, 1_000_003]
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
 
+rules = pytest.mark.parametrize("rule", GROUPS)
 
+
+@rules
 @pytest.mark.parametrize("sizes", [SIZES, SIZES[:6], [3] * 700, [5_000_000]], ids=["large", "small", "many", "one"])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-def test_step(dtypes: tuple[torch.dtype, torch.dtype], shift: int, sizes: list[int]) -> None:
-    case = draw_case(sizes, dtypes, shift=shift, device="cuda")
-    sides = ((Triton(), case.table, case.status), (Reference(), case.twin, case.twin_status))
-    for scaled in (True, False):
-        for backend, table, status in sides:
-            how = {"scaled": scaled, "carry": not scaled, "begin": True, "finish": True, "eps": 1e-12}
-            backend.norm(table, GROUPS, status, **how)
-            if scaled:
-                backend.perturb(table, GROUPS, status)
-            else:
-                backend.sgd(table, GROUPS, status, None)
-        assert_near(case.table.weights, case.twin.weights, "weight")
-    assert_near(case.table.momenta, case.twin.momenta, "momentum")
-    torch.testing.assert_close(case.status, case.twin_status, rtol=1e-5, atol=0)
+def test_step(dtypes: tuple[torch.dtype, torch.dtype], shift: int, sizes: list[int], rule: str) -> None:
+    case, backend = draw_case(sizes, dtypes, GROUPS[rule], shift=shift, device="cuda"), Triton()
+    case.norm(backend, ascent=True)
+    case.perturb(backend)
+    case.compare("params")
+    case.norm(backend, ascent=False, keep_skip=True)
+    case.update(backend)
+    case.compare()
+    torch.testing.assert_close(case.status.values, case.twin_status.values, rtol=1e-5, atol=0)
     assert_same_bits(case.table.backups, case.twin.backups)
 
 
 KINDS = {
     "plain": {},
     "fp16": {"dtypes": DTYPES[2]},
-    "masters": {"model": torch.bfloat16},
-    "masters, bf16 gradients": {"dtypes": (torch.float32, torch.bfloat16), "model": torch.bfloat16},
-    "random rounding": {"dtypes": DTYPES[1], "stochastic": True},
-    "random rounding, fp16": {"dtypes": DTYPES[2], "stochastic": True},
+    "masters": {"dtypes": DTYPES[3], "masters": True},
+    "masters, bf16 gradients": {"dtypes": DTYPES[1], "masters": True},
+    "stochastic rounding": {"dtypes": DTYPES[1], "stochastic": True},
+    "stochastic rounding, fp16": {"dtypes": DTYPES[2], "stochastic": True},
 }
 
 
-@pytest.mark.parametrize("share", [1.0, 0.3])
+@rules
+@pytest.mark.parametrize("mask_prob", [1.0, 0.3])
 @pytest.mark.parametrize("shift", [0, 1])
 @pytest.mark.parametrize("kind", KINDS)
-def test_step_of_adam(kind: str, shift: int, share: float) -> None:
-    """A perturbation of some elements, and two updates with a loss scale and clipping, beside the reference."""
+def test_step_of_every_kind(kind: str, shift: int, mask_prob: float, rule: str) -> None:
+    """Perturb some elements, then update twice, with a loss scale and clipping; compare with the reference."""
     options = {"dtypes": DTYPES[0], **KINDS[kind]}
-    groups = [g._replace(share=share) for g in ADAM_GROUPS]
-    case = draw_case(SIZES, groups=groups, shift=shift, device="cuda", adam=True, **options)  # type: ignore[arg-type]
-    scale = torch.tensor(4.0, device="cuda")
-    for backend, table, status in ((Triton(), case.table, case.status), (Reference(), case.twin, case.twin_status)):
-        status[DRAWS] = 11
-        how = {"carry": False, "begin": True, "finish": True, "eps": 1e-12}
-        backend.norm(table, groups, status, scaled=True, **how)
-        backend.perturb(table, groups, status)
-        backend.norm(table, groups, status, scaled=False, **how)
-        backend.adam(table, groups, status, scale)
-        backend.adam(table, groups, status, None)
-    for column in ("weights", "momenta", "squares", "largest", "models", "steps"):
-        assert_near(getattr(case.table, column), getattr(case.twin, column), column)
+    groups = [g._replace(mask_prob=mask_prob) for g in PERTURB_GROUPS]
+    case = draw_case(SIZES, groups=GROUPS[rule], perturb_groups=groups, shift=shift, device="cuda", **options)  # type: ignore[arg-type]
+    backend = Triton()
+    case.set_status(RNG_OFFSET, 11)
+    case.norm(backend, ascent=True)
+    case.perturb(backend)
+    case.norm(backend, ascent=False)
+    case.update(backend, torch.tensor(4.0, device="cuda"), 2.0)
+    case.update(backend, None, 1e9)
+    case.compare()
     assert_same_bits(case.table.backups, case.twin.backups)
 
 
-@pytest.mark.parametrize("kind", ["masters", "masters, bf16 gradients", "random rounding, fp16"])
-def test_a_skipped_update_rounds_or_copies(kind: str) -> None:
+@rules
+@pytest.mark.parametrize("kind", ["masters", "masters, bf16 gradients", "stochastic rounding, fp16"])
+def test_a_skipped_update_rounds_or_copies(kind: str, rule: str) -> None:
     options = {"dtypes": DTYPES[0], **KINDS[kind]}
-    case = draw_case(SIZES, groups=ADAM_GROUPS, device="cuda", adam=True, **options)  # type: ignore[arg-type]
-    case.status[SKIP] = case.twin_status[SKIP] = 1
-    for backend, table, status in ((Triton(), case.table, case.status), (Reference(), case.twin, case.twin_status)):
-        backend.perturb(table, ADAM_GROUPS, status)
-        backend.adam(table, ADAM_GROUPS, status, None)
-        backend.sgd(table, ADAM_GROUPS, status, None)
-    for column in ("weights", "momenta", "squares", "models", "steps"):
-        assert_same_bits(getattr(case.table, column), getattr(case.twin, column))
+    case, backend = draw_case(SIZES, groups=GROUPS[rule], device="cuda", **options), Triton()  # type: ignore[arg-type]
+    case.set_status(SKIP, 1)
+    case.perturb(backend)
+    case.update(backend)
+    found, wanted = columns(case.table), columns(case.twin)
+    for name, column in found.items():
+        pairs = [(a, b) for a, b in zip(column, wanted[name], strict=True) if a is not None and b is not None]
+        assert_same_bits([a for a, _ in pairs], [b for _, b in pairs])
 
 
+@rules
 @pytest.mark.parametrize("stochastic", [False, True])
-def test_a_captured_update_of_adam_counts_and_draws_at_every_replay(stochastic: bool) -> None:
+def test_a_captured_update_counts_and_draws_at_every_replay(stochastic: bool, rule: str) -> None:
     def drawn() -> Case:
-        return draw_case([3, 5000, 700_001], DTYPES[1], ADAM_GROUPS, device="cuda", adam=True, stochastic=stochastic)
+        return draw_case([3, 5000, 700_001], DTYPES[1], GROUPS[rule], device="cuda", stochastic=stochastic)
+
+    def update(case: Case, backend: Triton) -> None:
+        getattr(backend, rule)(case.table, case.groups, case.status, None, 2.0)
 
     ours, twin = drawn(), drawn()
     backend, eager = Triton(), Triton()
     for case, b in ((ours, backend), (twin, eager)):
-        b.adam(case.table, case.groups, case.status, None)
+        update(case, b)
     torch.cuda.synchronize()
 
     def run() -> None:
-        ours.status[DRAWS] += 1
-        backend.adam(ours.table, ours.groups, ours.status, None)
+        ours.status.values[RNG_OFFSET] += 1
+        update(ours, backend)
 
     graph = captured(run)
     for _ in range(4):
         graph.replay()
-        twin.status[DRAWS] += 1
-        eager.adam(twin.table, twin.groups, twin.status, None)
-    for column in ("weights", "momenta", "squares", "steps"):
-        assert_same_bits(getattr(ours.table, column), getattr(twin.table, column))
-    assert [float(t) for t in ours.table.steps] == [i + 5.0 for i in range(3)]
+        twin.status.values[RNG_OFFSET] += 1
+        update(twin, eager)
+    for name, column in columns(ours.table).items():
+        found = [t for t in column if t is not None]
+        assert_same_bits(found, [t for t in columns(twin.table)[name] if t is not None])
+    if rule == "adam":
+        assert [float(t) for t in ours.table.state["step"] if t is not None] == [i + 5.0 for i in range(3)]
 
 
 @pytest.mark.parametrize("beta", [0.5, 0.9, 0.999])
 def test_bias_correction(beta: float) -> None:
-    """With a gradient of 1 whose means are 1 - beta^t and no decay, the step is lr, up to the corrections' errors."""
+    """With gradients of 1 and averages of 1 - beta^t, the step is lr, up to the errors of the corrections."""
     for t in (1, 10, 1000, 100_000):
-        group = ADAM_GROUPS[0]._replace(weight_decay=0.0, beta1=beta, beta2=beta, lr=1.0, adam_eps=0.0)
-        case = draw_case([64], DTYPES[0], [group], device="cuda", adam=True)
-        table, mean = case.table, 1 - beta ** (t - 1)
-        columns = (table.gradients, table.momenta, table.squares, table.steps)
-        for column, value in zip(columns, (1.0, mean, mean, t - 1.0), strict=True):
-            column[0].fill_(value)  # type: ignore[union-attr]
-        Triton().adam(table, [group], case.status, None)
-        # The root of a square's correction has half its error; each has the mean's own rounding on top.
-        torch.testing.assert_close(table.weights[0], table.backups[0] - 1, rtol=0, atol=2e-6)
+        group = AdamGroup(1.0, beta, beta, eps=0.0)
+        case = draw_case([64], DTYPES[0], [group], device="cuda")
+        table, average = case.table, 1 - beta ** (t - 1)
+        for name, value in (("exp_avg", average), ("exp_avg_sq", average), ("step", t - 1.0)):
+            table.state[name][0].fill_(value)  # type: ignore[union-attr]
+        table.grads[0].fill_(1.0)
+        Triton().adam(table, [group], case.status, None, float("inf"))
+        # The root of a square's correction has half its error; the average's own rounding is added to each.
+        torch.testing.assert_close(table.params[0], table.backups[0] - 1, rtol=0, atol=2e-6)
 
 
 def test_norm_is_the_same_every_time() -> None:
     case = draw_case([30_000_000, 17, 5_000_001], DTYPES[0], device="cuda")
     backend, seen = Triton(), []
     for _ in range(20):
-        backend.norm(case.table, GROUPS, case.status, scaled=True, carry=False, begin=True, finish=True, eps=0.0)
-        seen.append(case.status.clone())
+        backend.norm([case.table], PERTURB_GROUPS, case.status, keep_skip=False, eps=0.0)
+        seen.append(case.status.values.clone())
     assert_same_bits(seen[1:], seen[:1] * 19)
 
 
 class Bowl:
-    """Weights of several shapes and a loss whose gradients are the same every time, bit for bit."""
+    """Parameters of several shapes, and a loss whose gradients are the same every time, bit for bit."""
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
         torch.manual_seed(0)
@@ -176,8 +180,8 @@ def test_a_captured_step_is_the_eager_step(warm: int) -> None:
     """Bit for bit, also with a learning rate that changes, and with eager steps between the replays."""
     bowl = Bowl()
     twin = copy.deepcopy(bowl)
-    rates = [torch.tensor(0.1, device="cuda") for _ in range(2)]
-    ours, other = bowl.optimizer(lr=rates[0]), twin.optimizer(lr=rates[1])
+    lrs = [torch.tensor(0.1, device="cuda") for _ in range(2)]
+    ours, other = bowl.optimizer(lr=lrs[0]), twin.optimizer(lr=lrs[1])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -188,8 +192,8 @@ def test_a_captured_step_is_the_eager_step(warm: int) -> None:
         twin.step(other)
     graph = captured(lambda: bowl.step(ours))
     for i in range(6):
-        for rate in rates:
-            rate.fill_(0.1 / (1 + i))
+        for lr in lrs:
+            lr.fill_(0.1 / (1 + i))
         if i % 3 == 2:
             bowl.step(ours)
         else:
@@ -258,14 +262,14 @@ def test_non_finite_gradient_changes_nothing() -> None:
             if now == half:
                 bowl.params[2].grad[-1, -1, -1, -1] = float("nan")  # type: ignore[index]
             run(zero_grad=True)
-        assert optimizer.skipped and optimizer._status()[SKIP] == 1
+        assert optimizer.skipped and optimizer.stepper.status.skip == 1
         assert_same_bits(bowl.params, weights)
         assert_same_bits([optimizer.state[p]["momentum_buffer"] for p in bowl.params], momenta)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there are not two GPUs")
-def test_weights_on_another_device_than_the_current_one() -> None:
+def test_params_on_another_device_than_the_current_one() -> None:
     case = draw_case(SIZES, DTYPES[0], device="cuda:1")
     assert torch.cuda.current_device() == 0
-    Triton().perturb(case.table, GROUPS, case.status)
-    assert_same_bits(case.table.backups, case.twin.weights)
+    Triton().perturb(case.table, PERTURB_GROUPS, case.status)
+    assert_same_bits(case.table.backups, case.twin.params)

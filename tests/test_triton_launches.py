@@ -1,77 +1,96 @@
-"""What the Triton backend hands to Triton's launcher, without a GPU: launches are noted down instead of run."""
+"""What the Triton backend passes to Triton's launcher, without a GPU: launches are recorded instead of run."""
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from support.triton_draws import DTYPES, GROUPS, Case, draw_case, draw_lists
+from support.triton_tables import DTYPES, GROUPS, PERTURB_GROUPS, Case, draw_case, draw_pairs
 from torch import Tensor
 
+from fused_sam.backends.contract import Status
 from fused_sam.backends.triton.backend import Triton
 
 pytest.importorskip("triton", minversion="3.6")
 if os.environ.get("TRITON_INTERPRET"):
     pytest.skip("TRITON_INTERPRET is set: this process cannot compile", allow_module_level=True)
 
-from support.triton_driver import Launch, NotingDriver, noting_driver  # after the skip: imports triton
+from support.triton_driver import Launch, RecordingDriver, recording_driver  # after the skip: imports triton
 
 SIZES = [7, 600, 16]
 
 
 @pytest.fixture
-def driver() -> Iterator[NotingDriver]:
-    with noting_driver() as noting:
-        yield noting
+def driver() -> Iterator[RecordingDriver]:
+    with recording_driver() as recording:
+        yield recording
 
 
-def resolved(launch: Launch) -> tuple[int, list[Any]]:
-    """Programs and arguments, tensors as the addresses that a driver takes of them."""
-    return launch.programs, [a.data_ptr() if isinstance(a, Tensor) else a for a in launch.arguments]
+def status_of(values: Tensor) -> Status:
+    """Return a status whose numbers are these, of fp32 as on a GPU."""
+    status = Status(torch.device("cpu"))
+    status.values, status.address = values, values.data_ptr()
+    return status
 
 
-def of_table(run: Callable[[Triton, Case], Any]) -> Callable[[Triton], Callable[[], Any]]:
+def resolved(launch: Launch) -> tuple[str, int, list[Any]]:
+    """Return a launch with addresses in place of tensors, as a driver takes them."""
+    return launch.kernel, launch.programs, [a.data_ptr() if isinstance(a, Tensor) else a for a in launch.arguments]
+
+
+def of_table(run: Callable[[Triton, Case], Any], rule: str = "sgd") -> Callable[[Triton], Callable[[], Any]]:
     def prepare(backend: Triton) -> Callable[[], Any]:
-        case = draw_case(SIZES, DTYPES[1], adam=True)
+        case = draw_case(SIZES, DTYPES[1], GROUPS[rule])
         return lambda: run(backend, case)
 
     return prepare
 
 
-def of_lists(run: Callable[[Triton, Any], Any]) -> Callable[[Triton], Callable[[], Any]]:
+def of_pair(run: Callable[[Triton, Any], Any]) -> Callable[[Triton], Callable[[], Any]]:
     def prepare(backend: Triton) -> Callable[[], Any]:
-        lists, _ = draw_lists(SIZES, torch.bfloat16, torch.float32)
-        return lambda: run(backend, lists)
+        pair, _ = draw_pairs(SIZES, torch.bfloat16, torch.float32)
+        return lambda: run(backend, pair)
 
     return prepare
 
 
+def updating(scale: Tensor | None, max_norm: float) -> Callable[[Triton, Case], Any]:
+    def run(backend: Triton, case: Case) -> None:
+        assert case.table.rule is not None
+        getattr(backend, case.table.rule.name)(case.table, case.groups, STATUS, scale, max_norm)
+
+    return run
+
+
 NUMBERS = torch.zeros(8)
-HOW = {"carry": False, "begin": True, "finish": True, "eps": 1e-12}
+STATUS = status_of(NUMBERS)
+HOW = {"keep_skip": False, "eps": 1e-12}
 CALLS = {
-    "norm, scaled": of_table(lambda b, c: b.norm(c.table, GROUPS, NUMBERS, scaled=True, **HOW)),
-    "norm": of_table(lambda b, c: b.norm(c.table, GROUPS, NUMBERS, scaled=False, **HOW)),
-    "perturb": of_table(lambda b, c: b.perturb(c.table, GROUPS, NUMBERS)),
-    "sgd": of_table(lambda b, c: b.sgd(c.table, GROUPS, NUMBERS, None)),
-    "sgd, scaled": of_table(lambda b, c: b.sgd(c.table, GROUPS, NUMBERS, NUMBERS[1])),
-    "adam": of_table(lambda b, c: b.adam(c.table, GROUPS, NUMBERS, None)),
-    "adam, scaled": of_table(lambda b, c: b.adam(c.table, GROUPS, NUMBERS, NUMBERS[1])),
-    "finish": of_table(lambda b, c: b.finish(NUMBERS, scaled=True, carry=True, eps=1e-12)),
+    "norm, ascent": of_table(lambda b, c: b.norm([c.table], PERTURB_GROUPS, STATUS, **HOW)),
+    "norm": of_table(lambda b, c: b.norm([c.table], None, STATUS, **HOW)),
+    "accumulate_norm": of_table(lambda b, c: b.accumulate_norm(c.table, PERTURB_GROUPS, STATUS)),
+    "finish_norm": of_table(lambda b, c: b.finish_norm(STATUS, ascent=True, keep_skip=True, eps=1e-12)),
+    "perturb": of_table(lambda b, c: b.perturb(c.table, PERTURB_GROUPS, STATUS)),
+    **{rule: of_table(updating(None, math.inf), rule) for rule in GROUPS},
+    **{f"{rule}, scaled and clipped": of_table(updating(NUMBERS[1], 2.0), rule) for rule in GROUPS},
     "restore": of_table(lambda b, c: b.restore(c.table)),
-    "dots": of_lists(lambda b, x: b.dots(x, NUMBERS, begin=True)),
-    "combine": of_lists(lambda b, x: b.combine(x, x.y, NUMBERS)),
-    "average": of_lists(lambda b, x: b.average(x, 0.9)),
-    "combine, guarded": of_lists(lambda b, x: b.combine(x, x.y, NUMBERS, NUMBERS)),
-    "average, guarded": of_lists(lambda b, x: b.average(x, 0.9, NUMBERS)),
+    "dot": of_pair(lambda b, x: b.dot(x, NUMBERS, reset=True)),
+    "axpby, device": of_pair(lambda b, x: b.axpby(x, x.y, NUMBERS)),
+    "axpby, host": of_pair(lambda b, x: b.axpby(x, x.y, (2.0, 0.5))),
+    "axpby, device, guarded": of_pair(lambda b, x: b.axpby(x, x.y, NUMBERS, STATUS)),
+    "axpby, host, guarded": of_pair(lambda b, x: b.axpby(x, x.y, (2.0, 0.5), STATUS)),
+    "ema": of_pair(lambda b, x: b.ema(x, 0.9)),
+    "ema, guarded": of_pair(lambda b, x: b.ema(x, 0.9, STATUS)),
 }
 
 
 @pytest.mark.parametrize("call", CALLS)
-def test_later_launches_are_the_first_one_again(call: str, driver: NotingDriver) -> None:
-    """One launch a primitive; Triton binds the first, the later ones pass it by with the same arguments."""
+def test_later_launches_repeat_the_first_one(call: str, driver: RecordingDriver) -> None:
+    """Each primitive is one launch. Triton binds the first; the later ones pass the same arguments without it."""
     run = CALLS[call](Triton())
     run()
     (first,) = driver.launches
@@ -82,44 +101,57 @@ def test_later_launches_are_the_first_one_again(call: str, driver: NotingDriver)
     assert resolved(driver.launches[1]) == resolved(first)
 
 
-def test_a_kernel_fits_arguments_of_any_value_and_alignment(driver: NotingDriver) -> None:
-    """What Triton compiled for one table is taken again for any other of the same dtypes and block size."""
-    from fused_sam.backends.triton import passes, updates
+def test_a_kernel_fits_arguments_of_any_value_and_alignment(driver: RecordingDriver) -> None:
+    """What Triton has compiled for one table serves all others of the same dtypes and block size."""
+    from fused_sam.backends.triton.kernels import KERNELS
 
-    kernels = (passes.norm, passes.perturb, updates.sgd, updates.adam)
-    made = []
+    names = ("norm", "perturb", *GROUPS)
+    compiled = []
     for sizes in ([1], [16] * 16, [7, 600], [100] * 3):
-        case = draw_case(sizes, DTYPES[0], adam=True)
         room = torch.zeros(9)
-        for status in (room[:8], room[1:]):  # the second lies 4 bytes past a multiple of 16
-            backend = Triton()
-            case.table.native = None
-            backend.norm(case.table, GROUPS, status, scaled=True, carry=False, begin=True, finish=False, eps=0.0)
-            backend.perturb(case.table, GROUPS, status)
-            backend.sgd(case.table, GROUPS, status, status[0])
-            backend.adam(case.table, GROUPS, status, status[0])
-        made.append([len(kernel.device_caches[0][0]) for kernel in kernels])
-    assert made[1:] == made[:1] * 3
+        for values in (room[:8], room[1:]):  # the second begins 4 bytes past a multiple of 16
+            status = status_of(values)
+            for rule, groups in {**GROUPS, "adam": GROUPS["adam"][::2]}.items():  # Adam's without amsgrad
+                backend, case = Triton(), draw_case(sizes, DTYPES[0], groups)
+                backend.norm([case.table], PERTURB_GROUPS, status, keep_skip=False, eps=0.0)
+                backend.perturb(case.table, PERTURB_GROUPS, status)
+                getattr(backend, rule)(case.table, groups, status, values[0], 1.0)
+        compiled.append([len(KERNELS[name].device_caches[0][0]) for name in names])
+    assert compiled[0] == [1] * 5 and compiled[1:] == compiled[:1] * 3
 
 
-def test_a_variant_for_each_use_and_no_more(driver: NotingDriver) -> None:
-    """Masks, models and random rounding are compiled where a table asks for them, and leave the plain kernel alone."""
-    from fused_sam.backends.triton import passes
+def test_a_variant_for_each_use_and_no_more(driver: RecordingDriver) -> None:
+    """Masks, masters and stochastic rounding compile where a table asks for them; the plain kernel has none of it."""
+    from fused_sam.backends.triton.kernels import KERNELS
 
-    masked = [g._replace(share=0.5) for g in GROUPS]
-    for groups in (GROUPS, masked, GROUPS, masked):
-        for options in ({}, {"stochastic": True}, {"model": torch.bfloat16}):
-            dtypes = DTYPES[0] if "model" in options else DTYPES[1]
-            case = draw_case(SIZES, dtypes, **options)  # type: ignore[arg-type]
-            Triton().perturb(case.table, groups, NUMBERS)
-    assert len(passes.perturb.device_caches[0][0]) == 6
+    masked = [g._replace(mask_prob=0.5) for g in PERTURB_GROUPS]
+    for groups in (PERTURB_GROUPS, masked, PERTURB_GROUPS, masked):
+        for options in ({}, {"stochastic": True}, {"masters": True}):
+            case = draw_case(SIZES, DTYPES[1], **options)  # type: ignore[arg-type]
+            Triton().perturb(case.table, groups, STATUS)
+    assert len(KERNELS["perturb"].device_caches[0][0]) == 6
 
 
-def test_a_whole_step_of_many_tensors_is_four_launches(driver: NotingDriver) -> None:
-    """Norm and perturbation, norm and update; three under a GradScaler, which has looked at the second gradient."""
-    case, backend = draw_case([40] * 161, DTYPES[0]), Triton()
-    backend.norm(case.table, GROUPS, NUMBERS, scaled=True, **HOW)
-    backend.perturb(case.table, GROUPS, NUMBERS)
-    backend.norm(case.table, GROUPS, NUMBERS, scaled=False, **HOW)
-    backend.sgd(case.table, GROUPS, NUMBERS, None)
+@pytest.mark.parametrize("rule", GROUPS)
+def test_a_whole_step_of_many_tensors_is_four_launches(rule: str, driver: RecordingDriver) -> None:
+    """Norm and perturbation, norm and update; three under a GradScaler, which has checked the second gradient."""
+    case, backend = draw_case([40] * 161, DTYPES[0], GROUPS[rule]), Triton()
+    backend.norm([case.table], PERTURB_GROUPS, STATUS, **HOW)  # type: ignore[arg-type]
+    backend.perturb(case.table, PERTURB_GROUPS, STATUS)
+    backend.norm([case.table], None, STATUS, **HOW)  # type: ignore[arg-type]
+    updating(None, math.inf)(backend, case)
+    assert [launch.kernel for launch in driver.launches] == ["norm", "perturb", "norm", rule]
     assert [launch.programs for launch in driver.launches] == [case.table.native.programs, 161] * 2
+
+
+def test_the_norm_of_several_tables_is_one_launch_for_each(driver: RecordingDriver) -> None:
+    """The first launch resets the sum, and the last one finishes the norm."""
+    from fused_sam.backends.triton import layout
+
+    cases, backend = [draw_case(SIZES, dtypes) for dtypes in DTYPES[:3]], Triton()
+    backend.norm([case.table for case in cases], None, STATUS, keep_skip=True, eps=0.5)
+    assert [launch.kernel for launch in driver.launches] == ["norm"] * 3
+    flags = [launch.arguments[8] for launch in driver.launches]
+    kept = layout.KEEP_SKIP
+    assert flags == [kept | layout.RESET, kept, kept | layout.FINISH]
+    assert all(launch.arguments[9] == 0.5 for launch in driver.launches)

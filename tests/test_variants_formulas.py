@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fused_sam
 from fused_sam.backends.contract import MASK
-from fused_sam.backends.rng import chosen, stream_key
+from fused_sam.backends.rng import mask_of, stream_key
 
 pytestmark = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 
@@ -184,7 +184,7 @@ def test_esam_elements(backend: str, dtype: torch.dtype) -> None:
     ]  # streams: as the groups list them
     for step in range(STEPS):
         g = p.gradient(p.w, step)
-        masks = [chosen(stream_key(7, draws, order.index(i), MASK), x, 0.5) for i, x in enumerate(g)]
+        masks = [mask_of(stream_key(7, draws, order.index(i), MASK), x, 0.5) for i, x in enumerate(g)]
         up = [torch.where(m, x, w) for m, x, w in zip(masks, p.climb(g, factor=1 / 0.5), p.w, strict=True)]
         p.descend(p.gradient(up, step))
         draws += 2  # the update counts as well
@@ -198,13 +198,13 @@ def test_esam_tensors(backend: str, dtype: torch.dtype) -> None:
     params, seen = list(model.parameters()), []
     p = Problem()
     for step in range(STEPS):
-        with optimizer.ascent():
+        with optimizer.first_pass():
             on = [x.requires_grad for x in params]
             nets.loss_of(model, step).backward()
         assert [x.grad is not None for x in params] == on and all(x.requires_grad for x in params)
         assert all(on) == (step == 0)  # which tells what the loss uses
+        chosen = [id(x) in (optimizer.choose() or ()) for x in params]
         optimizer.first_step(zero_grad=True)
-        chosen = [id(x) in (optimizer._chosen or ()) for x in params]
         assert step == 0 or on == chosen
         nets.loss_of(model, step).backward()
         optimizer.second_step(zero_grad=True)

@@ -41,7 +41,7 @@ def test_a_loss_scale_is_of_one_step(backend: str) -> None:
         optimizer.first_step(grad_scale=scale)
         p.grad = torch.ones(3)
         optimizer.step()
-        assert optimizer.loss_scale is None
+        assert optimizer.ascent_grad_scale is None
         optimizer.zero_grad()
     torch.testing.assert_close(optimizer.state[p]["gradient_average"], torch.full((3,), 0.6 * 1 + 0.4 * 2))
 
@@ -49,9 +49,10 @@ def test_a_loss_scale_is_of_one_step(backend: str) -> None:
 def test_looksam_says_what_is_wrong_with_a_k_set_later(backend: str) -> None:
     model = nets.net()
     optimizer = fused_sam.LookSAM(model.parameters(), lr=0.1, backend=backend)
-    optimizer.k = 0
-    with pytest.raises(ValueError, match="k must be at least 1"):
-        optimizer.step(nets.closure_for(model, 0))
+    with pytest.raises(ValueError, match="LookSAM's option k must be at least 1"):
+        optimizer.k = 0
+    optimizer.step(nets.closure_for(model, 0))
+    assert optimizer.k == 5
 
 
 # ---- ESAM, whole tensors ------------------------------------------------------------------------------------
@@ -80,11 +81,12 @@ def test_esam_chooses_among_weights_that_the_loss_uses(backend: str) -> None:
         model = PartlyUsed()
         optimizer = tensors(model, seed, backend)
         for step in range(4):
-            with optimizer.ascent():
+            with optimizer.first_pass():
                 nets.loss_of(model, step).backward()
                 counts.append(sum(p.grad is not None for p in model.parameters()))
+            chosen = optimizer.choose()
+            assert chosen is not None and chosen <= {id(p) for p in model.used.parameters()}
             optimizer.first_step(zero_grad=True)
-            assert optimizer._chosen is not None and optimizer._chosen <= {id(p) for p in model.used.parameters()}
             nets.loss_of(model, step).backward()
             optimizer.second_step(zero_grad=True)
     assert counts[::4] == [2] * 8 and 1 in counts  # the first step computes all, later ones those chosen
@@ -102,7 +104,7 @@ def test_esam_resumes_with_what_it_knows_of_unused_weights(backend: str) -> None
         computed: list[list[bool]] = []
         for m, o in ((model, optimizer), (other, resumed)):
             o.zero_grad()
-            with o.ascent():
+            with o.first_pass():
                 computed.append([p.requires_grad for p in m.parameters()])
             o.step(nets.closure_for(m, step))
         assert computed[0] == computed[1]
@@ -118,8 +120,7 @@ def test_esam_says_when_the_loss_uses_none_of_those_chosen(backend: str) -> None
     for p in (a, b):
         p.grad = torch.ones(2)
     optimizer.second_step(zero_grad=True)
-    optimizer._choose()
-    other = b if optimizer._chosen == {id(a)} else a
-    with pytest.raises(RuntimeError, match="uses none of the weights"), optimizer.ascent():
+    other = b if optimizer.choose() == {id(a)} else a
+    with pytest.raises(RuntimeError, match="uses none of the weights"), optimizer.first_pass():
         other.sum().backward()
     assert a.requires_grad and b.requires_grad

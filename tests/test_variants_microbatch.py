@@ -142,9 +142,9 @@ def test_a_schedule_is_asked_once_a_step_of_many_microbatches(backend: str) -> N
     asked: list[int] = []
 
     class Asked(Every):
-        def due(self, optimizer: fused_sam.SAM) -> bool:
+        def due(self, step: fused_sam.Step) -> bool:
             asked.append(1)
-            return super().due(optimizer)
+            return super().due(step)
 
     model, optimizer = microbatched(backend, schedule=Asked(2))
     calls: list[int] = []

@@ -12,7 +12,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fused_sam import MicrobatchSAM
-from fused_sam.schedule import Tail
+from fused_sam.schedule import LastSteps
 
 PARTS = 3
 
@@ -123,7 +123,7 @@ def by_closure(model: nn.Module, backend: str, clear: Callable[[], object], **op
 @pytest.mark.parametrize("to_none", [True, False])
 def test_a_closure_may_clear_the_model_s_gradients(backend: str, to_none: bool, perturbs: bool) -> None:
     model = nets.net(dtype=torch.float64)
-    options = {} if perturbs else {"schedule": Tail(100)}
+    options = {} if perturbs else {"schedule": LastSteps(100)}
     by_closure(model, backend, lambda: model.zero_grad(set_to_none=to_none), **options)
     assert_is(model, expected(rho=0.2 if perturbs else 0.0))
 

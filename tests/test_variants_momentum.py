@@ -19,7 +19,7 @@ from fused_sam.training import sam_step
 def test_momentum_sam_says_when_its_weights_are_displaced(backend: str) -> None:
     model, optimizer = built("MomentumSAM", backend)
     handle = optimizer.guard(model)
-    assert not optimizer.displaced and not optimizer.perturbs
+    assert not optimizer.displaced and not optimizer.needs_second_pass
     model.eval()
     model(nets.batch(0)[0])
     model.train()

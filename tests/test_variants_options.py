@@ -33,11 +33,11 @@ from fused_sam.schedule import AdaptiveSchedule
         (lambda p: fused_sam.GSAM(p, alpha=1.5), ValueError, "alpha must be from 0 to 1"),
         (lambda p: fused_sam.FriendlySAM(p, sigma=-1), ValueError, "sigma must be"),
         (lambda p: fused_sam.FriendlySAM(p, lmbda=1.01), ValueError, "lmbda must be from 0 to 1"),
-        (lambda p: fused_sam.WSAM(p, gamma=1.0), ValueError, "gamma must be below 1"),
+        (lambda p: fused_sam.WSAM(p, gamma=1.0), ValueError, "gamma must be at least 0 and below 1"),
         (lambda p: fused_sam.WSAM(p, stochastic_rounding=True), ValueError, "decouple=False"),
         (lambda p: fused_sam.MomentumSAM(p), ValueError, "group 0 has no momentum"),
         (lambda p: fused_sam.MomentumSAM(p, torch.optim.Adam, betas=(0.0, 0.9)), ValueError, "group 0 has no momentum"),
-        (lambda p: fused_sam.MomentumSAM(p, torch.optim.RMSprop, momentum=0.9), TypeError, "SGD, Adam or AdamW"),
+        (lambda p: fused_sam.MomentumSAM(p, torch.optim.RMSprop, momentum=0.9), TypeError, "SGD, Adam, AdamW or Lion"),
         (
             lambda p: fused_sam.MomentumSAM(p, momentum=0.9, schedule=AdaptiveSchedule(10)),
             ValueError,
@@ -109,7 +109,7 @@ def test_looksam_begins_with_two_passes_after_loading_another_optimizers_state(b
     optimizer = fused_sam.LookSAM(model.parameters(), lr=0.1, momentum=0.9, backend=backend)
     train(model, optimizer, range(1))
     saved = optimizer.state_dict()
-    assert saved["param_groups"][0]["looks"] == 1
+    assert saved["param_groups"][0]["looksam_step"] == 1
     for entry in saved["state"].values():
         del entry["sharpness_direction"]
     optimizer.load_state_dict(saved)
@@ -135,9 +135,9 @@ def test_methods_that_keep_gradients_hold_them_no_longer_than_a_step(backend: st
     for method in ("GSAM", "LookSAM", "FriendlySAM", "WSAM"):
         model, optimizer = built(method, backend)
         train(model, optimizer, range(1))
-        assert optimizer._kept is None
+        assert optimizer.stepper.context._kept is None
         nets.loss_of(model, 1).backward()
         optimizer.first_step()
         assert method == "LookSAM" or all(p.grad is None for p in model.parameters())
         optimizer.restore()
-        assert optimizer._kept is None
+        assert optimizer.stepper.context._kept is None

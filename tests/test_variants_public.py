@@ -16,7 +16,7 @@ from support import nets
 from torch import Tensor, nn
 
 import fused_sam
-from fused_sam.schedule import RhoFromRate
+from fused_sam.schedule import RhoProportionalToLR
 
 SGD: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 STEPS = 8
@@ -76,7 +76,7 @@ def test_gsam_with_rho_tied_to_the_learning_rate(backend: str) -> None:
     optimizer = fused_sam.GSAM(model.parameters(), alpha=0.5, backend=backend, **SGD)
     base = torch.optim.SGD(twin.parameters(), **SGD)
     rates = [torch.optim.lr_scheduler.CosineAnnealingLR(o, 2 * STEPS, eta_min=0.01) for o in (optimizer, base)]
-    rho = RhoFromRate(optimizer, 0.3, 0.1, lr_max=0.1, lr_min=0.01)
+    rho = RhoProportionalToLR(optimizer, 0.3, 0.1, lr_max=0.1, lr_min=0.01)
     proportion = pytorch_optimizer.ProportionScheduler(rates[1], max_lr=0.1, min_lr=0.01, max_value=0.3, min_value=0.1)
     other = pytorch_optimizer.GSAM(twin.parameters(), base, twin, proportion, alpha=0.5, perturb_eps=1e-12)
     for step in range(STEPS):

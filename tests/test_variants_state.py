@@ -60,7 +60,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: str, method: str
     train(model, optimizer, range(3))  # LookSAM's next step is one with two passes
     before = Snapshot(optimizer)
     nets.loss_of(model, 3).backward()
-    two = optimizer.perturbs
+    two = optimizer.needs_second_pass
     if two:
         if passes == 1:
             next(p for p in model.parameters() if p.grad is not None).grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
@@ -84,37 +84,40 @@ def test_a_skipped_first_step_leaves_no_state(backend: str, method: str) -> None
     model, optimizer = built(method, backend)
     twin, other = built(method, backend)
     nets.loss_of(model, 0).backward()
-    if optimizer.perturbs:
+    if optimizer.needs_second_pass:
         optimizer.first_step(zero_grad=True)
         nets.loss_of(model, 0).backward()
     next(model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
     optimizer.step()
     assert not any(optimizer.state.values())
     for group in optimizer.param_groups:  # so that counters and draws agree
-        group.update({k: 0 for k in ("draws", "choices", "looks") if k in group})
-    optimizer._numbers = None
+        group.update({k: 0 for k in ("rng_offset", "mask_offset", "looksam_step") if k in group})
+    optimizer.stepper.forget_state()
     train(model, optimizer, range(1, 5))
     train(twin, other, range(1, 5))
     assert_same_optimizers(optimizer, other)
 
 
-@pytest.mark.parametrize("method", ["LookSAM", "FriendlySAM"])
+# The state that a method keeps of its own.
+VECTORS = {"LookSAM": "sharpness_direction", "FriendlySAM": "gradient_average"}
+
+
+@pytest.mark.parametrize("method", VECTORS)
 def test_where_only_the_device_knows_of_a_skip_memory_begins_as_late(backend: str, method: str) -> None:
     """As on an accelerator, whose numbers the host does not read: the optimizer is kept from reading them here."""
     model, optimizer = built(method, backend)
     twin, other = built(method, backend)
-    optimizer._status()
-    optimizer._host_numbers = None
+    optimizer.stepper.status.host = None
     nets.loss_of(model, 0).backward()
     optimizer.first_step(zero_grad=True)
     nets.loss_of(model, 0).backward()
     next(model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
     optimizer.step()
-    name = optimizer._memory
+    name = VECTORS[method]
     assert any(name in entry for entry in optimizer.state.values())
     assert not any(name in entry for entry in optimizer.state_dict()["state"].values())
     for group in optimizer.param_groups:
-        group.update({k: 0 for k in ("looks",) if k in group})
+        group.update({k: 0 for k in ("looksam_step",) if k in group})
     train(model, optimizer, range(1, 5))
     train(twin, other, range(1, 5))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
@@ -123,12 +126,12 @@ def test_where_only_the_device_knows_of_a_skip_memory_begins_as_late(backend: st
             assert_same_bits([optimizer.state[p][name]], [other.state[q][name]])
 
 
-@pytest.mark.parametrize("method", ["LookSAM", "FriendlySAM"])
+@pytest.mark.parametrize("method", VECTORS)
 def test_where_only_the_device_knows_of_a_skip_memory_stays(backend: str, method: str) -> None:
     model, optimizer = built(method, backend)
     train(model, optimizer, range(3))
-    optimizer._host_numbers = None
-    kept = [optimizer.state[p][optimizer._memory].clone() for p in model.parameters()]
+    optimizer.stepper.status.host = None
+    kept = [optimizer.state[p][VECTORS[method]].clone() for p in model.parameters()]
     optimizer.zero_grad()
     nets.loss_of(model, 3).backward()
     optimizer.first_step(zero_grad=True)
@@ -136,4 +139,4 @@ def test_where_only_the_device_knows_of_a_skip_memory_stays(backend: str, method
     next(model.parameters()).grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
     optimizer.step()
     assert optimizer.skipped
-    assert_same_bits([optimizer.state[p][optimizer._memory] for p in model.parameters()], kept)
+    assert_same_bits([optimizer.state[p][VECTORS[method]] for p in model.parameters()], kept)

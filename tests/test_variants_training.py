@@ -9,7 +9,7 @@ from support.bits import Snapshot, assert_same_bits
 from support.family import METHODS, built, clean, sam_steps, train
 from torch import Tensor, nn
 
-from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Schedule, Tail
+from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Schedule, LastSteps
 
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -23,9 +23,9 @@ def test_under_a_scaler_it_is_the_same_method(backend: str, method: str) -> None
     for step in range(6):
         optimizer.zero_grad()
         scaler.scale(nets.loss_of(model, step)).backward()
-        if optimizer.needs_scale:
-            optimizer.loss_scale = scaler.get_scale()
-        if optimizer.perturbs:
+        if optimizer.needs_grad_scale:
+            optimizer.ascent_grad_scale = scaler.get_scale()
+        if optimizer.needs_second_pass:
             optimizer.first_step(zero_grad=True)
             scaler.scale(nets.loss_of(model, step)).backward()
         scaler.step(optimizer)
@@ -43,9 +43,9 @@ def test_a_scaler_skips_an_overflow(backend: str, method: str) -> None:
     before = Snapshot(optimizer)
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     optimizer.zero_grad()
-    optimizer.loss_scale = 1024.0
+    optimizer.ascent_grad_scale = 1024.0
     scaler.scale(nets.loss_of(model, 3)).backward()
-    if optimizer.perturbs:
+    if optimizer.needs_second_pass:
         optimizer.first_step(zero_grad=True)
         scaler.scale(nets.loss_of(model, 3)).backward()
     next(model.parameters()).grad.view(-1)[-1] = float("inf")  # type: ignore[union-attr]
@@ -114,7 +114,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(backend: str, method
     for step in range(5):
         optimizer.zero_grad()
         accumulate(step)
-        if optimizer.perturbs:
+        if optimizer.needs_second_pass:
             optimizer.first_step(zero_grad=True)
             accumulate(step)
         optimizer.step()
@@ -153,7 +153,7 @@ def test_other_base_optimizers(backend: str, method: str) -> None:
             torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # of weights that moved by 0.05
 
 
-SCHEDULES = [Every(3), Tail(0.5, 6), AfterDecay(), AdaptiveSchedule(6)]
+SCHEDULES = [Every(3), LastSteps(0.5, 6), AfterDecay(), AdaptiveSchedule(6)]
 DECIDE_BEFORE_GRADIENTS = ("ESAM tensors", "MomentumSAM")
 
 
@@ -171,7 +171,7 @@ def test_a_step_that_does_not_perturb_takes_one_pass(backend: str, method: str, 
         def closure(step: int = step, passes: list[int] = passes, decided: list[bool] = decided) -> Tensor:
             loss = nets.closure_for(model, step, passes)()
             if not decided:
-                decided.append(optimizer.perturbs)
+                decided.append(optimizer.needs_second_pass)
             return loss
 
         optimizer.zero_grad()

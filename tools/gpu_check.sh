@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# Checks fused_sam on a machine with a GPU: builds for that GPU, runs the GPU tests, compute-sanitizer and the benchmarks.
+# Checks fused_sam on a machine with a GPU: builds for that GPU, runs the GPU tests, compute-sanitizer and benchmarks.
 #
 #   tools/gpu_check.sh OUTDIR [build] [tests] [bench] [sanitizer] [more]     all five where none is named
 #
 # Needs no network: python3 with torch, pytest, pybind11, cmake and ninja, and nvcc. Builds in a copy of the source tree
 # (FUSED_SAM_SCRATCH, else under TMPDIR) that later runs go on from. Ends within FUSED_SAM_SECONDS (570).
-# OUTDIR gets logs, JSON and PNG; summary.json: for each step ok, failed or skipped, its seconds and its last words; and
-# of bench targets.json: what the GPU backends are to reach, what they reached, and whether that is enough.
-# Where there is no GPU the build takes FUSED_SAM_CUDA_ARCHS (90) and what needs one is skipped by name.
+# OUTDIR gets logs, JSON and PNG. summary.json has for each step ok, failed or skipped, its seconds and the last line of
+# its output. bench also writes targets.json: targets of the GPU backends, the numbers they reached, and a verdict.
+# Without a GPU the build takes FUSED_SAM_CUDA_ARCHS (90), and the steps that need one are skipped by name.
 set -euo pipefail
 
 usage() { sed -n '2,4p' "$0" | sed 's/^# \{0,1\}//'; exit 2; }
@@ -30,7 +30,7 @@ failed=0
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1) || gpu=
 echo "GPU: ${gpu:-none}; source: $source_tree; scratch: $scratch; results: $out"
 
-note() { # NAME RESULT SECONDS [WORDS]: into summary.json at once, for a run that is killed
+note() { # NAME RESULT SECONDS [TEXT]: into summary.json at once, because the run may be killed later
   local row text=
   rows+=("  {\"step\": \"$1\", \"result\": \"$2\", \"seconds\": $3, \"note\": \"${4:-}\"}")
   for row in "${rows[@]}"; do text+="${text:+,
@@ -39,11 +39,11 @@ note() { # NAME RESULT SECONDS [WORDS]: into summary.json at once, for a run tha
   printf '%-22s %-8s %4s s  %s\n' "$1" "$2" "$3" "${4:-}"
 }
 
-last_words() { # FILE: its last line that says something, as a JSON string may hold it
+last_words() { # FILE: its last line with text, without the characters that a JSON string does not allow
   LC_ALL=C tr -cd '\11\12\40-\176' <"$1" | tr -d '"\\' | tr '\11' ' ' | { grep -v '^[ =]*$' || true; } | tail -n 1 | cut -c 1-200
 }
 
-step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than that or than what is left
+step() { # NAME SECONDS COMMAND...: runs it, with output to OUTDIR/NAME.log, within these seconds and the time left
   local name=$1 most=$2 begin=$SECONDS code=0
   shift 2
   local left=$((limit - SECONDS))
@@ -64,10 +64,10 @@ step() { # NAME SECONDS COMMAND...: into OUTDIR/NAME.log, for no longer than tha
   fi
 }
 
-ready() { # the copy, and the modules in it; seconds where nothing has changed
+ready() { # makes the copy and builds the modules in it; takes seconds if nothing has changed
   [ -n "${is_ready:-}" ] && return 0
   mkdir -p "$scratch/tree"
-  # With their times: a file that did not change is not compiled anew.
+  # With their times, so that a file that did not change is not compiled again.
   (cd "$source_tree" && tar cf - --exclude=./build --exclude='./.?*' --exclude='*.so' --exclude='*.so.*' --exclude=__pycache__ .) |
     (cd "$scratch/tree" && tar xf - --keep-directory-symlink)
   local archs=native
@@ -85,14 +85,14 @@ ready() { # the copy, and the modules in it; seconds where nothing has changed
   is_ready=1
 }
 
-with_gpu() { # NAME: false, and a note, where there is none
+with_gpu() { # NAME: false, and a note, without a GPU
   [ -n "$gpu" ] && return 0
   note "$1" skipped 0 "no GPU"
   return 1
 }
 
 tests() {
-  # Without a GPU they skip themselves, each saying why. Other files may import what this machine lacks.
+  # Without a GPU they skip themselves and give the reason. Other files may import packages that this machine lacks.
   local files
   mapfile -t files < <(cd "$scratch/tree" && grep -l 'mark\.gpu' tests/test_*.py)
   step tests 240 "$python" -m pytest -q -p no:cacheprovider -o faulthandler_timeout=60 -m gpu --durations=15 \
@@ -101,7 +101,7 @@ tests() {
 
 bench() {
   with_gpu bench || return 0
-  # First what the targets ask for, each by itself: a peer that disagrees ends a benchmark.
+  # First the measurements of the targets, one by one: a peer whose results differ ends a benchmark.
   step step 60 "$python" tools/gpu_step.py --out "$out" || true
   local ours=(--device cuda --peer ours-cuda --peer ours-triton --seconds 5 --shape 128x1048576 --shape resnet50)
   if can_bench ours; then
@@ -119,24 +119,24 @@ bench() {
 
 sanitizer() {
   with_gpu sanitizer || return 0
-  local tool=compute-sanitizer check only
+  local tool=compute-sanitizer check only few="reference or finite or finish or draws or vectors"
   command -v "$tool" >/dev/null || tool=/usr/local/cuda/bin/compute-sanitizer
   if ! command -v "$tool" >/dev/null; then
     note sanitizer skipped 0 "compute-sanitizer is missing (CUDA toolkit)"
     return 0
   fi
-  # Every tensor is an allocation of its own, so that an access outside of it is seen. Torch's kernels are watched where
-  # what they write counts: initcheck takes memory for unwritten that an unwatched kernel wrote.
+  # Every tensor is an allocation of its own, so that an access outside of it is an error. initcheck also needs torch's
+  # kernels: memory that a kernel outside the check has written counts as unwritten.
   for check in memcheck racecheck initcheck; do
     only=(--kernel-name kernel_substring=fused_sam)
     [ "$check" != initcheck ] || only=()
     step "$check" 100 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 FUSED_SAM_SANITIZER=1 \
       "$tool" --tool "$check" "${only[@]}" --error-exitcode 86 --report-api-errors no --print-limit 20 \
-      "$python" -m pytest -q --maxfail=3 -p no:cacheprovider tests/test_cuda_gpu.py -k "reference or finite or finish or draws or lists" || true
+      "$python" -m pytest -q --maxfail=3 -p no:cacheprovider tests/test_cuda_gpu.py -k "$few" || true
   done
 }
 
-more() { # what takes long and decides nothing
+more() { # measurements that take long and decide nothing
   with_gpu more || return 0
   if can_bench memory; then
     step memory 60 "$python" -m bench memory --device cuda --shape resnet50 --out "$out" || true
@@ -151,7 +151,7 @@ more() { # what takes long and decides nothing
   fi
 }
 
-can_bench() { # NAME: false, and a note, where the benchmarks' command line lacks what it is made of
+can_bench() { # NAME: false, and a note, if a package of the benchmarks' command line is missing
   "$python" -c 'import typer, rich, matplotlib, numpy' 2>"$out/$1.log" && return 0
   note "$1" skipped 0 "$(last_words "$out/$1.log")"
   return 1

@@ -1,6 +1,6 @@
-"""Times each CUDA kernel of a SAM step on the GPU at hand, beside torch's device-to-device copy in the same run.
+"""Times each CUDA kernel of a SAM step on this machine's GPU, and torch's device-to-device copy in the same run.
 
-    python tools/gpu_kernels.py --out DIR        writes DIR/kernels.json, and DIR/kernels.png where matplotlib is
+    python tools/gpu_kernels.py --out DIR        writes DIR/kernels.json; with matplotlib also DIR/kernels.png
 
 The caches are cold when a pass of the step begins, as they are after a backward pass. docs/gpu.md has the predictions.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 from array import array
 from collections.abc import Callable
@@ -20,9 +21,22 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends import choose
-from fused_sam.backends.contract import SKIP, STATUS_SIZE, Group, Table
+from fused_sam.backends.contract import (
+    ADAM,
+    LION,
+    SGD,
+    AdamGroup,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
+    Table,
+    UpdateRule,
+)
 
 ROUNDS = 20
+CUDA = torch.device("cuda")
+RULES = {rule.name: rule for rule in (SGD, ADAM, LION)}
 SHAPES = {
     "1000 x 256": [256] * 1000,
     # ResNet-18: norms' vectors, four stages of 3 x 3 convolutions, three shortcuts, the first and the last layer.
@@ -36,23 +50,25 @@ SHAPES = {
 
 @dataclass(frozen=True)
 class Kind:
-    """What a table is made of, and how many bytes an element each primitive then moves."""
+    """The dtypes of a table, and the bytes per element that each primitive then moves."""
 
     name: str
-    weight: torch.dtype
-    gradient: torch.dtype
-    model: torch.dtype | None = None  # beside fp32 master weights
+    param: torch.dtype
+    grad: torch.dtype
+    masters: bool = False
     stochastic: bool = False
     shapes: tuple[str, ...] = tuple(SHAPES)
 
     def traffic(self, primitive: str) -> int:
-        w, g, m = self.weight.itemsize, self.gradient.itemsize, (self.model or self.weight).itemsize
-        kept = w if self.model else 0  # the master weight, read and written
+        p, g = self.param.itemsize, self.grad.itemsize
+        clean = 4 if self.masters else p  # the master or the backup
+        written = 4 if self.masters else 0  # the master of an update
         return {
             "norm": g,
-            "perturb": w + g + m + (0 if self.model else w),
-            "sgd": w + g + m + kept + 2 * 4,
-            "adam": w + g + m + kept + 4 * 4,
+            "perturb": clean + g + p + (0 if self.masters else p),
+            "sgd": clean + g + p + written + 2 * 4,
+            "lion": clean + g + p + written + 2 * 4,
+            "adam": clean + g + p + written + 4 * 4,
         }[primitive]
 
 
@@ -61,13 +77,16 @@ LARGE = ("25.6M in 161", "134M in 128")
 KINDS = [
     Kind("fp32", F32, F32),
     Kind("bf16", BF16, BF16),
-    Kind("bf16, random rounding", BF16, BF16, stochastic=True, shapes=LARGE),
-    Kind("bf16 with fp32 masters", F32, BF16, model=BF16, shapes=LARGE),
+    Kind("bf16, stochastic", BF16, BF16, stochastic=True, shapes=LARGE),
+    Kind("bf16 with fp32 masters", BF16, BF16, masters=True, shapes=LARGE),
 ]
 
 
 def seconds_of(run: Callable[[], Any], flush: Tensor) -> float:
-    """Median time on the stream with cold caches; writing `flush` takes long enough for the host to be ahead."""
+    """Return the median time on the stream with cold caches.
+
+    Writing `flush` takes longer than the host needs to launch, so that no launch is waited for.
+    """
     times = []
     for _ in range(ROUNDS):
         flush.zero_()
@@ -80,38 +99,64 @@ def seconds_of(run: Callable[[], Any], flush: Tensor) -> float:
     return statistics.median(times)
 
 
-def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict[str, Any]]:
-    def column(like: torch.dtype) -> list[Tensor]:
-        return [torch.randn(n, device="cuda").to(like) for n in SHAPES[name]]
+def tables_of(sizes: list[int], kind: Kind) -> dict[str, Table]:
+    """Return a table per update rule; all of them share their tensors."""
 
-    backend = choose("cuda", torch.device("cuda"))
-    rows_of_table = len(SHAPES[name])
-    table = Table(column(kind.weight), [i % 2 for i in range(rows_of_table)], kind.gradient)
-    if kind.model is None:
-        table.backups = column(kind.weight)
-    else:
-        table.models = column(kind.model)
-    table.stochastic, table.streams = kind.stochastic, list(range(rows_of_table))
-    table.momenta, table.squares, table.gradients = [*column(F32)], column(F32), column(kind.gradient)
-    for v in table.squares:
+    def column(dtype: torch.dtype) -> list[Tensor]:
+        return [torch.randn(n, device="cuda").to(dtype) for n in sizes]
+
+    params, clean = column(kind.param), column(F32 if kind.masters else kind.param)
+    grads, exp_avg, exp_avg_sq = column(kind.grad), column(F32), column(F32)
+    for v in exp_avg_sq:
         v.square_()
-    table.largest = [None] * rows_of_table
-    table.steps = [torch.zeros((), device="cuda") for _ in range(rows_of_table)]
-    table.gradient_addresses = array("q", [g.data_ptr() for g in table.gradients])
-    groups = [Group(0.05, False, 0.0, 0.1, 0.9, 0.0, 1e-4), Group(0.1, False, 0.0, 0.1, 0.9, decoupled=True)]
-    status = torch.zeros(STATUS_SIZE, device="cuda")
+    buffers: dict[str, list[Tensor | None]] = {
+        "momentum_buffer": [*exp_avg],
+        "exp_avg": [*exp_avg],
+        "exp_avg_sq": [*exp_avg_sq],
+        "max_exp_avg_sq": [None] * len(sizes),
+        "step": [torch.zeros((), device="cuda") for _ in sizes],
+    }
+
+    def table(rule: UpdateRule) -> Table:
+        return Table(
+            params,
+            [i % 2 for i in range(len(sizes))],
+            kind.grad,
+            backups=[] if kind.masters else clean,
+            masters=clean if kind.masters else [],
+            rule=rule,
+            state={column.name: buffers[column.name] for column in rule.columns},
+            stochastic_rounding=kind.stochastic,
+            rng_streams=list(range(len(sizes))),
+            grads=grads,
+            grad_addresses=array("q", [g.data_ptr() for g in grads]),
+        )
+
+    return {name: table(rule) for name, rule in RULES.items()}
+
+
+def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict[str, Any]]:
+    """Time every pass over tensors of one shape and kind, and return a row for each."""
+    backend, status = choose("cuda", CUDA), Status(CUDA)
+    tables = tables_of(SHAPES[name], kind)
+    perturb_groups = [PerturbGroup(0.05), PerturbGroup(0.1)]
 
     def norm() -> None:
-        backend.norm(table, groups, status, scaled=True, carry=False, begin=True, finish=True, eps=1e-12)
+        backend.norm([tables["sgd"]], perturb_groups, status, keep_skip=False, eps=1e-12)
 
     def perturb() -> None:
-        backend.perturb(table, groups, status)
+        backend.perturb(tables["sgd"], perturb_groups, status)
 
     def sgd() -> None:
-        backend.sgd(table, groups, status, None)
+        groups = [SGDGroup(0.1, 0.9, weight_decay=1e-4), SGDGroup(0.1, 0.9)]
+        backend.sgd(tables["sgd"], groups, status, None, math.inf)
 
     def adam() -> None:
-        backend.adam(table, groups, status, None)
+        groups = [AdamGroup(0.1, weight_decay=1e-4), AdamGroup(0.1, decoupled_weight_decay=True)]
+        backend.adam(tables["adam"], groups, status, None, math.inf)
+
+    def lion() -> None:
+        backend.lion(tables["lion"], [LionGroup(0.1, weight_decay=1e-4), LionGroup(0.1)], status, None, math.inf)
 
     def first_step() -> None:
         norm(), perturb()
@@ -124,6 +169,7 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
         "perturb": (perturb, ["perturb"]),
         "sgd": (sgd, ["sgd"]),
         "adam": (adam, ["adam"]),
+        "lion": (lion, ["lion"]),
         "first_step": (first_step, ["norm", "perturb"]),
         "second_step": (second_step, ["norm", "sgd"]),
     }
@@ -139,17 +185,17 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
         })  # fmt: skip
         print(f"{name:14} {kind.name:22} {title:12} {seconds * 1e6:9.1f} us {moved / seconds / 1e9:8.0f} GB/s "
               f"{moved / seconds / copy_rate:6.1%} of copy")  # fmt: skip
-    if float(status[SKIP]) != 0:
+    if float(status.skip) != 0:
         raise RuntimeError(
             f"{name}, {kind.name}: a norm was not finite, and updates were copies: the times mean nothing"
         )
-    for update in ("sgd", "adam"):
+    for update in RULES:
         three = [r for r in rows if r["pass"] in ("first_step", update)]
         moved, seconds = (sum(r[key] for r in three) for key in ("bytes", "seconds"))
         rows.append({**three[0], "pass": f"{update} step in 3 launches", "bytes": moved, "seconds": seconds,
                      "rate": moved / seconds, "of_copy": moved / seconds / copy_rate})  # fmt: skip
         print(
-            f"{name:14} {kind.name:22} {update} step in 3 launches: {moved / elements:.0f} B an element, "
+            f"{name:14} {kind.name:22} {update} step in 3 launches: {moved / elements:.0f} B per element, "
             f"{moved / seconds / copy_rate:.1%} of copy"
         )
     return rows
@@ -163,9 +209,10 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for kind in dict.fromkeys(r["kind"] for r in rows):
-        for part in ("norm", "perturb", "sgd", "adam"):
-            mine = [r for r in rows if r["pass"] == part and r["kind"] == kind]
-            axes.plot([r["elements"] for r in mine], [100 * r["of_copy"] for r in mine], "o-", label=f"{part}, {kind}")
+        for primitive in ("norm", "perturb", *RULES):
+            mine = [r for r in rows if r["pass"] == primitive and r["kind"] == kind]
+            fractions = [100 * r["of_copy"] for r in mine]
+            axes.plot([r["elements"] for r in mine], fractions, "o-", label=f"{primitive}, {kind}")
     axes.set(xscale="log", xlabel="elements", ylabel="% of the copy rate", title=title)
     axes.axhline(100, color="grey", linewidth=0.8)
     axes.legend(fontsize="x-small", ncols=2)

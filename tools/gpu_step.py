@@ -1,8 +1,8 @@
-"""Measures a SAM step on the GPU at hand, for the CUDA and the Triton backend: launches, host time, memory, graphs.
+"""Measures a SAM step on this machine's GPU, for the CUDA and the Triton backend: launches, host time, memory, graphs.
 
     python tools/gpu_step.py --out DIR        writes DIR/step.json
 
-Speed is the benchmarks'. What fails is noted in the file, with the words of the error, and the rest is measured.
+The benchmarks measure speed. A measurement that fails is noted in the file with its error, and the others still run.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CUDA = torch.device("cuda")
 
 
 def parameters(shapes: list[tuple[int, ...]], device: torch.device = CUDA) -> list[nn.Parameter]:
-    """With gradients that stay where they are."""
+    """Return parameters with gradients whose addresses stay."""
     params = [nn.Parameter(torch.randn(shape, device=device)) for shape in shapes]
     for p in params:
         p.grad = torch.randn_like(p)
@@ -46,7 +46,7 @@ def step(optimizer: SAM) -> None:
 
 
 def kernels_of(run: Callable[[], None]) -> list[str]:
-    """Names of what ran on the GPU, copies and fills included."""
+    """Return the names of everything that ran on the GPU, copies and fills included."""
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         run()
@@ -56,7 +56,7 @@ def kernels_of(run: Callable[[], None]) -> list[str]:
 
 
 def launches(backend: str) -> dict[str, list[str]]:
-    """What runs in a settled step: with its own check of the second gradient, without, and with GradScaler's."""
+    """Return what runs in a settled step: with its own check of the second gradient, without, and with GradScaler's."""
     found = {}
     for way in ("own check", "check_update=False", "GradScaler"):
         optimizer = SAM(
@@ -71,31 +71,31 @@ def launches(backend: str) -> dict[str, list[str]]:
 
 
 def host_seconds(backend: str, device: torch.device = CUDA) -> dict[str, Any]:
-    """Medians over settled steps of 161 small tensors, in seconds: of a step, and of each of Triton's launches."""
+    """Return medians over settled steps of 161 small tensors, in seconds: of a step, and of each Triton launch."""
     from fused_sam.backends.triton import backend as triton
 
     optimizer = SAM(parameters([(300,)] * 161, device), lr=0.1, momentum=0.9, backend=backend)
-    run, spent, steps = triton._run, {}, []  # type: ignore[var-annotated]
+    launch, spent, steps = triton.launch, {}, []  # type: ignore[var-annotated]
 
     def timed(native: Any, memory: Any, name: str, *rest: Any) -> None:
         begin = time.perf_counter_ns()
-        run(native, memory, name, *rest)
+        launch(native, memory, name, *rest)
         spent.setdefault(name, []).append((time.perf_counter_ns() - begin) * 1e-9)
 
-    triton._run = timed
+    triton.launch = timed
     gc.disable()
     try:
         for i in range(STEPS + 20):
             if i == 20:  # by then everything is compiled and warm
                 spent.clear()
                 steps.clear()
-            if i % 10 == 0 and device.type == "cuda":  # a full queue would make the host wait
+            if i % 10 == 0 and device.type == "cuda":  # the host would wait for a full queue
                 torch.cuda.synchronize()
             begin = time.perf_counter_ns()
             step(optimizer)
             steps.append((time.perf_counter_ns() - begin) * 1e-9)
     finally:
-        triton._run = run
+        triton.launch = launch
         gc.enable()
     every = [seconds for times in spent.values() for seconds in times]
     return {
@@ -106,7 +106,7 @@ def host_seconds(backend: str, device: torch.device = CUDA) -> dict[str, Any]:
 
 
 def memory(backend: str) -> dict[str, int]:
-    """Bytes asked for: one copy of the weights; kept beyond weights, gradients and momentum; the rise inside a step."""
+    """Return requested bytes: of the weights, kept beyond weights, gradients and momentum, and the rise in a step."""
 
     def asked_for(which: str) -> int:
         return int(torch.cuda.memory_stats()[f"requested_bytes.all.{which}"])
@@ -127,8 +127,11 @@ def memory(backend: str) -> dict[str, int]:
 
 
 def captured(backend: str, replays: int = 20) -> dict[str, Any]:
-    """How many elements of weights and momentum differ from those of eager steps after replays of a captured step,
-    forward and backward passes included, with a learning rate that changes."""
+    """Return how many elements differ between a captured step and eager steps, after replays.
+
+    The elements are those of weights and momentum. The step includes forward and backward passes, and the learning rate
+    changes.
+    """
     torch.manual_seed(0)
     layers = [m for _ in range(12) for m in (nn.Linear(128, 128), nn.Tanh())]
     model = nn.Sequential(*layers, nn.Linear(128, 8)).to(CUDA)
@@ -192,7 +195,7 @@ def main() -> int:
         for name, measure in MEASURES.items():
             try:
                 found = measure(backend)
-            except Exception as error:  # whatever it is, the other measurements still count
+            except Exception as error:  # the other measurements still count
                 traceback.print_exc()
                 found = {"error": f"{type(error).__name__}: {error}"}
                 failed.append(f"{backend}: {name}")

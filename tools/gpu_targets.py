@@ -1,8 +1,8 @@
-"""Holds what a run of tools/gpu_check.sh measured against what the GPU backends are to reach.
+"""Compares the measurements of tools/gpu_check.sh with the targets of the GPU backends.
 
     python tools/gpu_targets.py DIR    reads DIR/step.json and the benchmarks' JSON in DIR/ours, writes DIR/targets.json
 
-Each target has a number that was reached and whether that meets it; null where nothing was measured, with the reason.
+Each target has the number that was reached and a verdict; both are null, with the reason, if nothing was measured.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ COPY_FRACTION = 0.9
 
 
 def outcome(what: str, relation: str, limit: float, reached: float | None, why: str = "") -> dict[str, Any]:
-    """One target, as JSON keeps it."""
+    """Return one target as a row of the JSON file."""
     met = None
     if reached is not None:
         met = {"<=": reached <= limit, "<": reached < limit, "==": reached == limit, ">=": reached >= limit}[relation]
@@ -30,7 +30,7 @@ def outcome(what: str, relation: str, limit: float, reached: float | None, why: 
 
 
 def dig(found: Any, *keys: str) -> Any:
-    """What lies under the keys; None, where one of them is missing."""
+    """Return the value under the keys; None if one of them is missing."""
     for key in keys:
         if not isinstance(found, dict) or key not in found:
             return None
@@ -39,6 +39,7 @@ def dig(found: Any, *keys: str) -> Any:
 
 
 def of_step(step: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of step.json."""
     rows = []
     for backend in BACKENDS:
         names = dig(step, backend, "launches", "check_update=False")
@@ -60,7 +61,7 @@ def of_step(step: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def of_comparisons(base: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """runs: by shape, as the benchmarks write them; the CUDA backend is their baseline."""
+    """Return the targets of a benchmark's runs, by shape. The CUDA backend is their baseline."""
     rows = []
     limits = {LARGE: SLOWER_LARGE, MANY: SLOWER_MANY}
     for shape, limit in limits.items():
@@ -80,7 +81,7 @@ def of_comparisons(base: str, runs: dict[str, dict[str, Any]]) -> list[dict[str,
 
 
 def comparisons(folder: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The runs of the benchmark's files of that name, whatever the machine's folder is called."""
+    """Return the runs of the benchmark's files of that name, in the folder of any machine."""
     runs = {}
     for path in sorted(folder.glob(f"ours/*/{name}.json")):
         runs.update({run["shape"]: run for run in json.loads(path.read_text())["side_by_side"]})

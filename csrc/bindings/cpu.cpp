@@ -1,39 +1,38 @@
-// Python's door to the CPU kernels: tables of raw addresses, no torch headers.
+// The Python bindings of the CPU kernels: tables of raw addresses, no torch headers.
 //
-// Addresses are integers from Tensor.data_ptr(). The caller keeps the tensors alive during a call and
-// vouches for sizes, dtypes and layouts; fused_sam/engine/plan.py is the one caller.
+// Addresses are integers from Tensor.data_ptr(). The caller keeps the tensors alive during a call and guarantees sizes,
+// dtypes and layouts. fused_sam/backends/cpu.py is the only caller of the tables, fused_sam/engine of the reader.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "bindings/addresses.h"
 #include "bindings/groups.h"
 #include "bindings/reader.h"
-#include "cpu/lists.h"
 #include "cpu/table.h"
+#include "cpu/vectors.h"
 
 namespace py = pybind11;
-using fused_sam::Column;
-using fused_sam::Dtype;
-using fused_sam::Entry;
-using fused_sam::Group;
-using fused_sam::Lists;
-using fused_sam::Status;
-using fused_sam::Table;
+using namespace fused_sam;
 
 namespace {
 
-template <class Field>
-void set_column(Table& table, const Addresses& addresses, Field Entry::*field) {
+template <class Set>
+void set_column(Table& table, const py::object& addresses, Set&& set) {
+  const Addresses column = unpacked(addresses);
   std::vector<Entry>& entries = table.entries();
-  if (addresses.size() != entries.size()) throw std::invalid_argument("an address is due for every tensor of the table");
-  for (size_t i = 0; i < entries.size(); ++i) entries[i].*field = reinterpret_cast<Field>(addresses[i]);
+  if (column.size() != entries.size()) throw std::invalid_argument("the table needs one address per tensor");
+  for (size_t i = 0; i < entries.size(); ++i) set(entries[i], reinterpret_cast<void*>(column[i]));
 }
 
-Column column(int dtype, const Addresses& addresses) {
-  Column c{Dtype(dtype), {}};
-  c.data.reserve(addresses.size());
-  for (uintptr_t a : addresses) c.data.push_back(reinterpret_cast<void*>(a));
-  return c;
+void set_state(Table& table, int slot, const py::object& addresses) {
+  if (slot < 0 || slot >= kStateSlots) throw std::out_of_range("the table has no such slot of state");
+  set_column(table, addresses, [slot](Entry& e, void* address) { e.state[slot] = address; });
+}
+
+Vector vector(int dtype, const py::object& addresses) {
+  Vector out{Dtype(dtype), {}};
+  for (uintptr_t address : unpacked(addresses)) out.data.push_back(reinterpret_cast<void*>(address));
+  return out;
 }
 
 Status& status_at(uintptr_t address) {
@@ -41,96 +40,99 @@ Status& status_at(uintptr_t address) {
   return *reinterpret_cast<Status*>(address);
 }
 
-// The Python method of an update.
-auto update(void (Table::*run)(const std::vector<Group>&, const Status&, int)) {
-  return [run](Table& t, const py::sequence& groups, uintptr_t status, double unscale, int threads) {
-    const std::vector<Group> g = groups_from(groups, unscale);
+// groups: None for the norm of g itself. finish: true for the last table of a norm.
+void norm(Table& table, const py::object& groups, uintptr_t address, bool reset, bool finish, bool keep_skip, double eps,
+          int threads) {
+  const bool ascent = !groups.is_none();
+  std::vector<PerturbGroup> perturb_groups;
+  if (ascent) perturb_groups = groups_from(groups, perturb_group);
+  Status& status = status_at(address);
+  py::gil_scoped_release release;
+  table.accumulate_norm(ascent ? &perturb_groups : nullptr, status, reset, threads);
+  if (finish) finish_norm(status, eps, {ascent, keep_skip});
+}
+
+// Returns the Python method of an update rule.
+template <class Group>
+auto update(void (Table::*run)(std::vector<Group>, const Status&, double, int),
+            Group (*read)(const py::tuple&, double unscale)) {
+  return [run, read](Table& table, const py::sequence& groups, uintptr_t status, double unscale, double max_norm,
+                     int threads) {
+    std::vector<Group> own = groups_from(groups, [&](const py::tuple& t) { return read(t, unscale); });
     const Status& s = status_at(status);
     py::gil_scoped_release release;
-    (t.*run)(g, s, threads);
+    (table.*run)(std::move(own), s, max_norm, threads);
   };
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "fused_sam's CPU kernels";
+  m.doc() = "fused_sam's CPU kernels; fused_sam/backends/contract.py describes the primitives";
 
   py::class_<Table>(m, "Table", "Tensors of equal dtypes: addresses, sizes in elements, group numbers.")
-      .def(py::init([](int weight, int gradient, int network, std::vector<int64_t> sizes, std::vector<int32_t> groups) {
-             return Table({Dtype(weight), Dtype(gradient), Dtype(network)}, std::move(sizes), std::move(groups));
+      .def(py::init([](int param, int grad, int master, std::vector<int64_t> sizes, const std::vector<int32_t>& groups) {
+             return Table({Dtype(param), Dtype(grad), Dtype(master)}, std::move(sizes), groups);
            }),
-           py::arg("weight_dtype"), py::arg("gradient_dtype"), py::arg("network_dtype"), py::arg("sizes"),
-           py::arg("groups"))
-      .def("set_weights", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::weight); })
-      .def("set_backups", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::backup); })
-      .def("set_gradients", [](Table& t, const py::object& a) { set_column(t, unpacked(a), &Entry::gradient); })
-      .def("set_models", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::model); })
-      .def("set_momenta", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::momentum); })
-      .def("set_squares", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::square); })
-      .def("set_largest", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::largest); })
-      .def("set_steps", [](Table& t, const Addresses& a) { set_column(t, a, &Entry::step); })
-      .def("set_draws", &Table::set_draws, py::arg("seed"), py::arg("streams"), py::arg("rounding"))
-      .def(
-          "norm",
-          [](Table& t, const py::sequence& groups, uintptr_t status, bool scaled, bool carry, bool begin, bool finish,
-             double eps, int threads) {
-            const std::vector<Group> g = groups_from(groups, 1.0);
-            Status& s = status_at(status);
-            py::gil_scoped_release release;
-            t.norm(g, s, {scaled, carry, begin, finish}, eps, threads);
-          },
-          "P1: global sum of squares and, with finish, norm, inverse and skip flag into the status.")
-      .def(
-          "perturb",
-          [](Table& t, const py::sequence& groups, uintptr_t status, int threads) {
-            const std::vector<Group> g = groups_from(groups, 1.0);
-            const Status& s = status_at(status);
-            py::gil_scoped_release release;
-            t.perturb(g, s, threads);
-          },
-          "P2: weight to backup, then weight += rho * inverse * T^2 * gradient.")
-      .def("sgd", update(&Table::sgd), "P3: one step of SGD from the backup into the weight.")
-      .def("adam", update(&Table::adam), "P7: one step of Adam or AdamW from the backup into the weight.")
+           py::arg("param_dtype"), py::arg("grad_dtype"), py::arg("master_dtype"), py::arg("sizes"),
+           py::arg("group_ids"))
+      .def("set_params",
+           [](Table& t, const py::object& a) { set_column(t, a, [](Entry& e, void* p) { e.param = p; }); })
+      .def("set_backups",
+           [](Table& t, const py::object& a) { set_column(t, a, [](Entry& e, void* p) { e.backup = p; }); })
+      .def("set_masters",
+           [](Table& t, const py::object& a) { set_column(t, a, [](Entry& e, void* p) { e.master = p; }); })
+      .def("set_grads", [](Table& t, const py::object& a) { set_column(t, a, [](Entry& e, void* p) { e.grad = p; }); })
+      .def("set_state", &set_state, py::arg("slot"), py::arg("addresses"))
+      .def("set_steps",
+           [](Table& t, const py::object& a) {
+             set_column(t, a, [](Entry& e, void* p) { e.step = static_cast<float*>(p); });
+           })
+      .def("set_rng", &Table::set_rng, py::arg("seed"), py::arg("rng_streams"), py::arg("stochastic_rounding"))
+      .def("norm", &norm, py::arg("groups"), py::arg("status"), py::arg("reset"), py::arg("finish"),
+           py::arg("keep_skip"), py::arg("eps"), py::arg("threads"))
+      .def("perturb",
+           [](Table& t, const py::sequence& groups, uintptr_t status, int threads) {
+             const std::vector<PerturbGroup> own = groups_from(groups, perturb_group);
+             const Status& s = status_at(status);
+             py::gil_scoped_release release;
+             t.perturb(own, s, threads);
+           })
+      .def("sgd", update(&Table::sgd, sgd_group))
+      .def("adam", update(&Table::adam, adam_group))
+      .def("lion", update(&Table::lion, lion_group))
       .def("restore", [](Table& t, int threads) {
         py::gil_scoped_release release;
         t.restore(threads);
       });
 
-  py::class_<Lists>(m, "Lists", "Columns of tensors, without groups.")
+  py::class_<VectorPair>(m, "VectorPair", "Two vectors over many tensors, without groups.")
       .def(py::init<std::vector<int64_t>>(), py::arg("sizes"))
-      .def(
-          "dots",
-          [](Lists& l, int x_dtype, const Addresses& x, int y_dtype, const Addresses& y, uintptr_t sums, bool begin,
-             int threads) {
-            const Column p = column(x_dtype, x), q = column(y_dtype, y);
-            py::gil_scoped_release release;
-            l.dots(p, q, reinterpret_cast<double*>(sums), begin, threads);
-          },
-          "P4: adds <x, y>, ||x||^2, ||y||^2 to three doubles.")
-      .def(
-          "combine",
-          [](Lists& l, int x_dtype, const Addresses& x, int y_dtype, const Addresses& y, int out_dtype,
-             const Addresses& out, double a, double b, uintptr_t status, int threads) {
-            if (status != 0 && status_at(status).skip != 0) return;
-            const Column p = column(x_dtype, x), q = column(y_dtype, y), o = column(out_dtype, out);
-            py::gil_scoped_release release;
-            l.combine(p, q, o, a, b, threads);
-          },
-          "P5: out = a * x + b * y, unless there is a status and it says to skip.");
+      .def("dot",
+           [](VectorPair& pair, int x_dtype, const py::object& x, int y_dtype, const py::object& y, uintptr_t sums,
+              bool reset, int threads) {
+             const Vector p = vector(x_dtype, x), q = vector(y_dtype, y);
+             py::gil_scoped_release release;
+             pair.dot(p, q, reinterpret_cast<double*>(sums), reset, threads);
+           })
+      // status: 0, or nothing is written where skip is set.
+      .def("axpby", [](VectorPair& pair, int x_dtype, const py::object& x, int y_dtype, const py::object& y,
+                       int out_dtype, const py::object& out, double a, double b, uintptr_t status, int threads) {
+        if (status != 0 && status_at(status).skip != 0) return;
+        const Vector p = vector(x_dtype, x), q = vector(y_dtype, y), o = vector(out_dtype, out);
+        py::gil_scoped_release release;
+        pair.axpby(p, q, o, a, b, threads);
+      });
 
-  py::class_<fused_sam::Reader>(m, "Reader", "Reads all parameters' gradients at once; see fused_sam/engine/grad_reader.py.")
+  py::class_<Reader>(m, "Reader", "Reads the gradients of all parameters at once; see fused_sam/engine/grad_reader.py.")
       .def(py::init<py::object, py::tuple, py::list>(), py::arg("tensor_base"), py::arg("plain"), py::arg("params"))
-      .def("read", &fused_sam::Reader::read, py::arg("groups"))
-      .def_static("unchanged", &fused_sam::Reader::unchanged);
+      .def("read", &Reader::read, py::arg("groups"))
+      .def_static("unchanged", &Reader::unchanged);
 
-  m.def(
-      "finish",
-      [](uintptr_t status, bool scaled, bool carry, double eps) {
-        fused_sam::add_norm(status_at(status), 0.0, eps, {scaled, carry, false, true});
-      },
-      "The end of P1, for a sum that is in the status.");
-  m.def("instruction_set", [] { return std::string(fused_sam::kernels().name); });
-  m.def("instruction_sets", &fused_sam::usable_kernels, "Those this processor can run, best first.");
-  m.def("use_instruction_set", &fused_sam::use_kernels, "For tests: one of instruction_sets(), or \"auto\".");
+  m.def("finish_norm", [](uintptr_t status, bool ascent, bool keep_skip, double eps) {
+    finish_norm(status_at(status), eps, {ascent, keep_skip});
+  });
+  m.def("instruction_set", [] { return std::string(kernels().name); });
+  m.def("instruction_sets", &usable_kernels, "Those that this processor supports, best first.");
+  m.def("use_instruction_set", &use_kernels, "For tests: one of instruction_sets(), or \"auto\".");
 }

@@ -1,4 +1,4 @@
-// Hyper-parameters of the parameter groups, from the Python tuples of fused_sam/backends/contract.py.
+// Hyper-parameters of the parameter groups, from the named tuples of fused_sam/backends/contract.py, by position.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -8,31 +8,42 @@
 
 #include "core/formulas.h"
 
-// unscale: factor of every gradient in the update, the reciprocal of a loss scale.
-inline std::vector<fused_sam::GroupOf<double>> groups_from(const pybind11::sequence& groups, double unscale) {
-  std::vector<fused_sam::GroupOf<double>> out;
+namespace fused_sam {
+
+// Fields of a named tuple.
+inline double number(const pybind11::tuple& t, size_t i) { return t[i].cast<double>(); }
+inline bool flag(const pybind11::tuple& t, size_t i) { return t[i].cast<bool>(); }
+
+// PerturbGroup: rho, adaptive, eta, mask_prob.
+inline PerturbGroupOf<double> perturb_group(const pybind11::tuple& t) {
+  return {number(t, 0), number(t, 2), number(t, 3), flag(t, 1)};
+}
+
+// SGDGroup: lr, momentum, dampening, weight_decay, nesterov, maximize. unscale: the reciprocal of the loss scale.
+inline SgdGroupOf<double> sgd_group(const pybind11::tuple& t, double unscale) {
+  return {number(t, 0), number(t, 1), 1 - number(t, 2), number(t, 3), flag(t, 5) ? -unscale : unscale, flag(t, 4)};
+}
+
+// AdamGroup: lr, beta1, beta2, eps, weight_decay, decoupled_weight_decay, amsgrad, maximize.
+inline AdamGroupOf<double> adam_group(const pybind11::tuple& t, double unscale) {
+  const double beta1 = number(t, 1), beta2 = number(t, 2);
+  return {number(t, 0),    1 - beta1,    1 - beta2,    beta2,     std::log(beta1),
+          std::log(beta2), number(t, 3), number(t, 4), flag(t, 7) ? -unscale : unscale,
+          flag(t, 5),      flag(t, 6)};
+}
+
+// LionGroup: lr, beta1, beta2, weight_decay, maximize.
+inline LionGroupOf<double> lion_group(const pybind11::tuple& t, double unscale) {
+  return {number(t, 0), 1 - number(t, 1), 1 - number(t, 2), number(t, 3), flag(t, 4) ? -unscale : unscale};
+}
+
+// Returns read(tuple) for each group of a call.
+template <class F>
+auto groups_from(const pybind11::sequence& groups, F&& read) {
+  std::vector<decltype(read(std::declval<const pybind11::tuple&>()))> out;
   out.reserve(groups.size());
-  for (const pybind11::handle item : groups) {
-    const pybind11::tuple t = pybind11::reinterpret_borrow<pybind11::tuple>(item);
-    fused_sam::GroupOf<double> g;
-    g.rho = t[0].cast<double>();
-    g.adaptive = t[1].cast<bool>();
-    g.eta = t[2].cast<double>();
-    g.lr = t[3].cast<double>();
-    g.momentum = t[4].cast<double>();
-    g.keep = 1 - t[5].cast<double>();
-    g.weight_decay = t[6].cast<double>();
-    g.nesterov = t[7].cast<bool>();
-    g.factor = t[8].cast<bool>() ? -unscale : unscale;
-    const double beta1 = t[11].cast<double>(), beta2 = t[12].cast<double>();
-    g.max_norm = t[9].cast<double>();
-    g.share = t[10].cast<double>();
-    g.keep1 = 1 - beta1, g.keep2 = 1 - beta2, g.beta2 = beta2;
-    g.log_beta1 = std::log(beta1), g.log_beta2 = std::log(beta2);
-    g.adam_eps = t[13].cast<double>();
-    g.decoupled = t[14].cast<bool>();
-    g.amsgrad = t[15].cast<bool>();
-    out.push_back(g);
-  }
+  for (const pybind11::handle item : groups) out.push_back(read(pybind11::reinterpret_borrow<pybind11::tuple>(item)));
   return out;
 }
+
+}  // namespace fused_sam

@@ -1,8 +1,8 @@
 // Every per-element formula of fused_sam, written once, for host and device.
 //
-// R is the type the arithmetic runs in: float for fp32, bf16 and fp16 weights, double for fp64 weights.
-// The functions have internal linkage and are always inlined: the CPU kernels are compiled once per
-// instruction set, and a shared out-of-line copy could carry instructions the processor lacks.
+// R is the type of the arithmetic: float for fp32, bf16 and fp16 params, double for fp64 params.
+// The functions have internal linkage and are always inlined. The CPU kernels are compiled once per instruction set,
+// and a shared out-of-line copy could contain instructions that the processor lacks.
 #pragma once
 
 #include <math.h>  // <cmath> does not promise sqrt(float) without std::
@@ -18,42 +18,66 @@
 
 namespace fused_sam {
 
-// Hyper-parameters of one parameter group, in the arithmetic's type.
+// Hyper-parameters of one parameter group, in the arithmetic's type R. fused_sam/backends/contract.py has the same
+// groups; bindings/groups.h reads them.
 template <class R>
-struct GroupOf {
-  R rho;           // length of the perturbation
-  R eta;           // ASAM's offset; used where adaptive
-  R lr;            // learning rate
-  R momentum;      // 0: no momentum buffer is read or written
-  R keep;          // 1 - dampening, subtracted in double on the host as torch does
-  R weight_decay;  // L2 coefficient, added to the gradient at the unperturbed weights
-  R factor;        // of the gradient in the update: 1, -1 to maximize, divided by the loss scale of mixed precision
-  R max_norm;      // of the global gradient, which the update clips to it; infinite: no clipping
-  R share;         // of elements that perturb moves; 1: all
-  R keep1, keep2;  // Adam's 1 - beta1 and 1 - beta2, subtracted in double on the host as torch does
+struct PerturbGroupOf {
+  R rho;        // length of the perturbation
+  R eta;        // ASAM's offset, used if adaptive
+  R mask_prob;  // share of the elements that perturb moves; 1: all
+  bool adaptive;
+};
+
+// `factor` multiplies every gradient of an update: 1, or -1 to maximize, over the loss scale, times the clipping.
+template <class R>
+struct SgdGroupOf {
+  R lr;
+  R momentum;             // 0: no momentum buffer is read or written
+  R one_minus_dampening;  // subtracted in double on the host, as torch does
+  R weight_decay;
+  R factor;
+  bool nesterov;
+};
+
+template <class R>
+struct AdamGroupOf {
+  R lr;
+  R one_minus_beta1, one_minus_beta2;  // subtracted in double on the host, as torch does
   R beta2;
   R log_beta1, log_beta2;
-  R adam_eps;
-  bool adaptive;
-  bool nesterov;
+  R eps;
+  R weight_decay;
+  R factor;
   bool decoupled;  // weight decay as in AdamW
   bool amsgrad;
 };
 
-// The same numbers in another type.
+template <class R>
+struct LionGroupOf {
+  R lr;
+  R one_minus_beta1, one_minus_beta2;
+  R weight_decay;
+  R factor;
+};
+
+// Returns the same numbers in another type.
 template <class To, class From>
-static inline GroupOf<To> group_as(const GroupOf<From>& g) {
-  GroupOf<To> out;
-  out.rho = To(g.rho), out.eta = To(g.eta), out.lr = To(g.lr), out.momentum = To(g.momentum), out.keep = To(g.keep);
-  out.weight_decay = To(g.weight_decay), out.factor = To(g.factor), out.max_norm = To(g.max_norm), out.share = To(g.share);
-  out.keep1 = To(g.keep1), out.keep2 = To(g.keep2), out.beta2 = To(g.beta2);
-  out.log_beta1 = To(g.log_beta1), out.log_beta2 = To(g.log_beta2), out.adam_eps = To(g.adam_eps);
-  out.adaptive = g.adaptive, out.nesterov = g.nesterov, out.decoupled = g.decoupled, out.amsgrad = g.amsgrad;
-  return out;
+static inline SgdGroupOf<To> group_as(const SgdGroupOf<From>& g) {
+  return {To(g.lr), To(g.momentum), To(g.one_minus_dampening), To(g.weight_decay), To(g.factor), g.nesterov};
+}
+template <class To, class From>
+static inline AdamGroupOf<To> group_as(const AdamGroupOf<From>& g) {
+  return {To(g.lr),        To(g.one_minus_beta1), To(g.one_minus_beta2), To(g.beta2),   To(g.log_beta1),
+          To(g.log_beta2), To(g.eps),             To(g.weight_decay),    To(g.factor), g.decoupled,
+          g.amsgrad};
+}
+template <class To, class From>
+static inline LionGroupOf<To> group_as(const LionGroupOf<From>& g) {
+  return {To(g.lr), To(g.one_minus_beta1), To(g.one_minus_beta2), To(g.weight_decay), To(g.factor)};
 }
 
-// 1 / (||g|| + eps), and 0 below a norm of 1e-30: a zero gradient gives no direction to follow, and
-// 0 * inf would give NaN weights when eps is 0.
+// 1 / (||g|| + eps); 0 if the norm is below 1e-30. A gradient of zero gives no direction, and with eps = 0 the product
+// 0 * inf would make the params NaN.
 template <class R>
 FUSED_SAM_FN R inverse_norm(R norm, R eps) {
   const R inverse = R(1) / (norm + eps);
@@ -77,14 +101,14 @@ FUSED_SAM_FN R weight_scale(R w, R eta) {
   return kAdaptive ? (w < R(0) ? -w : w) + eta : R(1);
 }
 
-// T_w g: what the global norm is taken of.
+// T_w g, the vector whose global norm divides the perturbation.
 template <bool kAdaptive, class R>
 FUSED_SAM_FN R scaled_gradient(R w, R g, R eta) {
   return kAdaptive ? weight_scale<true>(w, eta) * g : g;
 }
 
-// w + e with e = s T_w^2 g and s = rho / (||T_w g|| + eps): SAM's equation 2 (arXiv 2010.01412) for p = 2,
-// ASAM's where adaptive (arXiv 2102.11600).
+// w + e with e = s T_w^2 g and s = rho / (||T_w g|| + eps): SAM's equation 2 (arXiv 2010.01412) for p = 2; if adaptive,
+// ASAM's (arXiv 2102.11600).
 template <bool kAdaptive, class R>
 FUSED_SAM_FN R perturbed(R w, R g, R s, R eta) {
   if (kAdaptive) {
@@ -94,30 +118,30 @@ FUSED_SAM_FN R perturbed(R w, R g, R s, R eta) {
   return w + s * g;
 }
 
-// torch.optim.SGD's direction before momentum: factor * g + weight_decay * w, w being the unperturbed weight.
+// torch.optim.SGD's direction before momentum: factor * g + weight_decay * w, where w is the unperturbed param.
 template <class R>
-FUSED_SAM_FN R sgd_gradient(R w, R g, const GroupOf<R>& h) {
+FUSED_SAM_FN R sgd_gradient(R w, R g, const SgdGroupOf<R>& h) {
   return h.factor * g + h.weight_decay * w;
 }
 
 // The momentum buffer: m <- momentum * m + (1 - dampening) * d, and the first time m <- d, as in torch.optim.SGD.
-// A buffer begins as -0.0, which is how the first time is told where there is dampening: no result is ever -0.0
-// (x + 0 turns -0 into +0), and unlike a flag of the host's it stays true when a step is skipped or replayed.
+// A buffer begins as -0.0, and with dampening no result is ever -0.0, because x + 0 turns -0 into +0. The first time is
+// therefore visible in the buffer itself, also after a step that was skipped or replayed.
 template <bool kDampened, class R>
-FUSED_SAM_FN R sgd_momentum(R m, R d, const GroupOf<R>& h) {
+FUSED_SAM_FN R sgd_momentum(R m, R d, const SgdGroupOf<R>& h) {
   if (!kDampened) return h.momentum * m + d;
-  const R next = h.momentum * m + h.keep * d;
+  const R next = h.momentum * m + h.one_minus_dampening * d;
   return (is_negative_zero(m) ? d : next) + R(0);
 }
 
-// The new weight: w - lr * m, with Nesterov's momentum w - lr * (d + momentum * m).
+// The new param: w - lr * m; with Nesterov's momentum, w - lr * (d + momentum * m).
 template <bool kNesterov, class R>
-FUSED_SAM_FN R sgd_weight(R w, R m, R d, const GroupOf<R>& h) {
+FUSED_SAM_FN R sgd_weight(R w, R m, R d, const SgdGroupOf<R>& h) {
   return w - h.lr * (kNesterov ? d + h.momentum * m : m);
 }
 
-// What the update multiplies gradients by to clip their global norm to h.max_norm, as torch.nn.utils.clip_grad_norm_
-// does; `unscale` is the reciprocal of the loss scale that the norm still has.
+// The factor that clips the gradients' global norm to max_norm, as in torch.nn.utils.clip_grad_norm_. The norm still
+// has the loss scale; `unscale` is its reciprocal.
 template <class R>
 FUSED_SAM_FN R clip_factor(R norm, R unscale, R max_norm) {
   if (max_norm > R(3e38)) return R(1);
@@ -125,49 +149,67 @@ FUSED_SAM_FN R clip_factor(R norm, R unscale, R max_norm) {
   return factor < R(1) ? factor : R(1);
 }
 
-// ---- Adam (arXiv 1412.6980, algorithm 1) and AdamW (arXiv 1711.05101, algorithm 2), as torch.optim has them ----
+// ---- Adam (arXiv 1412.6980, algorithm 1) and AdamW (arXiv 1711.05101, algorithm 2), as in torch.optim ----
 
-// 1 - beta^t, exact to the last rounding also where beta^t is near 1.
+// 1 - beta^t, exact to the last rounding even if beta^t is near 1.
 FUSED_SAM_FN float bias_correction(float log_beta, float t) { return -expm1f(log_beta * t); }
 FUSED_SAM_FN double bias_correction(double log_beta, double t) { return -expm1(log_beta * t); }
 
-// What one tensor's elements share in a step.
+// Numbers of one step that all elements of a tensor share.
 template <class R>
 struct AdamStep {
-  R shrink;     // of the weight: 1 - lr * weight_decay where decoupled, else 1
+  R shrink;     // factor of the param: 1 - lr * weight_decay if decoupled, else 1
   R rate;       // lr / (1 - beta1^t)
   R unbias;     // 1 / sqrt(1 - beta2^t)
 };
 
 template <class R>
-FUSED_SAM_FN AdamStep<R> adam_step(const GroupOf<R>& h, R t) {
+FUSED_SAM_FN AdamStep<R> adam_step(const AdamGroupOf<R>& h, R t) {
   return AdamStep<R>{h.decoupled ? R(1) - h.lr * h.weight_decay : R(1), h.lr / bias_correction(h.log_beta1, t),
                      R(1) / R(sqrt(bias_correction(h.log_beta2, t)))};
 }
 
-// The gradient, with Adam's L2 term; AdamW has none.
+// The gradient, with Adam's L2 term, which AdamW lacks.
 template <class R>
-FUSED_SAM_FN R adam_gradient(R w, R g, const GroupOf<R>& h) {
+FUSED_SAM_FN R adam_gradient(R w, R g, const AdamGroupOf<R>& h) {
   return h.decoupled ? h.factor * g : h.factor * g + h.weight_decay * w;
 }
+// The moving average m of gradients d, computed from the nearer end as in torch's lerp. With beta = 0 it is exactly d.
 template <class R>
-FUSED_SAM_FN R adam_mean(R m, R d, const GroupOf<R>& h) {
-  // From the nearer end, as torch's lerp does: with beta1 = 0 the mean is d to the bit.
-  return h.keep1 < R(0.5) ? m + h.keep1 * (d - m) : d - (R(1) - h.keep1) * (d - m);
+FUSED_SAM_FN R moving_average(R m, R d, R one_minus_beta) {
+  return one_minus_beta < R(0.5) ? m + one_minus_beta * (d - m) : d - (R(1) - one_minus_beta) * (d - m);
 }
 template <class R>
-FUSED_SAM_FN R adam_square(R v, R d, const GroupOf<R>& h) {
-  return h.beta2 * v + h.keep2 * d * d;
+FUSED_SAM_FN R adam_exp_avg(R m, R d, const AdamGroupOf<R>& h) {
+  return moving_average<R>(m, d, h.one_minus_beta1);
 }
-// `s` is the second moment, or with amsgrad the largest so far.
+template <class R>
+FUSED_SAM_FN R adam_exp_avg_sq(R v, R d, const AdamGroupOf<R>& h) {
+  return h.beta2 * v + h.one_minus_beta2 * d * d;
+}
+// s: the second moment; with amsgrad, the largest so far.
 template <class R>
 FUSED_SAM_FN R adam_weight(R w, R m, R s, const AdamStep<R>& step, R eps) {
   return step.shrink * w - step.rate * (m / (sqrt(s) * step.unbias + eps));
 }
 
-// a * x + b * y, a column counting for nothing where its coefficient is 0, even where it is not finite.
+// ---- Lion (arXiv 2302.06675, algorithm 2) ----
+
+// The new param: w - lr * (sign(beta1 * m + (1 - beta1) * d) + weight_decay * w), where m is still the old average.
 template <class R>
-FUSED_SAM_FN R combined(R a, R x, R b, R y) {
+FUSED_SAM_FN R lion_weight(R w, R m, R d, const LionGroupOf<R>& h) {
+  const R c = moving_average<R>(m, d, h.one_minus_beta1);
+  const R sign = c > R(0) ? R(1) : c < R(0) ? R(-1) : c;  // 0 stays 0, and NaN stays NaN
+  return w * (R(1) - h.lr * h.weight_decay) - h.lr * sign;
+}
+template <class R>
+FUSED_SAM_FN R lion_exp_avg(R m, R d, const LionGroupOf<R>& h) {
+  return moving_average<R>(m, d, h.one_minus_beta2);
+}
+
+// a * x + b * y. A column with coefficient 0 counts for nothing, even where it is not finite.
+template <class R>
+FUSED_SAM_FN R axpby(R a, R x, R b, R y) {
   return (a != R(0) ? a * x : R(0)) + (b != R(0) ? b * y : R(0));
 }
 

@@ -1,16 +1,17 @@
-// Random numbers that are a function of where they are used, and rounding at random. Specification and sources:
-// fused_sam/backends/rng.py, which draws the same numbers.
+// Random numbers that are a function of where they are used, and stochastic rounding. fused_sam/backends/rng.py is the
+// specification, names the sources and draws the same numbers.
 //
-// Number i of a stream is a hash of i and of the stream's key: nothing is stored, and threads share nothing.
+// Number i of a stream is a hash of i and of the stream's key. Nothing is stored, and threads share nothing.
 #pragma once
 
 #include "core/storage.h"
 
 namespace fused_sam {
 
-// What a primitive draws for; fused_sam/backends/contract.py holds the same order.
+// What a primitive draws random numbers for. fused_sam/backends/contract.py has the same order.
 enum class Draw : uint32_t { mask = 0, round_perturbed = 1, round_updated = 2 };
 
+// A hash of 32 bits.
 FUSED_SAM_FN uint32_t mix(uint32_t x) {
   x ^= x >> 16;
   x *= 0x7feb352du;
@@ -23,22 +24,24 @@ struct StreamKey {
   uint32_t a, b;
 };
 
-FUSED_SAM_FN StreamKey stream_key(uint64_t seed, uint32_t draw, uint32_t stream, Draw purpose) {
+// rng_offset: how many primitives have drawn before, see core/status.h. rng_stream: the tensor's number.
+FUSED_SAM_FN StreamKey stream_key(uint64_t seed, uint32_t rng_offset, uint32_t rng_stream, Draw purpose) {
   const uint32_t low = uint32_t(seed), high = uint32_t(seed >> 32);
-  const uint32_t a = mix(mix(low + draw * 0x9e3779b9u) + stream * 0x85ebca6bu + uint32_t(purpose) * 0xc2b2ae35u);
+  const uint32_t a =
+      mix(mix(low + rng_offset * 0x9e3779b9u) + rng_stream * 0x85ebca6bu + uint32_t(purpose) * 0xc2b2ae35u);
   return StreamKey{a, mix(mix(high ^ a) + 0x27d4eb2fu)};
 }
 
-// Number i of the stream.
+// Returns number i of the stream.
 FUSED_SAM_FN uint32_t word(StreamKey key, int64_t i) {
   return mix(mix(uint32_t(i) + key.a) ^ (key.b + uint32_t(uint64_t(i) >> 32) * 0x9e3779b9u));
 }
 
-// True with probability `share`, in steps of 2^-24.
-FUSED_SAM_FN bool chosen(uint32_t word, float share) { return float(word >> 8) * 0x1p-24f < share; }
+// Returns true with probability `mask_prob`, in steps of 2^-24.
+FUSED_SAM_FN bool in_mask(uint32_t word, float mask_prob) { return float(word >> 8) * 0x1p-24f < mask_prob; }
 
-// fp32 to T, up or down with probabilities that make the mean x. What is not finite, or lies beyond fp16's largest
-// number, is rounded to nearest.
+// Rounds fp32 to T, up or down with probabilities that make the mean x. Numbers that are not finite, and those beyond
+// fp16's largest, are rounded to nearest.
 template <class T>
 struct AtRandom;
 template <>

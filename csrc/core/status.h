@@ -1,4 +1,4 @@
-// The numbers that one primitive leaves for the next. fused_sam/backends/contract.py holds the same order.
+// The numbers that one primitive leaves for the next. fused_sam/backends/contract.py has the same order.
 #pragma once
 
 #include <cmath>
@@ -9,36 +9,38 @@ namespace fused_sam {
 
 template <class R>
 struct StatusOf {
-  R sum;          // of squares, of all tables so far
-  R norm;         // of the gradient that perturbs, scaled by T_w
-  R inverse;      // inverse_norm(norm)
-  R skip;         // not 0: a gradient was not finite, and no weight or momentum may change
-  R update_norm;  // of the gradient that updates
-  R draws;        // how many primitives have drawn random numbers
+  R sum_of_squares;  // of all tables so far
+  R ascent_norm;     // of the gradient that perturbs, scaled by T_w
+  R inverse_norm;    // see inverse_norm() in formulas.h
+  R skip;            // not 0: a gradient was not finite, and no parameter and no state may change
+  R update_norm;     // of the gradient of the update
+  R rng_offset;      // how many primitives have drawn random numbers
 };
 
-struct NormFlags {
-  bool scaled;  // of T_w g, for perturb; else of g, for the update
-  bool carry;   // keep a skip that is already set
-  bool begin;   // first table of this norm
-  bool finish;  // last one
-};
-
-// Takes the sum of one table into the status and, with finish, writes norm, inverse and skip.
+// Adds the sum of squares of one table. reset: true for the first table.
 template <class R>
-FUSED_SAM_FN void add_norm(StatusOf<R>& status, R sum, R eps, const NormFlags& flags) {
-  const R total = flags.begin ? sum : status.sum + sum;
-  status.sum = total;
-  if (!flags.finish) return;
+FUSED_SAM_FN void accumulate_norm(StatusOf<R>& status, R sum, bool reset) {
+  status.sum_of_squares = reset ? sum : status.sum_of_squares + sum;
+}
+
+struct FinishNorm {
+  bool ascent;     // true: writes ascent_norm and inverse_norm; false: update_norm
+  bool keep_skip;  // true: keeps a skip flag that is already set
+};
+
+// Turns the sum of squares into a norm and a skip flag.
+template <class R>
+FUSED_SAM_FN void finish_norm(StatusOf<R>& status, R eps, FinishNorm how) {
+  const R total = status.sum_of_squares;
   const bool finite = total - total == R(0);
   const R norm = sqrt(total);
-  if (flags.scaled) {
-    status.norm = norm;
-    status.inverse = finite ? inverse_norm<R>(norm, eps) : R(0);
+  if (how.ascent) {
+    status.ascent_norm = norm;
+    status.inverse_norm = finite ? inverse_norm<R>(norm, eps) : R(0);
   } else {
     status.update_norm = norm;
   }
-  status.skip = R(!finite || (flags.carry && status.skip != R(0)));
+  status.skip = R(!finite || (how.keep_skip && status.skip != R(0)));
 }
 
 }  // namespace fused_sam

@@ -1,5 +1,5 @@
-// Storage types of weights and gradients, and their conversion to the type the arithmetic runs in.
-// bf16 and fp16 are kept as bits: conversion to float is exact, from float rounds to nearest, ties to even.
+// Storage types of tensors, and their conversion to the type of the arithmetic.
+// bf16 and fp16 are stored as bits. Conversion to float is exact; from float it rounds to nearest, ties to even.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ struct f16 {
 
 static inline int64_t size_of(Dtype d) { return d == Dtype::f64 ? 8 : d == Dtype::f32 ? 4 : 2; }
 
-// The type that arithmetic, optimizer state and hyper-parameters of a storage type have.
+// The type of arithmetic, optimizer state and hyper-parameters for a storage type.
 template <class T>
 struct Arithmetic {
   using type = float;
@@ -48,10 +48,11 @@ FUSED_SAM_FN float widen(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
-  // Exponent moved by a multiplication, which also normalises subnormals.
+  // The multiplication corrects the exponent and also normalises subnormals.
   return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
 }
 
+// Rounds the arithmetic's type to a storage type, to nearest.
 template <class T, class R>
 struct Narrow;
 template <>
@@ -80,7 +81,7 @@ struct Narrow<f16, float> {
     if (magnitude > 0x7f800000u) return f16{uint16_t(sign | 0x7e00u)};   // NaN
     if (magnitude >= 0x477ff000u) return f16{uint16_t(sign | 0x7c00u)};  // rounds to 65536 and above: inf
     if (magnitude < 0x38800000u) {
-      // Subnormal: adding 0.5 leaves the rounded multiple of 2^-24 in the low bits of the sum.
+      // Subnormal: after adding 0.5, the low bits of the sum are the rounded multiple of 2^-24.
       const uint32_t sum = float_bits(bits_float(magnitude) + 0.5f);
       return f16{uint16_t(sign | (sum - 0x3f000000u))};
     }

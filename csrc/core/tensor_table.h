@@ -1,8 +1,8 @@
-// The multi-tensor table and its chunk planner: which part of which tensor a worker takes.
+// Cuts the tensors of a table into chunks, the units of work of threads and CUDA blocks.
 //
-// Chunks of all tensors are numbered through. prefix[i] is the number of chunks before tensor i, so that
+// The chunks of all tensors have consecutive numbers. prefix[i] is the number of chunks before tensor i, so that
 // tensor i owns chunks prefix[i] .. prefix[i + 1] - 1 and an empty tensor owns none.
-// Sizes and offsets are 64-bit throughout.
+// All sizes and offsets have 64 bits.
 #pragma once
 
 #include <cstdint>
@@ -15,11 +15,11 @@ namespace fused_sam {
 
 struct Chunk {
   int64_t begin;   // first element within the tensor
-  int64_t length;  // elements; only a tensor's last chunk is shorter than the chunk size
+  int64_t length;  // in elements; only a tensor's last chunk is shorter than the chunk size
   int32_t tensor;
 };
 
-// The tensor that owns a chunk: the last i with prefix[i] <= chunk. count is the number of tensors.
+// Returns the tensor that owns a chunk: the last i with prefix[i] <= chunk. count: the number of tensors.
 template <class Index>
 FUSED_SAM_FN int32_t tensor_of_chunk(const Index* prefix, int32_t count, Index chunk) {
   int32_t low = 0, high = count;  // prefix[low] <= chunk < prefix[high]
@@ -33,7 +33,7 @@ FUSED_SAM_FN int32_t tensor_of_chunk(const Index* prefix, int32_t count, Index c
   return low;
 }
 
-// Chunks before each tensor; count + 1 entries, the last being the number of all chunks.
+// Returns the number of chunks before each tensor, and last the number of all chunks.
 static inline std::vector<int64_t> chunk_prefix(const std::vector<int64_t>& sizes, int64_t chunk) {
   if (chunk <= 0) throw std::invalid_argument("chunk size must be positive");
   std::vector<int64_t> prefix(sizes.size() + 1, 0);
@@ -44,16 +44,17 @@ static inline std::vector<int64_t> chunk_prefix(const std::vector<int64_t>& size
   return prefix;
 }
 
-static inline Chunk chunk_at(const std::vector<int64_t>& prefix, const std::vector<int64_t>& sizes,
-                             int64_t chunk, int64_t index) {
+// Returns the chunk of that number.
+static inline Chunk chunk_at(const std::vector<int64_t>& prefix, const std::vector<int64_t>& sizes, int64_t chunk,
+                             int64_t index) {
   const int32_t tensor = tensor_of_chunk<int64_t>(prefix.data(), int32_t(sizes.size()), index);
   const int64_t begin = (index - prefix[tensor]) * chunk;
   const int64_t rest = sizes[tensor] - begin;
   return Chunk{begin, rest < chunk ? rest : chunk, tensor};
 }
 
-// Splits all chunks into one contiguous run a worker, even in elements: worker k takes chunks
-// result[k] .. result[k + 1] - 1, and no run holds more than its even share and one chunk.
+// Splits the chunks into one contiguous run per worker, of about equally many elements: worker k takes chunks
+// result[k] .. result[k + 1] - 1. No run holds more than an equal share and one chunk.
 static inline std::vector<int64_t> split_chunks(const std::vector<Chunk>& chunks, int64_t workers) {
   int64_t total = 0;
   for (const Chunk& c : chunks) total += c.length;

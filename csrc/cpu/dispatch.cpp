@@ -1,4 +1,4 @@
-// Chooses the kernels' instruction set once, by what this processor can run.
+// Chooses the kernels' instruction set once, by what this processor supports.
 #include <stdexcept>
 
 #include "cpu/table.h"
@@ -21,8 +21,8 @@ std::vector<const Kernels*> usable() {
 }
 
 const Kernels*& current() {
-  static const Kernels* chosen = usable().front();
-  return chosen;
+  static const Kernels* kernels = usable().front();
+  return kernels;
 }
 
 }  // namespace

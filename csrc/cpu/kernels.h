@@ -1,4 +1,4 @@
-// What the CPU kernels offer the rest of the module: one function table per instruction set.
+// The functions that csrc/cpu/kernels.cpp compiles for each instruction set, as one table of pointers per set.
 #pragma once
 
 #include <cstdint>
@@ -8,58 +8,71 @@
 
 namespace fused_sam {
 
-using Group = GroupOf<double>;
+using PerturbGroup = PerturbGroupOf<double>;
+using SgdGroup = SgdGroupOf<double>;
+using AdamGroup = AdamGroupOf<double>;
+using LionGroup = LionGroupOf<double>;
 
-// One tensor of a table. Its columns are dense, and alike in layout; state is of the arithmetic's type.
+constexpr int kStateSlots = 3;
+
+// One tensor of a table. Its columns are dense and have one order in memory; state is of the arithmetic's type.
 struct Entry {
-  void* weight = nullptr;
-  void* backup = nullptr;          // where perturb saves and the update reads the unperturbed weight; may be `weight`
-  void* model = nullptr;           // of a master weight: what the network computes with
-  const void* gradient = nullptr;
-  void* momentum = nullptr;        // SGD's, null where the group has none; Adam's exp_avg
-  void* square = nullptr;          // Adam's exp_avg_sq
-  void* largest = nullptr;         // Adam's max_exp_avg_sq; null without amsgrad
-  float* step = nullptr;           // Adam's count of steps
+  void* param = nullptr;        // what the network computes with
+  void* backup = nullptr;       // the unperturbed parameter, which may be `param` itself; null with masters
+  void* master = nullptr;       // fp32 copy of the parameter, never perturbed; null without masters
+  const void* grad = nullptr;
+  // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq, max_exp_avg_sq. Lion: exp_avg. Null if the group does not use it.
+  void* state[kStateSlots] = {};
+  float* step = nullptr;        // Adam's count of steps
   int32_t group = 0;
-  uint32_t stream = 0;             // of random numbers
+  uint32_t rng_stream = 0;
 };
 
 struct Dtypes {
-  Dtypes(Dtype weight, Dtype gradient) : Dtypes(weight, gradient, weight) {}
-  Dtypes(Dtype weight, Dtype gradient, Dtype network) : weight(weight), gradient(gradient), network(network) {}
+  Dtypes(Dtype param, Dtype grad) : Dtypes(param, grad, param) {}
+  Dtypes(Dtype param, Dtype grad, Dtype master) : param(param), grad(grad), master(master) {}
 
-  bool masters() const { return network != weight; }
+  bool has_masters() const { return master != param; }
 
-  Dtype weight, gradient;
-  Dtype network;  // what the network computes with: the models' dtype where the weights are masters
+  Dtype param;
+  Dtype grad;
+  Dtype master;  // fp32 for masters of bf16 or fp16 params; the params' own dtype without masters
 };
 
-// What one tensor draws in one primitive.
-struct Draws {
-  bool rounding = false;  // at random; else to nearest
-  StreamKey round{}, mask{};
+// Elements begin .. begin + length - 1 of one tensor; begin is a multiple of the tile.
+struct Slice {
+  Dtypes dtypes;
+  const Entry& entry;
+  int64_t begin, length;
 };
 
-// Each works on elements begin .. begin + length - 1 of one tensor; begin is a multiple of the tile.
+// The random numbers of one tensor in one primitive.
+struct Rng {
+  bool stochastic_rounding = false;  // True if params are rounded at random, else to nearest
+  StreamKey rounding{}, mask{};
+};
+
+// stream: results go around the cache.
 struct Kernels {
-  double (*sum_squares)(Dtypes, const Entry&, const Group&, bool scaled, int64_t begin, int64_t length);
-  void (*perturb)(Dtypes, const Entry&, const Group&, double step, const Draws&, bool stream, int64_t begin,
-                  int64_t length);
-  void (*sgd)(Dtypes, const Entry&, const Group&, const Draws&, bool stream, int64_t begin, int64_t length);
-  void (*adam)(Dtypes, const Entry&, const Group&, const AdamStep<double>&, const Draws&, bool stream, int64_t begin,
-               int64_t length);
-  void (*save)(Dtypes, const Entry&, bool stream, int64_t begin, int64_t length);  // weight to backup
-  // Backup to weight; of master weights, weight to model.
-  void (*restore)(Dtypes, const Entry&, bool stream, int64_t begin, int64_t length);
+  // The sum of squares of T_w g; of g where group is null.
+  double (*norm)(const Slice&, const PerturbGroup* group);
+  // length: of the perturbation, over the norm.
+  void (*perturb)(const Slice&, const PerturbGroup&, double length, const Rng&, bool stream);
+  void (*sgd)(const Slice&, const SgdGroup&, const Rng&, bool stream);
+  void (*adam)(const Slice&, const AdamGroup&, const AdamStep<double>&, const Rng&, bool stream);
+  void (*lion)(const Slice&, const LionGroup&, const Rng&, bool stream);
+  void (*save)(const Slice&, bool stream);     // copies param to backup
+  void (*restore)(const Slice&, bool stream);  // copies backup to param; with masters, rounds master to param
   // On flat arrays of the given dtypes.
-  void (*dots)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t length);
-  void (*combine)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
-                  double b, int64_t begin, int64_t length);
+  void (*dot)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin,
+              int64_t length);
+  void (*axpby)(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
+                double b, int64_t begin, int64_t length);
   void (*fence)();  // orders streaming stores before what follows
   const char* name;
 };
 
-bool has_instance(Dtypes);  // are kernels compiled for these dtypes?
+bool has_instance(Dtypes);  // true if kernels are compiled for these dtypes
 
 extern const Kernels kernels_generic;
 #if !defined(FUSED_SAM_ONLY_GENERIC)

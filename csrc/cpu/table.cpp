@@ -1,4 +1,4 @@
-// Runs the kernels over a table with as many threads as asked for.
+// Runs the kernels over a table, on the given number of threads.
 #include "cpu/table.h"
 
 #include <unistd.h>
@@ -8,7 +8,7 @@
 namespace fused_sam {
 namespace {
 
-// Streaming stores pay when the table's weights cannot stay in the last cache until the next pass.
+// Streaming stores pay off if the table's params cannot stay in the last cache until the next primitive.
 int64_t last_cache_bytes() {
   static const int64_t bytes = [] {
     long size = -1;
@@ -24,127 +24,132 @@ int64_t last_cache_bytes() {
 }  // namespace
 
 bool has_instance(Dtypes d) {
-  const bool narrow = d.network == Dtype::bf16 || d.network == Dtype::f16;
-  if (d.masters() && !(narrow && d.weight == Dtype::f32)) return false;
-  return d.gradient == d.network || (narrow && d.gradient == Dtype::f32);
+  const bool low_precision = d.param == Dtype::bf16 || d.param == Dtype::f16;
+  if (d.has_masters() && !(low_precision && d.master == Dtype::f32)) return false;
+  return d.grad == d.param || (low_precision && d.grad == Dtype::f32);
 }
 
-Table::Table(Dtypes dtypes, std::vector<int64_t> sizes, std::vector<int32_t> groups)
+Table::Table(Dtypes dtypes, std::vector<int64_t> sizes, const std::vector<int32_t>& group_ids)
     : dtypes_(dtypes), sizes_(std::move(sizes)), entries_(sizes_.size()), chunks_(sizes_), partial_(chunks_.count()) {
-  if (!has_instance(dtypes)) throw std::invalid_argument("no CPU kernel for these dtypes of weight, gradient and model");
-  if (groups.size() != sizes_.size()) throw std::invalid_argument("a group number is due for every tensor");
-  for (size_t i = 0; i < sizes_.size(); ++i) entries_[i].group = groups[i];
-  stream_ = chunks_.elements() * size_of(dtypes.weight) > last_cache_bytes();
+  if (!has_instance(dtypes)) throw std::invalid_argument("no CPU kernel for these dtypes of param, grad and master");
+  if (group_ids.size() != sizes_.size()) throw std::invalid_argument("the table needs one group number per tensor");
+  for (size_t i = 0; i < sizes_.size(); ++i) entries_[i].group = group_ids[i];
+  stream_ = chunks_.elements() * size_of(dtypes.master) > last_cache_bytes();
 }
 
-void Table::set_draws(uint64_t seed, const std::vector<uint32_t>& streams, bool rounding) {
-  if (streams.size() != entries_.size()) throw std::invalid_argument("a stream of random numbers is due for every tensor");
-  for (size_t i = 0; i < streams.size(); ++i) entries_[i].stream = streams[i];
+void Table::set_rng(uint64_t seed, const std::vector<uint32_t>& rng_streams, bool stochastic_rounding) {
+  if (rng_streams.size() != entries_.size()) throw std::invalid_argument("the table needs one rng stream per tensor");
+  for (size_t i = 0; i < rng_streams.size(); ++i) entries_[i].rng_stream = rng_streams[i];
   seed_ = seed;
-  has_streams_ = true;
-  rounding_ = rounding && size_of(dtypes_.weight) == 2;
+  has_rng_ = true;
+  stochastic_rounding_ = stochastic_rounding && size_of(dtypes_.master) == 2;
 }
 
-void Table::check(const std::vector<Group>& groups) const {
+void Table::check(size_t group_count) const {
   for (const Entry& e : entries_)
-    if (e.group < 0 || size_t(e.group) >= groups.size()) throw std::out_of_range("a tensor's group number is out of range");
+    if (e.group < 0 || size_t(e.group) >= group_count)
+      throw std::out_of_range("the group number of a tensor is out of range");
+}
+
+template <class F>
+void Table::check_state(const char* rule, F&& has_state) const {
+  for (const Entry& e : entries_)
+    if (!has_state(e))
+      throw std::invalid_argument(std::string("a tensor of the table lacks a column of ") + rule + "'s state");
 }
 
 template <class F>
 void Table::each_chunk(int threads, F&& work) {
-  chunks_.each(threads, work, [this] {
-    if (stream_) kernels().fence();
-  });
+  chunks_.each(
+      threads,
+      [&](size_t i, const Chunk& c) {
+        work(i, Slice{dtypes_, entries_[size_t(c.tensor)], c.begin, c.length});
+      },
+      [this] {
+        if (stream_) kernels().fence();
+      });
 }
 
-void Table::norm(const std::vector<Group>& groups, Status& status, NormFlags flags, double eps, int threads) {
-  check(groups);
-  const auto kernel = kernels().sum_squares;
-  each_chunk(threads, [&](size_t i, const Chunk& c) {
-    const Entry& e = entries_[c.tensor];
-    partial_[i] = kernel(dtypes_, e, groups[e.group], flags.scaled, c.begin, c.length);
+void Table::accumulate_norm(const std::vector<PerturbGroup>* groups, Status& status, bool reset, int threads) {
+  if (groups != nullptr) check(groups->size());
+  const auto kernel = kernels().norm;
+  each_chunk(threads, [&](size_t i, const Slice& s) {
+    partial_[i] = kernel(s, groups == nullptr ? nullptr : &(*groups)[size_t(s.entry.group)]);
   });
   double sum = 0;
   for (double x : partial_) sum += x;
-  add_norm(status, sum, eps, flags);
+  fused_sam::accumulate_norm(status, sum, reset);
 }
 
-Draws Table::draws(const Entry& e, const Status& status, const Group& group, Draw rounding) const {
-  Draws out;
-  const uint32_t draw = uint32_t(status.draws);
-  if (rounding_) out.rounding = true, out.round = stream_key(seed_, draw, e.stream, rounding);
-  if (group.share < 1) out.mask = stream_key(seed_, draw, e.stream, Draw::mask);
+Rng Table::rng(const Entry& e, const Status& status, Draw rounding, bool masked) const {
+  Rng out;
+  const uint32_t offset = uint32_t(status.rng_offset);
+  out.stochastic_rounding = stochastic_rounding_;
+  if (stochastic_rounding_) out.rounding = stream_key(seed_, offset, e.rng_stream, rounding);
+  if (masked) out.mask = stream_key(seed_, offset, e.rng_stream, Draw::mask);
   return out;
 }
 
-void Table::perturb(const std::vector<Group>& groups, const Status& status, int threads) {
-  check(groups);
+void Table::perturb(const std::vector<PerturbGroup>& groups, const Status& status, int threads) {
+  check(groups.size());
   if (status.skip != 0) {
-    if (dtypes_.masters()) return;
+    if (dtypes_.has_masters()) return;
     const auto kernel = kernels().save;
-    each_chunk(threads, [&](size_t, const Chunk& c) {
-      kernel(dtypes_, entries_[c.tensor], stream_, c.begin, c.length);
-    });
+    each_chunk(threads, [&](size_t, const Slice& s) { kernel(s, stream_); });
     return;
   }
-  for (const Group& g : groups)
-    if (g.share < 1 && !has_streams_) throw std::invalid_argument("the table has no streams to draw a share of elements from");
+  for (const PerturbGroup& g : groups)
+    if (g.mask_prob < 1 && !has_rng_) throw std::invalid_argument("the table has no rng streams to draw a mask from");
   const auto kernel = kernels().perturb;
-  each_chunk(threads, [&](size_t, const Chunk& c) {
-    const Entry& e = entries_[c.tensor];
-    const Group& group = groups[e.group];
-    kernel(dtypes_, e, group, group.rho * status.inverse / group.share, draws(e, status, group, Draw::round_perturbed),
-           stream_, c.begin, c.length);
+  each_chunk(threads, [&](size_t, const Slice& s) {
+    const PerturbGroup& group = groups[size_t(s.entry.group)];
+    kernel(s, group, group.rho * status.inverse_norm / group.mask_prob,
+           rng(s.entry, status, Draw::round_perturbed, group.mask_prob < 1), stream_);
   });
 }
 
-// Whether the update streams what it writes. In place the weight's lines are in the cache already, and streaming would
-// only throw them out.
-bool Table::streams_update(const Entry& e) const { return stream_ && (dtypes_.masters() || e.backup != e.weight); }
-
-// The groups with their clipping taken into the factor of the gradient.
-static std::vector<Group> clipped(std::vector<Group> groups, const Status& status) {
-  for (Group& g : groups) g.factor *= clip_factor<double>(status.update_norm, std::fabs(g.factor), g.max_norm);
-  return groups;
-}
-
-void Table::sgd(const std::vector<Group>& given, const Status& status, int threads) {
-  check(given);
-  if (status.skip != 0) return restore(threads);
-  const std::vector<Group> groups = clipped(given, status);
-  const auto kernel = kernels().sgd;
-  each_chunk(threads, [&](size_t, const Chunk& c) {
-    const Entry& e = entries_[c.tensor];
-    const Group& group = groups[e.group];
-    kernel(dtypes_, e, group, draws(e, status, group, Draw::round_updated), streams_update(e), c.begin, c.length);
+template <class Group, class F>
+void Table::update(std::vector<Group>& groups, const Status& status, double max_norm, int threads, F&& kernel) {
+  for (Group& g : groups) g.factor *= clip_factor<double>(status.update_norm, std::fabs(g.factor), max_norm);
+  each_chunk(threads, [&](size_t, const Slice& s) {
+    // A param that is its own backup is in the cache already, and streaming would only evict it.
+    const bool stream = stream_ && (dtypes_.has_masters() || s.entry.backup != s.entry.param);
+    kernel(s, groups[size_t(s.entry.group)], rng(s.entry, status, Draw::round_updated, false), stream);
   });
 }
 
-void Table::adam(const std::vector<Group>& given, const Status& status, int threads) {
-  check(given);
+void Table::sgd(std::vector<SgdGroup> groups, const Status& status, double max_norm, int threads) {
+  check(groups.size());
   if (status.skip != 0) return restore(threads);
-  const std::vector<Group> groups = clipped(given, status);
+  update(groups, status, max_norm, threads, kernels().sgd);
+}
+
+void Table::adam(std::vector<AdamGroup> groups, const Status& status, double max_norm, int threads) {
+  check(groups.size());
+  if (status.skip != 0) return restore(threads);
+  check_state("Adam", [&](const Entry& e) {
+    const bool amsgrad = groups[size_t(e.group)].amsgrad;
+    return e.step != nullptr && e.state[0] != nullptr && e.state[1] != nullptr && (!amsgrad || e.state[2] != nullptr);
+  });
   std::vector<AdamStep<double>> steps;
-  for (const Entry& e : entries_) {
-    if (e.momentum == nullptr || e.square == nullptr || e.step == nullptr ||
-        (groups[e.group].amsgrad && e.largest == nullptr))
-      throw std::invalid_argument("a tensor of the table lacks a column of Adam's state");
-  }
-  for (const Entry& e : entries_) steps.push_back(adam_step<double>(groups[e.group], double(*e.step += 1)));
-  const auto kernel = kernels().adam;
-  each_chunk(threads, [&](size_t, const Chunk& c) {
-    const Entry& e = entries_[c.tensor];
-    const Group& group = groups[e.group];
-    kernel(dtypes_, e, group, steps[size_t(c.tensor)], draws(e, status, group, Draw::round_updated), streams_update(e),
-           c.begin, c.length);
-  });
+  steps.reserve(entries_.size());
+  for (const Entry& e : entries_) steps.push_back(adam_step<double>(groups[size_t(e.group)], double(*e.step += 1)));
+  update(groups, status, max_norm, threads,
+         [&, kernel = kernels().adam](const Slice& s, const AdamGroup& group, const Rng& rng, bool stream) {
+           kernel(s, group, steps[size_t(&s.entry - entries_.data())], rng, stream);
+         });
+}
+
+void Table::lion(std::vector<LionGroup> groups, const Status& status, double max_norm, int threads) {
+  check(groups.size());
+  if (status.skip != 0) return restore(threads);
+  check_state("Lion", [](const Entry& e) { return e.state[0] != nullptr; });
+  update(groups, status, max_norm, threads, kernels().lion);
 }
 
 void Table::restore(int threads) {
   const auto kernel = kernels().restore;
-  each_chunk(threads, [&](size_t, const Chunk& c) {
-    kernel(dtypes_, entries_[c.tensor], stream_, c.begin, c.length);
-  });
+  each_chunk(threads, [&](size_t, const Slice& s) { kernel(s, stream_); });
 }
 
 }  // namespace fused_sam

@@ -1,57 +1,65 @@
-// A table of tensors with equal dtypes, and the passes of a SAM step over all of it.
+// A table of tensors with equal dtypes, and the primitives of a SAM step over all of it.
 #pragma once
 
 #include <string>
 #include <vector>
 
-#include "cpu/kernels.h"
 #include "core/status.h"
+#include "cpu/kernels.h"
 #include "cpu/threads.h"
 
 namespace fused_sam {
 
-// In memory of the caller's.
+// In memory that the caller owns.
 using Status = StatusOf<double>;
 
 class Table {
  public:
-  Table(Dtypes dtypes, std::vector<int64_t> sizes, std::vector<int32_t> groups);
+  // sizes: elements of each tensor. group_ids: the parameter group of each.
+  Table(Dtypes dtypes, std::vector<int64_t> sizes, const std::vector<int32_t>& group_ids);
 
   std::vector<Entry>& entries() { return entries_; }
   const std::vector<int64_t>& sizes() const { return sizes_; }
-  // Random numbers: one stream a tensor. rounding: bf16 and fp16 weights are rounded at random.
-  void set_draws(uint64_t seed, const std::vector<uint32_t>& streams, bool rounding);
+  // rng_streams: one per tensor. stochastic_rounding: bf16 and fp16 params are rounded at random.
+  void set_rng(uint64_t seed, const std::vector<uint32_t>& rng_streams, bool stochastic_rounding);
 
-  // P1.
-  void norm(const std::vector<Group>&, Status&, NormFlags, double eps, int threads);
-  // P2. Where status.skip is set, only the backups are written.
-  void perturb(const std::vector<Group>&, const Status&, int threads);
-  // P3 and P7. Where status.skip is set, they restore instead.
-  void sgd(const std::vector<Group>&, const Status&, int threads);
-  void adam(const std::vector<Group>&, const Status&, int threads);
-  // Backup to weight; of masters, weight to model.
+  // Adds the sum of squares of T_w g to the status, or of g where groups is null. reset: from zero.
+  void accumulate_norm(const std::vector<PerturbGroup>* groups, Status&, bool reset, int threads);
+  // Where status.skip is set, only writes the backups.
+  void perturb(const std::vector<PerturbGroup>&, const Status&, int threads);
+  // Updates; where status.skip is set, they restore instead. Each group's `factor` comes without the clipping.
+  void sgd(std::vector<SgdGroup>, const Status&, double max_norm, int threads);
+  void adam(std::vector<AdamGroup>, const Status&, double max_norm, int threads);
+  void lion(std::vector<LionGroup>, const Status&, double max_norm, int threads);
+  // Copies backup to param; with masters, rounds master to param.
   void restore(int threads);
 
  private:
+  // work(number, slice) for each chunk of the table.
   template <class F>
   void each_chunk(int threads, F&& work);
-  void check(const std::vector<Group>&) const;
-  Draws draws(const Entry&, const Status&, const Group&, Draw rounding) const;
-  bool streams_update(const Entry& e) const;
+  // kernel(slice, group, rng, stream) for each chunk, after the clipping.
+  template <class Group, class F>
+  void update(std::vector<Group>& groups, const Status&, double max_norm, int threads, F&& kernel);
+  void check(size_t group_count) const;
+  // Throws unless has_state(entry) for every tensor.
+  template <class F>
+  void check_state(const char* rule, F&& has_state) const;
+  Rng rng(const Entry&, const Status&, Draw rounding, bool masked) const;
 
   Dtypes dtypes_;
   std::vector<int64_t> sizes_;
   std::vector<Entry> entries_;
   Chunks chunks_;
-  std::vector<double> partial_;  // one sum a chunk, added in the chunks' order: equal for any number of threads
-  bool stream_ = false;
-  bool has_streams_ = false;
-  bool rounding_ = false;
+  std::vector<double> partial_;  // one sum per chunk, added in the chunks' order: equal for any number of threads
+  bool stream_ = false;          // True if what primitives only write goes around the cache
+  bool has_rng_ = false;
+  bool stochastic_rounding_ = false;
   uint64_t seed_ = 0;
 };
 
-const Kernels& kernels();  // for this processor
-void use_kernels(const std::string& name);  // "generic", "avx2", "avx512" or "auto"; throws where it can't run
-std::vector<std::string> usable_kernels();
+const Kernels& kernels();                   // for this processor
+void use_kernels(const std::string& name);  // "generic", "avx2", "avx512" or "auto"; throws if the processor lacks it
+std::vector<std::string> usable_kernels();  // best first
 
 }  // namespace fused_sam

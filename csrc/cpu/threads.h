@@ -1,4 +1,4 @@
-// Chunks of tensors shared out over threads.
+// Distributes chunks of tensors over threads.
 #pragma once
 
 #include <algorithm>
@@ -7,14 +7,14 @@
 
 namespace fused_sam {
 
-// 64 KB of fp32: weight, gradient and backup of a chunk stay in a second-level cache, a 10M-parameter model
-// still gives hundreds of chunks to share out, and the loop around a chunk costs nothing beside it.
+// 64 KB of fp32. Param, grad and backup of a chunk fit a second-level cache, a model of 10 million parameters has
+// hundreds of chunks to distribute, and the loop around a chunk costs nothing in comparison.
 constexpr int64_t kChunk = 16384;
 
-// Below this many elements waking a second thread costs more than it saves (torch's own grain size).
+// With fewer elements per thread, waking a thread costs more than it saves (torch's own grain size).
 constexpr int64_t kElementsPerThread = 32768;
 
-// The chunks of tensors of the given sizes, and runs of them that are even in elements.
+// The chunks of tensors of the given sizes, which `each` cuts into runs of equally many elements, one per thread.
 class Chunks {
  public:
   explicit Chunks(const std::vector<int64_t>& sizes) {
@@ -27,7 +27,7 @@ class Chunks {
   size_t count() const { return chunks_.size(); }
   int64_t elements() const { return elements_; }
 
-  // work(number, chunk) for every chunk, then done() in every thread that worked.
+  // Calls work(number, chunk) for each chunk, then done() in each thread that worked.
   template <class Work, class Done>
   void each(int threads, Work&& work, Done&& done) {
     threads = int(std::min<int64_t>(threads, elements_ / kElementsPerThread));

@@ -1,7 +1,7 @@
-// Moving tiles of elements: copies around the cache, and conversion from and to storage types.
+// Moves tiles of elements: copies around the cache, and conversions from and to storage types.
 //
-// Included by what is compiled once for each instruction set alone: everything has internal linkage (see
-// core/formulas.h for why).
+// Only for files that are compiled once for each instruction set. Everything has internal linkage (see core/formulas.h
+// for why).
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ namespace {
 
 constexpr int64_t kTile = 1024;  // elements; three float tiles are 12 KB of a 32 KB first-level cache
 
-// Copies around the cache: for arrays that will not be read again before they leave it.
+// Copies around the cache, for arrays that would leave it before they are read again.
 inline void stream_copy(void* to, const void* from, int64_t bytes) {
   char* out = static_cast<char*>(to);
   const char* in = static_cast<const char*>(from);
@@ -56,7 +56,7 @@ inline void copy(void* to, const void* from, int64_t bytes, bool stream) {
     memmove(to, from, size_t(bytes));
 }
 
-// A tile as numbers of the arithmetic's type: the array itself where it has that type, else a widened copy.
+// Returns a tile as numbers of the arithmetic's type: the array itself where it has that type, else a widened copy.
 template <class T, class R>
 inline const R* widened(const T* from, R* tile, int64_t n) {
   if constexpr (std::is_same_v<T, R>) {
@@ -75,6 +75,7 @@ inline const R* widened(const T* from, R* tile, int64_t n) {
   }
 }
 
+// Rounds a tile to nearest.
 template <class T, class R>
 inline void narrowed(const R* from, T* to, int64_t n) {
   int64_t i = 0;
@@ -88,14 +89,15 @@ inline void narrowed(const R* from, T* to, int64_t n) {
   for (int64_t j = i; j < n; ++j) to[j] = Narrow<T, R>::of(from[j]);
 }
 
-// Numbers first .. first + n - 1 of a stream. A tile begins at a multiple of kTile, so that the upper half of its
-// elements' numbers is one and the same.
+// Writes words first .. first + n - 1 of a stream. A tile begins at a multiple of kTile, so that the numbers of all its
+// elements have one upper half.
 inline void draw(StreamKey key, int64_t first, uint32_t* words, int64_t n) {
   const StreamKey from = {key.a + uint32_t(first), key.b + uint32_t(uint64_t(first) >> 32) * 0x9e3779b9u};
 #pragma omp simd
   for (uint32_t j = 0; j < uint32_t(n); ++j) words[j] = word(from, int64_t(j));
 }
 
+// Rounds a tile at random, see core/rng.h.
 template <class T, class R>
 inline void narrowed_at_random(const R* from, T* to, StreamKey key, int64_t first, int64_t n) {
   uint32_t words[kTile];

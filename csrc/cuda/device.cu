@@ -1,4 +1,4 @@
-// Asking the CUDA runtime about the machine, and saying in words what it answers.
+// Queries of the CUDA runtime, and its answers as sentences.
 #include "cuda/device.h"
 
 #include <stdexcept>
@@ -8,11 +8,13 @@
 namespace fused_sam {
 namespace {
 
-std::string text_of(cudaError_t error) { return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error); }
+std::string text_of(cudaError_t error) {
+  return std::string(cudaGetErrorName(error)) + ": " + cudaGetErrorString(error);
+}
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken, so that it is not reported to whoever asks next
+  cudaGetLastError();  // cleared, so that no later call reports it again
   throw std::runtime_error(std::string(what) + " failed: " + text_of(error));
 }
 
@@ -40,14 +42,15 @@ int device_attribute(cudaDeviceAttr which, int device) {
 
 void check_memory_of(int device, uintptr_t address, const char* what, size_t row) {
   cudaPointerAttributes attributes = {};
-  check(cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address)), "asking what memory an address is");
+  check(cudaPointerGetAttributes(&attributes, reinterpret_cast<const void*>(address)),
+        "asking what memory an address is");
   if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged)
     throw std::invalid_argument(std::string("the ") + what + " of tensor " + std::to_string(row) +
                                 " is not in GPU memory: move it to cuda:" + std::to_string(device));
   if (attributes.type == cudaMemoryTypeDevice && attributes.device != device)
     throw std::invalid_argument(std::string("the ") + what + " of tensor " + std::to_string(row) + " is on cuda:" +
                                 std::to_string(attributes.device) + ", the table on cuda:" + std::to_string(device) +
-                                ": use one optimizer a device");
+                                ": use one optimizer per device");
 }
 
 int cuda_runtime_version() {
@@ -62,20 +65,21 @@ int cuda_driver_version() {
   return version;
 }
 
-std::string cuda_problem() {
+std::string cuda_unavailable_reason() {
   if (cuda_driver_version() == 0) return "no NVIDIA driver is installed on this machine";
   int count = 0;
   const cudaError_t error = cudaGetDeviceCount(&count);
   if (error != cudaSuccess) cudaGetLastError();
   if (error == cudaErrorInsufficientDriver)
-    return "the NVIDIA driver knows CUDA " + version_text(cuda_driver_version()) + " and fused_sam._cuda was built with " +
-           version_text(cuda_runtime_version()) + ": update the driver, or build with an older CUDA toolkit";
+    return "the NVIDIA driver runs CUDA " + version_text(cuda_driver_version()) +
+           " at most, and fused_sam._cuda was built with " + version_text(cuda_runtime_version()) +
+           ": update the driver, or build with an older CUDA toolkit";
   if (error == cudaErrorNoDevice || (error == cudaSuccess && count == 0)) return "no NVIDIA GPU is visible";
   if (error != cudaSuccess) return "CUDA does not start: " + text_of(error);
   return "";
 }
 
-std::string cuda_device_problem(int device) {
+std::string device_unavailable_reason(int device) {
   const OnDevice guard(device);
   const cudaError_t error = kernels_fit_device();
   if (error == cudaSuccess) return "";
@@ -83,7 +87,7 @@ std::string cuda_device_problem(int device) {
   const int minor = device_attribute(cudaDevAttrComputeCapabilityMinor, device);
   return "fused_sam._cuda has no kernels for cuda:" + std::to_string(device) + ", whose compute capability is " +
          std::to_string(major) + "." + std::to_string(minor) + " (" + cudaGetErrorName(error) +
-         "): build it with FUSED_SAM_CUDA_ARCHS=native; 8.0 is the oldest served";
+         "): build it with FUSED_SAM_CUDA_ARCHS=native; 8.0 is the oldest that is supported";
 }
 
 }  // namespace fused_sam

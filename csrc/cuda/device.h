@@ -1,4 +1,4 @@
-// The machine under the CUDA backend: whether it can run here, which device is current, whose memory an address is.
+// Queries of the machine: whether the CUDA backend can run, the current device, and the memory of an address.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,14 +9,14 @@
 
 namespace fused_sam {
 
-// Why CUDA cannot be used here, in words; empty where it can.
-std::string cuda_problem();
-// Why these kernels cannot run on that device; empty where they can.
-std::string cuda_device_problem(int device);
-int cuda_runtime_version();  // such as 13000: of the runtime that is linked in
-int cuda_driver_version();   // the newest CUDA that the driver can run; 0 without one
+// Return why CUDA cannot be used on this machine; empty if it can.
+std::string cuda_unavailable_reason();
+// Return why these kernels cannot run on that device; empty if they can.
+std::string device_unavailable_reason(int device);
+int cuda_runtime_version();  // of the runtime that is linked in, such as 13000
+int cuda_driver_version();   // the newest CUDA that the driver can run; 0 without a driver
 
-// Makes a device current while it lives.
+// Makes a device current for its own lifetime.
 class OnDevice {
  public:
   explicit OnDevice(int device);
@@ -31,7 +31,7 @@ class OnDevice {
 
 int device_attribute(cudaDeviceAttr which, int device);
 
-// Throws where the address of a tensor's `what` is not memory of that device; one driver call.
+// Throws if the address of a tensor's `what` is not memory of that device; one driver call.
 void check_memory_of(int device, uintptr_t address, const char* what, size_t row);
 
 }  // namespace fused_sam

@@ -1,4 +1,4 @@
-// The CUDA kernels' launchers: what csrc/cuda/table.cu asks of the other .cu files.
+// The CUDA kernels' launchers, for csrc/cuda/table.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,7 +7,7 @@
 #include "core/storage.h"
 #include "cuda/launch_table.h"
 
-// Whether large tables are compiled: where the toolkit is new enough, and halving the build is not worth more launches.
+// 1 if large tables are compiled: the toolkit must pass them, and FUSED_SAM_SMALL_TABLES halves the time of a build.
 #if CUDART_VERSION >= 12010 && !defined(FUSED_SAM_SMALL_TABLES)
 #define FUSED_SAM_LARGE_TABLES 1
 #else
@@ -17,81 +17,103 @@
 namespace fused_sam {
 
 struct Dtypes {
-  Dtype weight;
-  Dtype gradient;
-  Dtype model;  // of what the network computes with: the weight's own, or narrower beside master weights
+  Dtype param;
+  Dtype grad;
+  Dtype master;  // fp32 masters of bf16 or fp16 params; the params' own dtype where there are none
 
-  bool has_models() const { return model != weight; }
+  bool has_masters() const { return master != param; }
 };
 
-struct ListDtypes {
+struct VectorDtypes {
   Dtype x, y, out;
 };
 
-// A reduction's scratch memory on the device: a ticket counter, 0 between launches, then the sums of each chunk.
+// Scratch memory of a reduction on the device: a ticket counter, 0 between launches, and a sum per chunk.
 struct Slots {
   float* sums;  // [sum][chunk]
   unsigned int* ticket;
   int64_t first;  // slot of this launch's first chunk
   int64_t count;  // chunks of all launches
-  bool last;      // this is the last launch, which adds up the slots of all of them
+  bool last;      // True if this launch adds up the slots of all launches
 };
 
-// What a primitive draws random numbers for (core/rng.h).
-struct Draws {
+// What a norm does with the table's sum of squares.
+struct NormCall {
+  bool reset;      // True if the sum starts from zero with this table
+  bool finish;     // True if this table is the last one, so that finish_norm (core/status.h) follows
+  FinishNorm how;  // with `ascent`, the sum is of T_w g, else of g
+  float eps;
+};
+
+struct PerturbCall {
+  const StatusOf<float>* status;
   uint64_t seed;
-  bool rounding;  // of what is written in bf16 or fp16; else to nearest
+  bool stochastic_rounding;  // True if bf16 and fp16 params are rounded at random, else to nearest
 };
 
-// P5's a and b: on the device, or as numbers where the address is null.
+// What every update reads besides its table.
+struct UpdateCall {
+  const StatusOf<float>* status;
+  const float* grad_scale;  // null: 1
+  uint64_t seed;
+  float max_norm;            // that the gradients' global norm is clipped to; infinite: no clipping
+  bool stochastic_rounding;  // as in PerturbCall
+};
+
+// The numbers a and b of axpby: on the device, or here where the address is null.
 struct Coefficients {
   const float* device;
   float a, b;
 };
 
-// Each launch throws std::runtime_error with the kernel's name where it fails. blocks is the grid: the launch's chunks.
-// Table is SmallTable or LargeTable; of Adam SmallAdamTable or LargeAdamTable.
+// Each launcher throws std::runtime_error with the kernel's name if a launch fails. `blocks` is the grid: the launch's
+// chunks. Table is SmallTable or LargeTable; for Adam it is SmallAdamTable or LargeAdamTable.
 template <class Table>
 struct NormKernels {
-  static void norm(Dtypes, const Table&, int32_t blocks, Slots, StatusOf<float>*, float eps, NormFlags, cudaStream_t);
+  static void norm(Dtypes, const Table&, int32_t blocks, Slots, StatusOf<float>*, const NormCall&, cudaStream_t);
 };
 template <class Table>
-struct MoveKernels {
-  // draws: null where nothing is random.
-  static void perturb(Dtypes, const Table&, int32_t blocks, const StatusOf<float>*, const Draws*, cudaStream_t);
+struct PerturbKernels {
+  // random: True if a group has a mask, or params are rounded stochastically.
+  static void perturb(Dtypes, const Table&, int32_t blocks, const PerturbCall&, bool random, cudaStream_t);
   static void restore(Dtypes, const Table&, int32_t blocks, cudaStream_t);
 };
 template <class Table>
 struct SgdKernels {
-  static void sgd(Dtypes, const Table&, int32_t blocks, const StatusOf<float>*, const float* grad_scale, const Draws&,
-                  cudaStream_t);
+  static void sgd(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
 };
 template <class Table>
 struct AdamKernels {
   // ticket: 0 between launches.
-  static void adam(Dtypes, const Table&, int32_t blocks, const StatusOf<float>*, const float* grad_scale,
-                   unsigned int* ticket, const Draws&, cudaStream_t);
+  static void adam(Dtypes, const Table&, int32_t blocks, const UpdateCall&, unsigned int* ticket, cudaStream_t);
 };
 template <class Table>
-struct ListKernels {
-  static void dots(ListDtypes, const Table&, int32_t blocks, Slots, float* sums, bool begin, cudaStream_t);
-  // status: null, or nothing is written where it says skip.
-  static void combine(ListDtypes, const Table&, int32_t blocks, Coefficients, const StatusOf<float>* status, cudaStream_t);
+struct LionKernels {
+  static void lion(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
+};
+template <class Table>
+struct VectorKernels {
+  // reset: True if `sums` start from zero.
+  static void dot(VectorDtypes, const Table&, int32_t blocks, Slots, float* sums, bool reset, cudaStream_t);
+  // status: null, or nothing is written where skip is set.
+  static void axpby(VectorDtypes, const Table&, int32_t blocks, Coefficients, const StatusOf<float>* status,
+                    cudaStream_t);
 };
 
-// The end of P1 by itself.
-void launch_finish(StatusOf<float>*, float eps, NormFlags, cudaStream_t);
+// finish_norm in a launch of its own, for a sum over several processes.
+void launch_finish_norm(StatusOf<float>*, float eps, FinishNorm, cudaStream_t);
 
-// Are kernels compiled for these dtypes?
+// Return true if kernels are compiled for these dtypes.
 static inline bool has_cuda_instance(Dtypes d) {
-  const bool known = d.model == Dtype::f32 || d.model == Dtype::bf16 || d.model == Dtype::f16;
-  return known && (d.weight == d.model || d.weight == Dtype::f32) && (d.gradient == d.model || d.gradient == Dtype::f32);
+  const bool known = d.param == Dtype::f32 || d.param == Dtype::bf16 || d.param == Dtype::f16;
+  return known && (d.master == d.param || d.master == Dtype::f32) && (d.grad == d.param || d.grad == Dtype::f32);
 }
-static inline bool has_cuda_instance(ListDtypes d) {
+static inline bool has_cuda_instance(VectorDtypes d) {
   const bool known = d.x != Dtype::f64 && d.y != Dtype::f64;
   return known && (d.x == d.y || d.x == Dtype::f32 || d.y == Dtype::f32) && (d.out == d.x || d.out == d.y);
 }
 
-cudaError_t kernels_fit_device();  // does the current device find machine code or PTX that it can run?
+// cudaSuccess if the module has machine code or PTX that the current device can run.
+cudaError_t kernels_fit_device();
 
 }  // namespace fused_sam

@@ -1,12 +1,12 @@
-// The multi-tensor launcher's device side: which elements a block takes, and how its threads move over them.
+// The device side of a multi-tensor launch: which elements a block takes, and how its threads move over them.
 //
 // A kernel gives the elements to an operation, a struct with
-//   kPack                      elements of a 16-byte access of its narrowest array
-//   kElements                  elements of each array that a thread loads before it uses the first
-//   Held<N>                    what it loads for N elements
-//   addresses()                all its pointers or-ed together, to see their alignment
-//   load<N>(i) -> Held<N>      reads elements i*N .. i*N + N - 1
-//   finish<N>(held, i, u)      computes and stores them; u counts the loads in flight
+//   kPack                       elements of a 16-byte access of its narrowest array
+//   kElements                   elements of each array that a thread loads before it uses the first
+//   Registers<N>                the values of N elements of each array that it reads
+//   addresses()                 all its pointers or-ed together, to check their alignment
+//   load<N>(i) -> Registers<N>  reads elements i*N .. i*N + N - 1
+//   finish<N>(values, i, u)     computes and stores them; u counts the loads in flight
 #pragma once
 
 #include <cuda_runtime.h>
@@ -29,8 +29,8 @@ struct Pack {
   T at[N];
 };
 
-// Whether the data will be read again soon: `once` marks its cache lines as the first to go, so that they do not
-// push out of the L2 cache what the next kernel reads.
+// `again` is for data that is read again soon. `once` marks its cache lines as the first to be evicted, so that they
+// leave the L2 cache to the data that the next kernel reads.
 enum class Use { again, once };
 
 template <int N, Use kUse, class T>
@@ -69,22 +69,22 @@ FUSED_SAM_DEVICE void store(T* to, const Pack<T, N>& pack) {
 
 // ---- a block's elements -----------------------------------------------------------------------------------
 
-struct Part {
+struct Span {
   int64_t begin;   // first element within the tensor
   int32_t length;  // elements
   int32_t tensor;
 };
 
 template <class Table>
-FUSED_SAM_DEVICE Part part_of(const Table& table, int32_t chunk) {
+FUSED_SAM_DEVICE Span span_of(const Table& table, int32_t chunk) {
   const int32_t tensor = tensor_of_chunk<int32_t>(table.prefix, table.count, chunk);
   const int64_t begin = int64_t(chunk - table.prefix[tensor]) * table.chunk;
   const int64_t rest = table.size[tensor] - begin;
-  return Part{begin, rest < table.chunk ? int32_t(rest) : table.chunk, tensor};
+  return Span{begin, rest < table.chunk ? int32_t(rest) : table.chunk, tensor};
 }
 
-// The passes that write take the chunks from the last to the first: the norm has gone over the same gradients in rising
-// order just before, and the end of them is what the L2 cache still holds.
+// The kernels that write take the chunks from the last to the first. The norm has read the same gradients in rising
+// order just before, so that the L2 cache still holds their end.
 FUSED_SAM_DEVICE int32_t chunk_from_the_end() { return int32_t(gridDim.x - 1 - blockIdx.x); }
 
 // Packs begin .. end - 1, several loads of every thread in flight.
@@ -92,17 +92,17 @@ template <int N, class Operation>
 FUSED_SAM_DEVICE void sweep(Operation& operation, int32_t begin, int32_t end) {
   constexpr int kInFlight = Operation::kElements / (N == 1 ? 4 : N);
   for (int32_t first = begin + int32_t(threadIdx.x); first < end; first += kInFlight * kThreads) {
-    typename Operation::template Held<N> held[kInFlight];
+    typename Operation::template Registers<N> values[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u)
-      if (first + u * kThreads < end) held[u] = operation.template load<N>(first + u * kThreads);
+      if (first + u * kThreads < end) values[u] = operation.template load<N>(first + u * kThreads);
 #pragma unroll
     for (int u = 0; u < kInFlight; ++u)
-      if (first + u * kThreads < end) operation.template finish<N>(held[u], first + u * kThreads, u);
+      if (first + u * kThreads < end) operation.template finish<N>(values[u], first + u * kThreads, u);
   }
 }
 
-// All elements of a part: 16 bytes at a time where every array is aligned to them, then or else one by one.
+// All elements of a span: 16 bytes at a time if every array is aligned to 16 bytes, and the rest one by one.
 template <class Operation>
 FUSED_SAM_DEVICE void run(Operation& operation, int32_t length) {
   constexpr int N = Operation::kPack;
@@ -113,7 +113,7 @@ FUSED_SAM_DEVICE void run(Operation& operation, int32_t length) {
 
 // ---- a block's sum ----------------------------------------------------------------------------------------
 
-// The sum over the block's threads, in a fixed order; thread 0 has it.
+// Return the sum over the block's threads, in a fixed order, to thread 0.
 FUSED_SAM_DEVICE float block_sum(float x) {
   constexpr int kWarps = kThreads / 32;
   __shared__ float warp_sums[kWarps];
@@ -126,13 +126,13 @@ FUSED_SAM_DEVICE float block_sum(float x) {
 #pragma unroll
     for (int k = 0; k < kWarps; ++k) sum += warp_sums[k];
   }
-  __syncthreads();  // before the next sum writes there
+  __syncthreads();  // before the next sum writes to warp_sums
   return sum;
 }
 
-// A deterministic reduction over all blocks of all launches of a table: every block leaves its sums in slots, and the
-// last block to finish adds the slots up, in the chunks' order. True in one thread of that block, with the totals in
-// `sums`; called by every thread with its own sums.
+// A deterministic reduction over all blocks of all launches of a table. Every block leaves its sums in slots, and the
+// last block to end adds the slots up, in the chunks' order. Every thread calls it with its own sums; it returns true
+// in one thread of that last block, which then has the totals in `sums`.
 template <int kSums>
 FUSED_SAM_DEVICE bool reduce(float (&sums)[kSums], const Slots& slots) {
   __shared__ bool last_block;
@@ -141,7 +141,7 @@ FUSED_SAM_DEVICE bool reduce(float (&sums)[kSums], const Slots& slots) {
   if (threadIdx.x == 0) {
 #pragma unroll
     for (int k = 0; k < kSums; ++k) slots.sums[k * slots.count + slots.first + blockIdx.x] = sums[k];
-    __threadfence();  // who sees the ticket sees the slots
+    __threadfence();  // a block that reads the ticket then reads these slots
     last_block = slots.last && atomicAdd(slots.ticket, 1u) == gridDim.x - 1;
   }
   __syncthreads();

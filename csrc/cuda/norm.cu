@@ -1,94 +1,98 @@
-// P1: the global norm of the gradients, and what follows from it, in one launch over all tensors of a table.
+// norm: the global norm of the gradients, and what follows from it, in one launch over all tensors of a table.
 //
-// Arithmetic is fp32; formulas are those of core/formulas.h. No kernel includes pybind11 or torch.
+// Arithmetic is fp32; the formulas are those of core/formulas.h. No kernel includes pybind11 or torch.
 #include "cuda/launch.cuh"
 #include "cuda/multi_tensor.cuh"
 
 namespace fused_sam {
 namespace {
 
-template <class T, class G, bool kAdaptive>
+// W: the type of the params, or of the masters where there are masters.
+template <class W, class G, bool kAdaptive>
 struct SumSquares {
-  static constexpr int kPack = 16 / int(kAdaptive && sizeof(T) < sizeof(G) ? sizeof(T) : sizeof(G));
+  static constexpr int kPack = 16 / int(kAdaptive && sizeof(W) < sizeof(G) ? sizeof(W) : sizeof(G));
   static constexpr int kElements = kElementsInFlight;
   static constexpr int kSums = 4;
 
-  const T* weight;  // read where adaptive
-  const G* gradient;
+  const W* weight;  // read where adaptive
+  const G* grad;
   float eta;
   float sums[kSums];
 
   template <int N>
-  struct Held {
-    Pack<T, kAdaptive ? N : 1> w;
+  struct Registers {
+    Pack<W, kAdaptive ? N : 1> w;
     Pack<G, N> g;
   };
   FUSED_SAM_METHOD uintptr_t addresses() const {
-    return uintptr_t(gradient) | (kAdaptive ? uintptr_t(weight) : uintptr_t(0));
+    return uintptr_t(grad) | (kAdaptive ? uintptr_t(weight) : uintptr_t(0));
   }
   template <int N>
-  FUSED_SAM_METHOD Held<N> load(int32_t i) const {
-    Held<N> held;
-    if constexpr (kAdaptive) held.w = fused_sam::load<N, Use::again>(weight + int64_t(i) * N);
-    held.g = fused_sam::load<N, Use::again>(gradient + int64_t(i) * N);
-    return held;
+  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
+    Registers<N> values;
+    if constexpr (kAdaptive) values.w = fused_sam::load<N, Use::again>(weight + int64_t(i) * N);
+    values.g = fused_sam::load<N, Use::again>(grad + int64_t(i) * N);
+    return values;
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(const Held<N>& held, int32_t, int u) {
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t, int u) {
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float w = kAdaptive ? widen(held.w.at[kAdaptive ? k : 0]) : 0.0f;
-      const float x = scaled_gradient<kAdaptive, float>(w, widen(held.g.at[k]), eta);
+      const float w = kAdaptive ? widen(values.w.at[kAdaptive ? k : 0]) : 0.0f;
+      const float x = scaled_gradient<kAdaptive, float>(w, widen(values.g.at[k]), eta);
       sums[u % kSums] += x * x;
     }
   }
   FUSED_SAM_METHOD float sum() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
 };
 
-template <class T, class G, bool kAdaptive>
-FUSED_SAM_DEVICE float sum_squares(const void* weight, const void* gradient, float eta, const Part& part) {
-  SumSquares<T, G, kAdaptive> operation{static_cast<const T*>(weight) + part.begin,
-                                        static_cast<const G*>(gradient) + part.begin, eta, {}};
-  run(operation, part.length);
+template <class W, class G, bool kAdaptive>
+FUSED_SAM_DEVICE float sum_squares(const void* weight, const void* grad, float eta, const Span& span) {
+  SumSquares<W, G, kAdaptive> operation{static_cast<const W*>(weight) + span.begin,
+                                        static_cast<const G*>(grad) + span.begin, eta, {}};
+  run(operation, span.length);
   return operation.sum();
 }
 
-// Sum of squares of g, or of T_w g (core/formulas.h), and what follows from it. Equal gradients give equal norms, bit
-// for bit. Squares of |g| above 1.8e19 overflow, which counts as a gradient that is not finite.
-template <class T, class G, class Table>
-__global__ void __launch_bounds__(kThreads)
-    norm_kernel(const Table __grid_constant__ table, Slots slots, StatusOf<float>* status, float eps, NormFlags flags) {
-  const Part part = part_of(table, int32_t(blockIdx.x));
-  const MoveGroup& group = table.group[table.group_of[part.tensor]].move;
-  const void* weight = table.data[kWeight][part.tensor];
-  const void* gradient = table.data[kGradient][part.tensor];
+// The sum of squares of g, or of T_w g (core/formulas.h), and what follows from it. Equal gradients give equal norms,
+// bit for bit. Squares of |g| above 1.8e19 overflow, which counts as a gradient that is not finite.
+// weights: the column that T_w is made of.
+template <class W, class G, class Table>
+__global__ void __launch_bounds__(kThreads) norm_kernel(const Table __grid_constant__ table, Slots slots,
+                                                        StatusOf<float>* status, NormCall call, Column weights) {
+  const Span span = span_of(table, int32_t(blockIdx.x));
+  const PerturbGroupOf<float>& group = table.group[table.group_of[span.tensor]].perturb;
+  const void* grad = table.data[kGrad][span.tensor];
   float sums[1];
-  if (flags.scaled && group.adaptive)
-    sums[0] = sum_squares<T, G, true>(weight, gradient, group.eta, part);
+  if (call.how.ascent && group.adaptive)
+    sums[0] = sum_squares<W, G, true>(table.data[weights][span.tensor], grad, group.eta, span);
   else
-    sums[0] = sum_squares<T, G, false>(weight, gradient, 0, part);
-  if (reduce(sums, slots)) add_norm<float>(*status, sums[0], eps, flags);
+    sums[0] = sum_squares<W, G, false>(nullptr, grad, 0, span);
+  if (reduce(sums, slots)) {
+    accumulate_norm<float>(*status, sums[0], call.reset);
+    if (call.finish) finish_norm<float>(*status, call.eps, call.how);
+  }
 }
 
-// The end of it, for a sum that was added up over several processes.
-__global__ void finish_kernel(StatusOf<float>* status, float eps, NormFlags flags) {
-  add_norm<float>(*status, 0, eps, flags);
+__global__ void finish_norm_kernel(StatusOf<float>* status, float eps, FinishNorm how) {
+  finish_norm<float>(*status, eps, how);
 }
 
 }  // namespace
 
 template <class Table>
 void NormKernels<Table>::norm(Dtypes d, const Table& table, int32_t blocks, Slots slots, StatusOf<float>* status,
-                              float eps, NormFlags flags, cudaStream_t stream) {
-  with_types(d, [&](auto w, auto g, auto) {
-    launch("norm", d, blocks, stream, norm_kernel<of<decltype(w)>, of<decltype(g)>, Table>, table, slots, status, eps,
-           flags);
+                              const NormCall& call, cudaStream_t stream) {
+  const Column weights = d.has_masters() ? kMaster : kParam;
+  with_types(d, [&](auto, auto g, auto m) {
+    launch("norm", d, blocks, stream, norm_kernel<of<decltype(m)>, of<decltype(g)>, Table>, table, slots, status, call,
+           weights);
   });
 }
 FUSED_SAM_LAUNCHERS(NormKernels, SmallTable, LargeTable);
 
-void launch_finish(StatusOf<float>* status, float eps, NormFlags flags, cudaStream_t stream) {
-  launch<1>("finish", "of a norm", 1, stream, finish_kernel, status, eps, flags);
+void launch_finish_norm(StatusOf<float>* status, float eps, FinishNorm how, cudaStream_t stream) {
+  launch<1>("finish_norm", "of one status", 1, stream, finish_norm_kernel, status, eps, how);
 }
 
 }  // namespace fused_sam

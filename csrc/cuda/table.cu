@@ -1,4 +1,4 @@
-// Host side of the CUDA backend: packs tables into launches and checks what comes from outside.
+// The host side of the CUDA backend: packs tables into launches and checks the arguments.
 #include "cuda/table.h"
 
 #include <algorithm>
@@ -15,8 +15,9 @@ bool takes_large_tables() { return FUSED_SAM_LARGE_TABLES && cuda_driver_version
 
 void check_aligned(uintptr_t address, int64_t element_size, const char* what) {
   if (address % uintptr_t(element_size) != 0)
-    throw std::invalid_argument(std::string("the address of the ") + what + " is not a multiple of its element size of " +
-                                std::to_string(element_size) + " bytes: copy it into memory of its own");
+    throw std::invalid_argument(std::string("the address of the ") + what +
+                                " is not a multiple of its element size of " + std::to_string(element_size) +
+                                " bytes: copy it into memory of its own");
 }
 
 template <class T>
@@ -31,6 +32,18 @@ using TableOf = std::remove_cv_t<std::remove_reference_t<T>>;
 
 cudaStream_t stream_of(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
+// Fills in each launch's groups from those of the optimizer: set(table, slot, group id).
+template <class L, class Set>
+void set_groups(L& launches, Set&& set) {
+  launches.each([&](auto& table, const LaunchPlan& plan) {
+    for (size_t slot = 0; slot < plan.group_ids.size(); ++slot) set(table, slot, size_t(plan.group_ids[slot]));
+  });
+}
+
+void set_perturb_groups(TableLaunches& launches, const std::vector<PerturbGroupOf<double>>& groups) {
+  set_groups(launches, [&](auto& table, size_t slot, size_t id) { table.group[slot].perturb = in_fp32(groups[id]); });
+}
+
 // The ticket counter, padded so that the slots begin on a cache line of their own.
 constexpr int64_t kTicketBytes = 128;
 
@@ -38,24 +51,24 @@ constexpr int64_t kTicketBytes = 128;
 
 // ---- columns ----------------------------------------------------------------------------------------------
 
-Columns::Columns(int device, std::vector<int64_t> sizes, std::vector<int32_t> groups, int64_t chunk)
+Columns::Columns(int device, std::vector<int64_t> sizes, const std::vector<int32_t>& group_ids, int64_t chunk)
     : device_(device), sizes_(std::move(sizes)), chunk_(chunk) {
   if (chunk_ == 0) {
     const int64_t elements = std::accumulate(sizes_.begin(), sizes_.end(), int64_t(0));
     chunk_ = chunk_for(elements, device_attribute(cudaDevAttrMultiProcessorCount, device),
                        tuning_of(device_attribute(cudaDevAttrComputeCapabilityMajor, device)));
   }
-  cut(pass_, groups);
+  cut(launches_, group_ids);
 }
 
 template <class L>
-void Columns::cut(L& launches, const std::vector<int32_t>& groups) const {
+void Columns::cut(L& launches, const std::vector<int32_t>& group_ids) const {
   using Small = typename L::Small;
   using Large = typename L::Large;
-  // The small table where it suffices: its argument is copied and read faster.
-  launches.plans = plan_launches(sizes_, groups, chunk_, Small::kTensors, Small::kGroups);
+  // The small table if it suffices: its argument is copied and read faster.
+  launches.plans = plan_launches(sizes_, group_ids, chunk_, Small::kTensors, Small::kGroups);
   const bool large = launches.plans.size() > 1 && takes_large_tables();
-  if (large) launches.plans = plan_launches(sizes_, groups, chunk_, Large::kTensors, Large::kGroups);
+  if (large) launches.plans = plan_launches(sizes_, group_ids, chunk_, Large::kTensors, Large::kGroups);
   launches.small.resize(large ? 0 : launches.plans.size());
   launches.large.resize(large ? launches.plans.size() : 0);
   launches.each([this](auto& table, const LaunchPlan& plan) {
@@ -68,12 +81,12 @@ void Columns::cut(L& launches, const std::vector<int32_t>& groups) const {
 }
 
 int64_t Columns::chunks() const {
-  return pass_.plans.empty() ? 0 : pass_.plans.back().first_chunk + pass_.plans.back().chunks();
+  return launches_.plans.empty() ? 0 : launches_.plans.back().first_chunk + launches_.plans.back().chunks();
 }
 
 void Columns::check(const char* what, const Addresses& addresses, int64_t element_size, bool check_memory,
                     bool may_miss) const {
-  if (addresses.size() != sizes_.size()) throw std::invalid_argument("an address is due for every tensor of the table");
+  if (addresses.size() != sizes_.size()) throw std::invalid_argument("every tensor of the table needs an address");
   for (size_t i = 0; i < addresses.size(); ++i) {
     if (sizes_[i] == 0) continue;
     if (addresses[i] == 0 && !may_miss)
@@ -106,219 +119,245 @@ void Columns::run(L& launches, bool from_the_end, F&& launch) {
 
 Slots Columns::slots(uintptr_t workspace, const LaunchPlan& plan) const {
   float* sums = at<float>(workspace + kTicketBytes, "workspace");
-  return Slots{sums, at<unsigned int>(workspace, "workspace"), plan.first_chunk, chunks(), &plan == &pass_.plans.back()};
+  return Slots{sums, at<unsigned int>(workspace, "workspace"), plan.first_chunk, chunks(),
+               &plan == &launches_.plans.back()};
 }
 
-// ---- P1 to P3, P7 -----------------------------------------------------------------------------------------
+// ---- a table's columns ------------------------------------------------------------------------------------
 
-CudaTable::CudaTable(Dtype weight, Dtype gradient, Dtype model, int device, std::vector<int64_t> sizes,
-                     std::vector<int32_t> groups, std::vector<uint32_t> streams, int64_t chunk)
-    : Columns(device, std::move(sizes), groups, chunk),
-      dtypes_{weight, gradient, model},
-      groups_(std::move(groups)),
-      streams_(std::move(streams)) {
+CudaTable::CudaTable(Dtype param, Dtype grad, Dtype master, int device, std::vector<int64_t> sizes,
+                     std::vector<int32_t> group_ids, std::vector<uint32_t> rng_streams, int64_t chunk)
+    : Columns(device, std::move(sizes), group_ids, chunk),
+      dtypes_{param, grad, master},
+      group_ids_(std::move(group_ids)),
+      rng_streams_(std::move(rng_streams)) {
   if (!has_cuda_instance(dtypes_))
-    throw std::invalid_argument("no CUDA kernel for these dtypes of weight, gradient and model");
-  for (int32_t group : groups_) {
-    if (group < 0) throw std::invalid_argument("a tensor's group number is negative");
-    group_count_ = std::max(group_count_, group + 1);
+    throw std::invalid_argument("no CUDA kernel for these dtypes of params, grads and masters");
+  for (int32_t id : group_ids_) {
+    if (id < 0) throw std::invalid_argument("a tensor's group number is negative");
+    group_count_ = std::max(group_count_, id + 1);
   }
-  if (!streams_.empty() && streams_.size() != sizes_.size())
-    throw std::invalid_argument("a stream of random numbers is due for every tensor of the table");
-  set_streams(pass_);
+  if (!rng_streams_.empty() && rng_streams_.size() != sizes_.size())
+    throw std::invalid_argument("every tensor of the table needs a stream of random numbers");
+  set_rng_streams(launches_);
 }
 
 template <class L>
-void CudaTable::set_streams(L& launches) const {
-  if (streams_.empty()) return;
+void CudaTable::set_rng_streams(L& launches) const {
+  if (rng_streams_.empty()) return;
   launches.each([this](auto& table, const LaunchPlan& plan) {
-    for (size_t i = 0; i < plan.tensors.size(); ++i) table.stream[i] = streams_[size_t(plan.tensors[i])];
+    for (size_t i = 0; i < plan.tensors.size(); ++i) table.rng_stream[i] = rng_streams_[size_t(plan.tensors[i])];
   });
 }
 
-void CudaTable::set(Column column, const char* what, const Addresses& addresses, int64_t element_size, bool check_memory,
-                    bool may_miss) {
+void CudaTable::set(Column column, const char* what, const Addresses& addresses, int64_t element_size,
+                    bool check_memory, bool may_miss) {
   check(what, addresses, element_size, check_memory, may_miss);
-  fill(pass_, column, addresses);
-  fill(adam_, column, addresses);
+  fill(launches_, column, addresses);
+  fill(adam_launches_, column, addresses);
 }
 
-void CudaTable::set_weights(const Addresses& a) { set(kWeight, "weight", a, size_of(dtypes_.weight), true); }
+void CudaTable::set_params(const Addresses& a) { set(kParam, "param", a, size_of(dtypes_.param), true); }
 
 void CudaTable::set_backups(const Addresses& a) {
-  if (dtypes_.has_models()) throw std::invalid_argument("beside master weights there are no backups");
-  set(kBackup, "backup", a, size_of(dtypes_.weight), true);
+  if (dtypes_.has_masters()) throw std::invalid_argument("a table with masters has no backups");
+  set(kBackup, "backup", a, size_of(dtypes_.param), true);
 }
 
-void CudaTable::set_models(const Addresses& a) {
-  if (!dtypes_.has_models()) throw std::invalid_argument("models stand beside fp32 master weights, and are bf16 or fp16");
-  set(kModel, "model", a, size_of(dtypes_.model), true);
+void CudaTable::set_masters(const Addresses& a) {
+  if (!dtypes_.has_masters()) throw std::invalid_argument("masters are fp32, and their params bf16 or fp16");
+  set(kMaster, "master", a, size_of(dtypes_.master), true);
 }
 
-void CudaTable::set_gradients(const Addresses& a) { set(kGradient, "gradient", a, size_of(dtypes_.gradient), false); }
-void CudaTable::set_momenta(const Addresses& a) { set(kMomentum, "momentum", a, 4, true, true); }
+void CudaTable::set_grads(const Addresses& a) { set(kGrad, "grad", a, size_of(dtypes_.grad), false); }
 
-void CudaTable::set_adam(const Addresses& squares, const Addresses& largest, const Addresses& steps) {
-  check("exp_avg_sq", squares, 4, true, false);
-  check("max_exp_avg_sq", largest, 4, true, true);
-  check("step", steps, 4, true, false);
-  if (adam_.plans.empty()) {
-    cut(adam_, groups_);
-    set_streams(adam_);
-    // What was set before lies in the tables of the other passes.
-    for (Column column : {kWeight, kBackup, kGradient, kMomentum}) {
-      Addresses present(sizes_.size(), 0);
-      pass_.each([&](const auto& table, const LaunchPlan& plan) {
-        for (size_t i = 0; i < plan.tensors.size(); ++i)
-          present[size_t(plan.tensors[i])] = reinterpret_cast<uintptr_t>(table.data[column][i]);
-      });
-      fill(adam_, column, present);
-    }
+void CudaTable::set_state(int slot, const Addresses& a) {
+  if (slot < 0 || slot > 2) throw std::invalid_argument("a table has the state buffers 0, 1 and 2");
+  const std::string what = "state buffer " + std::to_string(slot);
+  if (slot == 0) return set(kState0, what.c_str(), a, 4, true, true);
+  check(what.c_str(), a, 4, true, true);
+  make_adam_launches();
+  fill(adam_launches_, Column(kState0 + slot), a);
+}
+
+void CudaTable::set_steps(const Addresses& a) {
+  check("step", a, 4, true, true);
+  make_adam_launches();
+  fill(adam_launches_, kStep, a);
+}
+
+void CudaTable::make_adam_launches() {
+  if (!adam_launches_.plans.empty()) return;
+  cut(adam_launches_, group_ids_);
+  set_rng_streams(adam_launches_);
+  // The columns that were set before are in the other launches.
+  for (Column column : {kParam, kBackup, kGrad, kState0}) {
+    Addresses present(sizes_.size(), 0);
+    launches_.each([&](const auto& table, const LaunchPlan& plan) {
+      for (size_t i = 0; i < plan.tensors.size(); ++i)
+        present[size_t(plan.tensors[i])] = reinterpret_cast<uintptr_t>(table.data[column][i]);
+    });
+    fill(adam_launches_, column, present);
   }
-  fill(adam_, kSquare, squares);
-  fill(adam_, kLargest, largest);
-  fill(adam_, kStep, steps);
 }
 
 int64_t CudaTable::workspace_bytes() const { return kTicketBytes + chunks() * int64_t(sizeof(float)); }
 
-void CudaTable::check_call(const Groups& groups, const std::vector<DeviceRate>& rates, bool drawn) const {
-  if (groups.size() < size_t(group_count_) || (!rates.empty() && rates.size() != groups.size()))
-    throw std::out_of_range("a tensor's group number is out of range");
-  for (const DeviceRate& rate : rates) check_aligned(rate.address, rate.is_double ? 8 : 4, "learning rate");
-  if (drawn && streams_.empty())
-    throw std::invalid_argument("random numbers are drawn here: a stream is due for every tensor of the table");
+// ---- a table's primitives ---------------------------------------------------------------------------------
+
+void CudaTable::check_groups(size_t groups) const {
+  if (groups < size_t(group_count_)) throw std::out_of_range("a tensor's group number is out of range");
 }
 
-// Each launch's groups, from those of the optimizer: set(table, slot, group).
-template <class L, class F>
-static void set_groups(L& launches, const CudaTable::Groups& groups, const std::vector<DeviceRate>& rates, F&& set) {
-  launches.each([&](auto& table, const LaunchPlan& plan) {
-    for (size_t slot = 0; slot < plan.groups.size(); ++slot) {
-      const size_t group = size_t(plan.groups[slot]);
-      const DeviceRate rate = rates.empty() ? DeviceRate{} : rates[group];
-      table.rate[slot] = reinterpret_cast<const void*>(rate.address);
-      set(table.group[slot], groups[group], rate.is_double);
+void CudaTable::check_rng_streams(bool random) const {
+  if (random && rng_streams_.empty())
+    throw std::invalid_argument("random numbers are drawn: every tensor of the table needs a stream of them");
+}
+
+void CudaTable::norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_t status, const NormCall& call,
+                     uintptr_t workspace, uintptr_t stream) {
+  if (groups != nullptr) {
+    check_groups(groups->size());
+    set_perturb_groups(launches_, *groups);
+  } else if (call.how.ascent) {
+    throw std::invalid_argument("the norm of the ascent needs groups");
+  }
+  auto* numbers = at<StatusOf<float>>(status, "status");
+  run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
+    NormKernels<TableOf<decltype(table)>>::norm(dtypes_, table, plan.chunks(), slots(workspace, plan), numbers, call,
+                                                stream_of(stream));
+  });
+}
+
+void CudaTable::perturb(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t status, uint64_t seed,
+                        bool stochastic_rounding, uintptr_t stream) {
+  check_groups(groups.size());
+  bool random = stochastic_rounding;
+  for (const LaunchPlan& plan : launches_.plans)
+    for (int32_t id : plan.group_ids) random = random || groups[size_t(id)].mask_prob < 1;
+  check_rng_streams(random);
+  set_perturb_groups(launches_, groups);
+  const PerturbCall call{at<const StatusOf<float>>(status, "status"), seed, stochastic_rounding};
+  run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {
+    PerturbKernels<TableOf<decltype(table)>>::perturb(dtypes_, table, plan.chunks(), call, random, stream_of(stream));
+  });
+}
+
+template <class L, class Group, class Set, class Launch>
+void CudaTable::update(L& launches, const std::vector<Group>& groups, const UpdateArguments& a, Set&& set,
+                       Launch&& launch) {
+  check_groups(groups.size());
+  if (!a.rates.empty() && a.rates.size() != groups.size())
+    throw std::out_of_range("every group needs a learning rate, on the device or in the group");
+  for (const DeviceRate& rate : a.rates) check_aligned(rate.address, rate.is_double ? 8 : 4, "learning rate");
+  check_rng_streams(a.stochastic_rounding);
+  check_aligned(a.grad_scale, 4, "gradient scale");
+  set_groups(launches, [&](auto& table, size_t slot, size_t id) {
+    const DeviceRate rate = a.rates.empty() ? DeviceRate{} : a.rates[id];
+    table.rate[slot] = reinterpret_cast<const void*>(rate.address);
+    table.rate_is_double[slot] = rate.is_double;
+    set(table.group[slot], groups[id]);
+  });
+  const UpdateCall call{at<const StatusOf<float>>(a.status, "status"), reinterpret_cast<const float*>(a.grad_scale),
+                        a.seed, float(a.max_norm), a.stochastic_rounding};
+  run(launches, true, [&](const auto& table, const LaunchPlan& plan) { launch(table, plan.chunks(), call); });
+}
+
+void CudaTable::sgd(const std::vector<SgdGroupOf<double>>& groups, const UpdateArguments& a) {
+  update(
+      launches_, groups, a, [](AnyGroup& to, const SgdGroupOf<double>& from) { to.sgd = group_as<float>(from); },
+      [&](const auto& table, int32_t blocks, const UpdateCall& call) {
+        SgdKernels<TableOf<decltype(table)>>::sgd(dtypes_, table, blocks, call, stream_of(a.stream));
+      });
+}
+
+void CudaTable::adam(const std::vector<AdamGroupOf<double>>& groups, const UpdateArguments& a) {
+  if (adam_launches_.plans.empty() && !launches_.plans.empty())
+    throw std::invalid_argument("Adam's state has not been set");
+  check_groups(groups.size());
+  adam_launches_.each([&](const auto& table, const LaunchPlan& plan) {
+    for (size_t i = 0; i < plan.tensors.size(); ++i) {
+      const bool amsgrad = groups[size_t(plan.group_ids[table.group_of[i]])].amsgrad;
+      const char* missing = table.data[kState0][i] == nullptr              ? "exp_avg"
+                            : table.data[kState1][i] == nullptr            ? "exp_avg_sq"
+                            : amsgrad && table.data[kState2][i] == nullptr ? "max_exp_avg_sq"
+                            : table.data[kStep][i] == nullptr              ? "step"
+                                                                           : nullptr;
+      if (missing != nullptr)
+        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Adam's " + missing);
     }
   });
+  auto* ticket = at<unsigned int>(a.workspace, "workspace");
+  update(
+      adam_launches_, groups, a, [](AdamGroup& to, const AdamGroupOf<double>& from) { to = group_as<float>(from); },
+      [&](const auto& table, int32_t blocks, const UpdateCall& call) {
+        AdamKernels<TableOf<decltype(table)>>::adam(dtypes_, table, blocks, call, ticket, stream_of(a.stream));
+      });
 }
 
-static void set_move(PassGroup& to, const GroupOf<double>& from, bool) { to.move = move_group(from); }
-
-void CudaTable::norm(const Groups& groups, uintptr_t status, NormFlags flags, double eps, uintptr_t workspace,
-                     uintptr_t stream) {
-  check_call(groups, {}, false);
-  set_groups(pass_, groups, {}, set_move);
-  auto* numbers = at<StatusOf<float>>(status, "status");
-  run(pass_, false, [&](const auto& table, const LaunchPlan& plan) {
-    NormKernels<TableOf<decltype(table)>>::norm(dtypes_, table, plan.chunks(), slots(workspace, plan), numbers,
-                                                float(eps), flags, stream_of(stream));
-  });
-}
-
-void CudaTable::perturb(const Groups& groups, uintptr_t status, uint64_t seed, bool random_rounding, uintptr_t stream) {
-  bool drawn = random_rounding;
-  for (const LaunchPlan& plan : pass_.plans)
-    for (int32_t group : plan.groups) drawn = drawn || (size_t(group) < groups.size() && groups[size_t(group)].share < 1);
-  check_call(groups, {}, drawn);
-  set_groups(pass_, groups, {}, set_move);
-  const auto* numbers = at<const StatusOf<float>>(status, "status");
-  const Draws draws{seed, random_rounding};
-  run(pass_, true, [&](const auto& table, const LaunchPlan& plan) {
-    MoveKernels<TableOf<decltype(table)>>::perturb(dtypes_, table, plan.chunks(), numbers, drawn ? &draws : nullptr,
-                                                   stream_of(stream));
-  });
-}
-
-void CudaTable::sgd(const Groups& groups, const Update& u) {
-  check_call(groups, u.rates, u.random_rounding);
-  set_groups(pass_, groups, u.rates, [](PassGroup& to, const GroupOf<double>& from, bool rate_is_double) {
-    to.sgd = sgd_group(from);
-    to.sgd.rate_is_double = rate_is_double;
-  });
-  const auto* numbers = at<const StatusOf<float>>(u.status, "status");
-  check_aligned(u.grad_scale, 4, "gradient scale");
-  run(pass_, true, [&](const auto& table, const LaunchPlan& plan) {
-    SgdKernels<TableOf<decltype(table)>>::sgd(dtypes_, table, plan.chunks(), numbers,
-                                              reinterpret_cast<const float*>(u.grad_scale),
-                                              Draws{u.seed, u.random_rounding}, stream_of(u.stream));
-  });
-}
-
-void CudaTable::adam(const Groups& groups, const Update& u) {
-  check_call(groups, u.rates, u.random_rounding);
-  if (adam_.plans.empty() && !pass_.plans.empty()) throw std::invalid_argument("Adam's state has not been set");
-  set_groups(adam_, groups, u.rates, [](AdamGroup& to, const GroupOf<double>& from, bool rate_is_double) {
-    to = adam_group(from);
-    to.rate_is_double = rate_is_double;
-  });
-  adam_.each([](const auto& table, const LaunchPlan& plan) {
+void CudaTable::lion(const std::vector<LionGroupOf<double>>& groups, const UpdateArguments& a) {
+  launches_.each([](const auto& table, const LaunchPlan& plan) {
     for (size_t i = 0; i < plan.tensors.size(); ++i)
-      if (table.data[kMomentum][i] == nullptr ||
-          (table.group[table.group_of[i]].amsgrad && table.data[kLargest][i] == nullptr))
-        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Adam's " +
-                                    (table.data[kMomentum][i] == nullptr ? "exp_avg" : "max_exp_avg_sq"));
+      if (table.data[kState0][i] == nullptr)
+        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Lion's exp_avg");
   });
-  const auto* numbers = at<const StatusOf<float>>(u.status, "status");
-  auto* ticket = at<unsigned int>(u.workspace, "workspace");
-  check_aligned(u.grad_scale, 4, "gradient scale");
-  run(adam_, true, [&](const auto& table, const LaunchPlan& plan) {
-    AdamKernels<TableOf<decltype(table)>>::adam(dtypes_, table, plan.chunks(), numbers,
-                                                reinterpret_cast<const float*>(u.grad_scale), ticket,
-                                                Draws{u.seed, u.random_rounding}, stream_of(u.stream));
-  });
+  update(
+      launches_, groups, a, [](AnyGroup& to, const LionGroupOf<double>& from) { to.lion = group_as<float>(from); },
+      [&](const auto& table, int32_t blocks, const UpdateCall& call) {
+        LionKernels<TableOf<decltype(table)>>::lion(dtypes_, table, blocks, call, stream_of(a.stream));
+      });
 }
 
 void CudaTable::restore(uintptr_t stream) {
-  run(pass_, true, [&](const auto& table, const LaunchPlan& plan) {
-    MoveKernels<TableOf<decltype(table)>>::restore(dtypes_, table, plan.chunks(), stream_of(stream));
+  run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {
+    PerturbKernels<TableOf<decltype(table)>>::restore(dtypes_, table, plan.chunks(), stream_of(stream));
   });
 }
 
-void cuda_finish(uintptr_t status, NormFlags flags, double eps, int device, uintptr_t stream) {
+void cuda_finish_norm(uintptr_t status, FinishNorm how, double eps, int device, uintptr_t stream) {
   const OnDevice guard(device);
-  launch_finish(at<StatusOf<float>>(status, "status"), float(eps), flags, stream_of(stream));
+  launch_finish_norm(at<StatusOf<float>>(status, "status"), float(eps), how, stream_of(stream));
 }
 
-// ---- P4 to P6 ---------------------------------------------------------------------------------------------
+// ---- a pair of vectors ------------------------------------------------------------------------------------
 
-CudaLists::CudaLists(Dtype x, Dtype y, int device, std::vector<int64_t> sizes, int64_t chunk)
+CudaVectorPair::CudaVectorPair(Dtype x, Dtype y, int device, std::vector<int64_t> sizes, int64_t chunk)
     : Columns(device, sizes, std::vector<int32_t>(sizes.size(), 0), chunk), x_(x), y_(y) {
-  if (!cuda_lists_served(x, y)) throw std::invalid_argument("no CUDA kernel for lists of these dtypes");
+  if (!supports_vectors(x, y)) throw std::invalid_argument("no CUDA kernel for vectors of these dtypes");
 }
 
-bool cuda_lists_served(Dtype x, Dtype y) { return has_cuda_instance(ListDtypes{x, y, x}); }
+bool supports_vectors(Dtype x, Dtype y) { return has_cuda_instance(VectorDtypes{x, y, x}); }
 
-int64_t CudaLists::workspace_bytes() const { return kTicketBytes + 3 * chunks() * int64_t(sizeof(float)); }
+int64_t CudaVectorPair::workspace_bytes() const { return kTicketBytes + 3 * chunks() * int64_t(sizeof(float)); }
 
-void CudaLists::set(Column column, const char* what, const Addresses& addresses, Dtype dtype) {
+void CudaVectorPair::set(Column column, const char* what, const Addresses& addresses, Dtype dtype) {
   check(what, addresses, size_of(dtype), false, false);
-  fill(pass_, column, addresses);
+  fill(launches_, column, addresses);
 }
 
-void CudaLists::dots(const Addresses& x, const Addresses& y, uintptr_t sums, bool begin, uintptr_t workspace,
-                     uintptr_t stream) {
+void CudaVectorPair::dot(const Addresses& x, const Addresses& y, uintptr_t sums, bool reset, uintptr_t workspace,
+                         uintptr_t stream) {
   set(kX, "x", x, x_);
   set(kY, "y", y, y_);
   auto* numbers = at<float>(sums, "sums");
-  run(pass_, false, [&](const auto& table, const LaunchPlan& plan) {
-    ListKernels<TableOf<decltype(table)>>::dots(ListDtypes{x_, y_, x_}, table, plan.chunks(), slots(workspace, plan),
-                                                numbers, begin, stream_of(stream));
+  run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
+    VectorKernels<TableOf<decltype(table)>>::dot(VectorDtypes{x_, y_, x_}, table, plan.chunks(), slots(workspace, plan),
+                                                 numbers, reset, stream_of(stream));
   });
 }
 
-void CudaLists::combine(const Addresses& x, const Addresses& y, Dtype out_dtype, const Addresses& out,
-                        uintptr_t coefficients, double a, double b, uintptr_t status, uintptr_t stream) {
-  const ListDtypes dtypes{x_, y_, out_dtype};
+void CudaVectorPair::axpby(const Addresses& x, const Addresses& y, Dtype out_dtype, const Addresses& out,
+                           uintptr_t coefficients, double a, double b, uintptr_t status, uintptr_t stream) {
+  const VectorDtypes dtypes{x_, y_, out_dtype};
   if (!has_cuda_instance(dtypes)) throw std::invalid_argument("the result must have the dtype of x or of y");
   set(kX, "x", x, x_);
   set(kY, "y", y, y_);
   set(kOut, "result", out, out_dtype);
   check_aligned(coefficients, 4, "coefficients");
   check_aligned(status, 4, "status");
-  const Coefficients by{reinterpret_cast<const float*>(coefficients), float(a), float(b)};
-  run(pass_, true, [&](const auto& table, const LaunchPlan& plan) {
-    ListKernels<TableOf<decltype(table)>>::combine(dtypes, table, plan.chunks(), by,
+  const Coefficients numbers{reinterpret_cast<const float*>(coefficients), float(a), float(b)};
+  run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {
+    VectorKernels<TableOf<decltype(table)>>::axpby(dtypes, table, plan.chunks(), numbers,
                                                    reinterpret_cast<const StatusOf<float>*>(status), stream_of(stream));
   });
 }

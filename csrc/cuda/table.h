@@ -1,10 +1,11 @@
-// Tables of tensors on one GPU, as the Python bindings see them: addresses are integers, so is the stream.
+// Tables of tensors on one GPU for the Python bindings, to which addresses and streams are integers.
 //
-// Everything here throws std::runtime_error or std::invalid_argument with what is wrong and what to do. Nothing waits
+// Every function here throws std::runtime_error or std::invalid_argument with what is wrong and what to do. None waits
 // for the device.
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <string>
 #include <vector>
 
@@ -15,20 +16,20 @@
 
 namespace fused_sam {
 
-// A learning rate that lies on the device; address 0: the group's own number counts.
+// A learning rate on the device; with address 0 the number in the group counts.
 struct DeviceRate {
   uintptr_t address = 0;
   bool is_double = false;
 };
 
-// A table cut into launches of Small tables, or of Large ones where one small table does not hold it.
+// A table cut into launches of Small tables, or of Large ones if one small table does not hold it.
 template <class SmallTable, class LargeTable>
 struct Launches {
   using Small = SmallTable;
   using Large = LargeTable;
 
   std::vector<LaunchPlan> plans;
-  // One entry a launch, in one of the two.
+  // One entry per launch, in one of the two.
   std::vector<Small> small;
   std::vector<Large> large;
 
@@ -39,26 +40,27 @@ struct Launches {
     for (size_t k = 0; k < large.size(); ++k) f(large[k], plans[k]);
   }
 };
-using PassLaunches = Launches<SmallTable, LargeTable>;
+using TableLaunches = Launches<SmallTable, LargeTable>;
 using AdamLaunches = Launches<SmallAdamTable, LargeAdamTable>;
 
 // Columns of addresses.
 class Columns {
  public:
-  // chunk: elements a block takes; 0: from the device and the work.
-  Columns(int device, std::vector<int64_t> sizes, std::vector<int32_t> groups, int64_t chunk);
+  // chunk: elements per block; 0: from the device and the number of elements.
+  Columns(int device, std::vector<int64_t> sizes, const std::vector<int32_t>& group_ids, int64_t chunk);
 
   using Addresses = std::vector<uintptr_t>;
 
   int device() const { return device_; }
   int64_t chunk() const { return chunk_; }
   int64_t chunks() const;
-  int64_t launches() const { return int64_t(pass_.plans.size()); }
+  int64_t launches() const { return int64_t(launches_.plans.size()); }
 
  protected:
   template <class L>
-  void cut(L& launches, const std::vector<int32_t>& groups) const;
-  // check_memory: also that every address is memory of this device, which costs a driver call each.
+  void cut(L& launches, const std::vector<int32_t>& group_ids) const;
+  // check_memory: also check that every address is memory of this device, by a driver call for each.
+  // may_miss: an address may be 0.
   void check(const char* what, const Addresses&, int64_t element_size, bool check_memory, bool may_miss) const;
   template <class L>
   void fill(L& launches, Column, const Addresses&) const;
@@ -69,67 +71,78 @@ class Columns {
   int device_;
   std::vector<int64_t> sizes_;
   int64_t chunk_;
-  PassLaunches pass_;
+  TableLaunches launches_;
 };
 
-// What an update is told beside the groups.
-struct Update {
-  std::vector<DeviceRate> rates;  // none, or one a group
+// Arguments of an update besides its groups.
+struct UpdateArguments {
+  std::vector<DeviceRate> rates;  // none, or one per group
   uintptr_t status = 0;
-  uintptr_t grad_scale = 0;       // of a float; 0: none
-  uintptr_t workspace = 0;        // of Adam
+  uintptr_t grad_scale = 0;  // of a float; 0: none
+  double max_norm = std::numeric_limits<double>::infinity();  // no clipping
+  uintptr_t workspace = 0;   // used by Adam
   uint64_t seed = 0;
-  bool random_rounding = false;
+  bool stochastic_rounding = false;
   uintptr_t stream = 0;
 };
 
-// P1 to P3 and P7.
+// The tensors of norm, perturb, the updates and restore.
 class CudaTable : public Columns {
  public:
-  // model: the weights' dtype, or that of what the network computes with beside master weights.
-  // streams: of random numbers, one a tensor; empty where nothing is drawn.
-  CudaTable(Dtype weight, Dtype gradient, Dtype model, int device, std::vector<int64_t> sizes, std::vector<int32_t> groups,
-            std::vector<uint32_t> streams, int64_t chunk);
+  // master: fp32 if there are masters, else the params' dtype.
+  // rng_streams: one per tensor; empty where nothing is drawn.
+  CudaTable(Dtype param, Dtype grad, Dtype master, int device, std::vector<int64_t> sizes,
+            std::vector<int32_t> group_ids, std::vector<uint32_t> rng_streams, int64_t chunk);
 
-  using Groups = std::vector<GroupOf<double>>;
+  void set_params(const Addresses&);
+  void set_backups(const Addresses&);  // without masters
+  void set_masters(const Addresses&);
+  void set_grads(const Addresses&);
+  // The update rule's buffer of that number, in fp32; an address is 0 where the tensor's group does not use it.
+  void set_state(int slot, const Addresses&);
+  void set_steps(const Addresses&);  // Adam's step counts
 
-  void set_weights(const Addresses&);
-  void set_backups(const Addresses&);
-  void set_models(const Addresses&);
-  void set_gradients(const Addresses&);
-  void set_momenta(const Addresses&);  // SGD's, or Adam's exp_avg
-  void set_adam(const Addresses& squares, const Addresses& largest, const Addresses& steps);
-
-  int64_t workspace_bytes() const;  // of zeros before the first use; kept as the kernels leave it
-  void norm(const Groups&, uintptr_t status, NormFlags, double eps, uintptr_t workspace, uintptr_t stream);
-  void perturb(const Groups&, uintptr_t status, uint64_t seed, bool random_rounding, uintptr_t stream);
-  void sgd(const Groups&, const Update&);
-  void adam(const Groups&, const Update&);
+  int64_t workspace_bytes() const;  // zeros before the first use; the kernels leave it ready for the next
+  // groups: null for the norm of g itself.
+  void norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_t status, const NormCall&, uintptr_t workspace,
+            uintptr_t stream);
+  void perturb(const std::vector<PerturbGroupOf<double>>&, uintptr_t status, uint64_t seed, bool stochastic_rounding,
+               uintptr_t stream);
+  void sgd(const std::vector<SgdGroupOf<double>>&, const UpdateArguments&);
+  void adam(const std::vector<AdamGroupOf<double>>&, const UpdateArguments&);
+  void lion(const std::vector<LionGroupOf<double>>&, const UpdateArguments&);
   void restore(uintptr_t stream);
 
  private:
   void set(Column, const char* what, const Addresses&, int64_t element_size, bool check_memory, bool may_miss = false);
+  void make_adam_launches();
   template <class L>
-  void set_streams(L& launches) const;
-  void check_call(const Groups&, const std::vector<DeviceRate>& rates, bool drawn) const;
+  void set_rng_streams(L& launches) const;
+  void check_groups(size_t groups) const;
+  void check_rng_streams(bool random) const;
+  // Checks the arguments, fills in the groups by set(group of the launch, group), and calls launch(table, blocks, call)
+  // for each launch.
+  template <class L, class Group, class Set, class Launch>
+  void update(L& launches, const std::vector<Group>&, const UpdateArguments&, Set&& set, Launch&& launch);
 
   Dtypes dtypes_;
-  std::vector<int32_t> groups_;
-  std::vector<uint32_t> streams_;
-  AdamLaunches adam_;        // empty until Adam's state is set
-  int32_t group_count_ = 0;  // the highest group number and one
+  std::vector<int32_t> group_ids_;
+  std::vector<uint32_t> rng_streams_;
+  AdamLaunches adam_launches_;  // empty until a state column is set that only Adam's tables have
+  int32_t group_count_ = 0;     // the highest group number plus 1
 };
 
-// P4 to P6.
-class CudaLists : public Columns {
+// The tensors of dot, axpby and ema.
+class CudaVectorPair : public Columns {
  public:
-  CudaLists(Dtype x, Dtype y, int device, std::vector<int64_t> sizes, int64_t chunk);
+  CudaVectorPair(Dtype x, Dtype y, int device, std::vector<int64_t> sizes, int64_t chunk);
 
   int64_t workspace_bytes() const;
-  void dots(const Addresses& x, const Addresses& y, uintptr_t sums, bool begin, uintptr_t workspace, uintptr_t stream);
-  // coefficients: the address of two floats, or 0 for the numbers a and b. status: 0, or nothing is written under skip.
-  void combine(const Addresses& x, const Addresses& y, Dtype out_dtype, const Addresses& out, uintptr_t coefficients,
-               double a, double b, uintptr_t status, uintptr_t stream);
+  void dot(const Addresses& x, const Addresses& y, uintptr_t sums, bool reset, uintptr_t workspace, uintptr_t stream);
+  // coefficients: the address of two floats, or 0 for the numbers a and b. status: 0, or nothing is written where skip
+  // is set.
+  void axpby(const Addresses& x, const Addresses& y, Dtype out_dtype, const Addresses& out, uintptr_t coefficients,
+             double a, double b, uintptr_t status, uintptr_t stream);
 
  private:
   void set(Column, const char* what, const Addresses&, Dtype);
@@ -137,9 +150,10 @@ class CudaLists : public Columns {
   Dtype x_, y_;
 };
 
-bool cuda_lists_served(Dtype x, Dtype y);
+// Return true if CudaVectorPair has kernels for these dtypes.
+bool supports_vectors(Dtype x, Dtype y);
 
-// The end of P1 by itself.
-void cuda_finish(uintptr_t status, NormFlags, double eps, int device, uintptr_t stream);
+// finish_norm in a launch of its own.
+void cuda_finish_norm(uintptr_t status, FinishNorm, double eps, int device, uintptr_t stream);
 
 }  // namespace fused_sam

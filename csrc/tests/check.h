@@ -1,4 +1,4 @@
-// A test's two macros: CHECK a condition, CHECK_THROWS an exception; result() is main's exit status.
+// The macros of a test: CHECK a condition, CHECK_THROWS an exception. result() is main's exit status.
 #pragma once
 
 #include <cstdio>

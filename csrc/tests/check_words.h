@@ -1,4 +1,4 @@
-// CHECK_WORDS(expression, words): the expression throws an exception whose text contains the words.
+// CHECK_WORDS(expression, words) checks that the expression throws an exception whose text contains the words.
 #pragma once
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// Arrays of a storage type for the CUDA kernels' tests: memory whose ends the address sanitizer watches.
+// Arrays of a storage type for the CUDA kernels' tests; the address sanitizer watches their ends.
 #pragma once
 
 #include <cstdint>
@@ -64,9 +64,9 @@ std::vector<uintptr_t> addresses(const Arrays& arrays);
 std::vector<std::vector<char>> copies(const Arrays& arrays);
 bool same(const Arrays& arrays, const std::vector<std::vector<char>>& before);
 
-// Within the rounding of a few fp32 operations, and of one write in the storage type.
+// Return true within the rounding of a few fp32 operations, and of one write in the storage type.
 bool near(double found, double expected, fused_sam::Dtype dtype, double magnitude);
-// Exactly what one write in the storage type leaves of x.
+// Return x after one write in the storage type.
 float rounded(float x, fused_sam::Dtype dtype);
 
 }  // namespace fused_sam_test

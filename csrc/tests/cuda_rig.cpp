@@ -1,4 +1,4 @@
-// Memory and rig of the CUDA kernels' tests, compiled once for all of them.
+// The arrays and the rig of the CUDA kernels' tests, compiled once for all of them.
 #include "tests/cuda_rig.h"
 
 #include <cmath>
@@ -43,46 +43,41 @@ float rounded(float x, Dtype dtype) {
 
 // ---- groups -----------------------------------------------------------------------------------------------
 
-static GroupOf<double> group(double rho, double eta, bool adaptive, double lr, double weight_decay, double factor) {
-  GroupOf<double> g{};
-  g.rho = rho, g.eta = eta, g.adaptive = adaptive, g.lr = lr, g.weight_decay = weight_decay, g.factor = factor;
-  g.keep = g.share = 1, g.max_norm = kInf;
-  return g;
-}
-static GroupOf<double> sgd_with(GroupOf<double> g, double momentum, double keep, bool nesterov) {
-  g.momentum = momentum, g.keep = keep, g.nesterov = nesterov;
-  return g;
-}
-static GroupOf<double> adam_with(GroupOf<double> g, double beta1, double beta2, double eps, bool decoupled,
-                                 bool amsgrad) {
-  g.keep1 = 1 - beta1, g.keep2 = 1 - beta2, g.beta2 = beta2;
-  g.log_beta1 = std::log(beta1), g.log_beta2 = std::log(beta2);
-  g.adam_eps = eps, g.decoupled = decoupled, g.amsgrad = amsgrad;
-  return g;
+static AdamGroupOf<double> adam_group(double lr, double beta1, double beta2, double eps, double weight_decay,
+                                      double factor, bool decoupled, bool amsgrad) {
+  return {lr,  1 - beta1,    1 - beta2, beta2,     std::log(beta1), std::log(beta2),
+          eps, weight_decay, factor,    decoupled, amsgrad};
 }
 
-const Groups kGroups = {
-    sgd_with(group(0.5, 0, false, 0.1, 0.01, 1), 0.9, 1, false),
-    sgd_with(group(0.25, 0.125, true, 0.2, 0, -1), 0.8, 0.75, false),
-    sgd_with(group(1, 0, true, 0.1, 0.001, 1), 0.9, 1, true),
-    sgd_with(group(0.5, 0, false, 0.3, 0.01, 1), 0, 1, false),
+// rho, eta, mask_prob, adaptive
+const std::vector<PerturbGroupOf<double>> kPerturbGroups = {
+    {0.5, 0, 1, false}, {0.25, 0.125, 1, true}, {1, 0, 1, true}, {0.5, 0, 1, false}};
+// lr, momentum, one_minus_dampening, weight_decay, factor, nesterov
+const std::vector<SgdGroupOf<double>> kSgdGroups = {
+    {0.1, 0.9, 1, 0.01, 1, false},
+    {0.2, 0.8, 0.75, 0, -1, false},
+    {0.1, 0.9, 1, 0.001, 1, true},
+    {0.3, 0, 1, 0.01, 1, false},
 };
-const Groups kAdamGroups = {
-    adam_with(group(0.5, 0, false, 0.1, 0.05, 1), 0.8, 0.95, 1e-3, false, false),
-    adam_with(group(0.5, 0, false, 0.2, 0.1, -1), 0.9, 0.99, 1e-2, true, true),
-    adam_with(group(0.5, 0, false, 0.05, 0, 1), 0.7, 0.9, 1e-3, false, true),
-    adam_with(group(0.5, 0, false, 0.3, 0.1, 1), 0.9, 0.999, 1e-1, true, false),
+const std::vector<AdamGroupOf<double>> kAdamGroups = {
+    adam_group(0.1, 0.8, 0.95, 1e-3, 0.05, 1, false, false),
+    adam_group(0.2, 0.9, 0.99, 1e-2, 0.1, -1, true, true),
+    adam_group(0.05, 0.7, 0.9, 1e-3, 0, 1, false, true),
+    adam_group(0.3, 0.9, 0.999, 1e-1, 0.1, 1, true, false),
 };
+// lr, one_minus_beta1, one_minus_beta2, weight_decay, factor; a beta of 0, and one below and one above 0.5
+const std::vector<LionGroupOf<double>> kLionGroups = {
+    {0.1, 0.1, 0.01, 0.05, 1}, {0.2, 0.75, 0.25, 0, -1}, {0.05, 1, 0.5, 0.1, 1}, {0.3, 0.2, 1, 0.01, 1}};
 
 // ---- rig --------------------------------------------------------------------------------------------------
 
-std::vector<int32_t> Rig::numbers(size_t count) {
+std::vector<int32_t> Rig::ids(size_t count) {
   std::vector<int32_t> out(count);
-  for (size_t i = 0; i < count; ++i) out[i] = int32_t(i % kGroups.size());
+  for (size_t i = 0; i < count; ++i) out[i] = int32_t(i % kPerturbGroups.size());
   return out;
 }
 
-std::vector<uint32_t> Rig::streams(size_t count) {
+std::vector<uint32_t> Rig::rng_streams(size_t count) {
   std::vector<uint32_t> out(count);
   for (size_t i = 0; i < count; ++i) out[i] = 0x7fffffffu - 12345u * uint32_t(i);
   return out;
@@ -90,81 +85,87 @@ std::vector<uint32_t> Rig::streams(size_t count) {
 
 Rig::Rig(const Case& c)
     : c(c),
-      groups(numbers(c.sizes.size())),
-      weights(arrays(c.weight, c.sizes, c.offset)),
-      backups(arrays(c.weight, c.sizes, 0)),
-      models(arrays(c.model, c.sizes, 0)),
-      gradients(arrays(c.gradient, c.sizes, 0)),
-      momenta(arrays(Dtype::f32, c.sizes, 0)),
-      squares(arrays(Dtype::f32, c.sizes, 0)),
-      largest(arrays(Dtype::f32, c.sizes, 0)),
-      table(c.weight, c.gradient, c.model, 0, c.sizes, groups, streams(c.sizes.size()), c.chunk),
+      group_ids(ids(c.sizes.size())),
+      params(arrays(c.param, c.sizes, c.offset)),
+      backups(arrays(c.param, c.sizes, 0)),
+      masters(arrays(c.master, c.sizes, 0)),
+      grads(arrays(c.grad, c.sizes, 0)),
+      state{arrays(Dtype::f32, c.sizes, 0), arrays(Dtype::f32, c.sizes, 0), arrays(Dtype::f32, c.sizes, 0)},
+      table(c.param, c.grad, c.master, 0, c.sizes, group_ids, rng_streams(c.sizes.size()), c.chunk),
       workspace(size_t(table.workspace_bytes()) + 64) {
   std::mt19937 random(1);
   for (size_t t = 0; t < c.sizes.size(); ++t) {
-    weights[t].fill(random, 2);
-    backups[t].fill(random, 100);  // rubbish
-    gradients[t].fill(random, 0.5);
-    models[t].fill(random, 100);
-    momenta[t].fill(random, 1);
-    squares[t].fill(random, 1), largest[t].fill(random, 1);
-    for (int64_t i = 0; i < c.sizes[t]; ++i) {
-      squares[t].set(i, std::fabs(squares[t].get(i)));
-      largest[t].set(i, std::fabs(largest[t].get(i)));
-    }
+    params[t].fill(random, c.has_masters() ? 100 : 2);  // with masters, nothing reads the params
+    backups[t].fill(random, 100);                       // garbage, until perturb writes them
+    masters[t].fill(random, 2);
+    grads[t].fill(random, 0.5);
+    for (Arrays& buffer : state) buffer[t].fill(random, 1);
+    for (int64_t i = 0; i < c.sizes[t]; ++i)
+      for (int slot : {1, 2}) state[slot][t].set(i, std::fabs(state[slot][t].get(i)));
     steps.push_back(float(3 * t));
   }
-  table.set_weights(addresses(weights));
-  if (c.masters())
-    table.set_models(addresses(models));
+  table.set_params(addresses(params));
+  if (c.has_masters())
+    table.set_masters(addresses(masters));
   else
-    table.set_backups(addresses(c.separate ? backups : weights));
-  std::vector<uintptr_t> momentum = addresses(momenta);
-  for (size_t t = 0; t < groups.size(); ++t)
-    if (kGroups[size_t(groups[t])].momentum == 0) momentum[t] = 0;
-  table.set_momenta(momentum);
-  table.set_gradients(addresses(gradients));
+    table.set_backups(addresses(c.separate ? backups : params));
+  std::vector<uintptr_t> momentum_buffers = addresses(state[0]);
+  for (size_t t = 0; t < group_ids.size(); ++t)
+    if (kSgdGroups[size_t(group_ids[t])].momentum == 0) momentum_buffers[t] = 0;
+  table.set_state(0, momentum_buffers);
+  table.set_grads(addresses(grads));
 }
 
 void Rig::use_adam() {
   std::vector<uintptr_t> of_steps;
   for (float& t : steps) of_steps.push_back(reinterpret_cast<uintptr_t>(&t));
-  table.set_momenta(addresses(momenta));
-  table.set_adam(addresses(squares), addresses(largest), of_steps);
+  for (int slot = 0; slot < 3; ++slot) table.set_state(slot, addresses(state[slot]));
+  table.set_steps(of_steps);
 }
 
-Update Rig::update(const float* scale, bool random_rounding) {
-  Update u;
-  u.status = status_address(), u.grad_scale = reinterpret_cast<uintptr_t>(scale), u.workspace = scratch();
-  u.seed = 0xf123456789abcdefu, u.random_rounding = random_rounding;
-  return u;
+void Rig::use_lion() { table.set_state(0, addresses(state[0])); }
+
+UpdateArguments Rig::arguments(const float* scale, double max_norm, bool stochastic_rounding) {
+  UpdateArguments a;
+  a.status = status_address(), a.grad_scale = reinterpret_cast<uintptr_t>(scale), a.max_norm = max_norm;
+  a.workspace = scratch(), a.seed = 0xf123456789abcdefu, a.stochastic_rounding = stochastic_rounding;
+  return a;
 }
 
 uintptr_t Rig::scratch() { return (reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64; }
 
-void Rig::norm(bool scaled, bool carry, bool begin, bool finish) {
-  table.norm(kGroups, status_address(), NormFlags{scaled, carry, begin, finish}, 1e-12, scratch(), 0);
+void Rig::norm(bool ascent, bool keep_skip, bool reset, bool finish) {
+  table.norm(ascent ? &kPerturbGroups : nullptr, status_address(), {reset, finish, {ascent, keep_skip}, 1e-12f},
+             scratch(), 0);
 }
 
-double Rig::expected_norm(bool scaled) const {
+double Rig::expected_norm(bool ascent) const {
+  const Arrays& weights = c.has_masters() ? masters : params;
   double sum = 0;
   for (size_t t = 0; t < c.sizes.size(); ++t) {
-    const GroupOf<double>& h = kGroups[size_t(groups[t])];
+    const PerturbGroupOf<double>& h = kPerturbGroups[size_t(group_ids[t])];
     for (int64_t i = 0; i < c.sizes[t]; ++i) {
-      const double scale = scaled && h.adaptive ? std::fabs(double(weights[t].get(i))) + h.eta : 1;
-      sum += std::pow(scale * gradients[t].get(i), 2);
+      const double scale = ascent && h.adaptive ? std::fabs(double(weights[t].get(i))) + h.eta : 1;
+      sum += std::pow(scale * grads[t].get(i), 2);
     }
   }
   return std::sqrt(sum);
 }
 
 bool Rig::is_perturbed(size_t tensor, const Array& moved, const Array& clean, Dtype dtype) const {
-  const GroupOf<double>& h = kGroups[size_t(groups[tensor])];
+  const PerturbGroupOf<double>& h = kPerturbGroups[size_t(group_ids[tensor])];
   for (int64_t i = 0; i < clean.size(); ++i) {
     const double w = clean.get(i), scale = h.adaptive ? std::fabs(w) + h.eta : 1;
-    const double e = h.rho * double(status.inverse) * scale * scale * gradients[tensor].get(i);
+    const double e = h.rho * double(status.inverse_norm) * scale * scale * grads[tensor].get(i);
     if (!near(moved.get(i), w + e, dtype, 4)) return false;
   }
+  return true;
+}
+
+bool Rig::params_are_rounded() const {
+  for (size_t t = 0; t < params.size(); ++t)
+    for (int64_t i = 0; i < params[t].size(); ++i)
+      if (params[t].get(i) != rounded(masters[t].get(i), c.param)) return false;
   return true;
 }
 

@@ -1,4 +1,4 @@
-// Rig: one table of the CUDA backend with everything a step needs, for the tests of the kernels' source on the host.
+// Rig: one table of the CUDA backend with all tensors of a step, for the tests of the kernels' source on the host.
 #pragma once
 
 #include <cstdint>
@@ -13,48 +13,60 @@ namespace fused_sam_test {
 constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
-using Groups = std::vector<fused_sam::GroupOf<double>>;
-
-// Four groups of unlike options; a rig's tensors take them in turn.
-extern const Groups kGroups;      // for SGD
-extern const Groups kAdamGroups;
+// Four groups of different options for each primitive; tensor i of a rig belongs to group i % 4.
+extern const std::vector<fused_sam::PerturbGroupOf<double>> kPerturbGroups;
+extern const std::vector<fused_sam::SgdGroupOf<double>> kSgdGroups;
+extern const std::vector<fused_sam::AdamGroupOf<double>> kAdamGroups;
+extern const std::vector<fused_sam::LionGroupOf<double>> kLionGroups;
 
 struct Case {
-  fused_sam::Dtype weight = fused_sam::Dtype::f32, gradient = fused_sam::Dtype::f32;
+  fused_sam::Dtype param = fused_sam::Dtype::f32, grad = fused_sam::Dtype::f32;
   Sizes sizes;
   int64_t chunk = 0;
-  int64_t offset = 0;               // misaligns the weights
-  bool separate = true;             // the backups are memory of their own
-  fused_sam::Dtype model = weight;  // narrower: the weights are masters
+  int64_t offset = 0;                // misaligns the params
+  bool separate = true;              // True if the backups are memory of their own
+  fused_sam::Dtype master = param;   // fp32: there are masters
 
-  bool masters() const { return model != weight; }
+  bool has_masters() const { return master != param; }
 };
 
 struct Rig {
   Case c;
-  std::vector<int32_t> groups;
-  Arrays weights, backups, models, gradients, momenta, squares, largest;
+  std::vector<int32_t> group_ids;
+  Arrays params, backups, masters, grads;
+  Arrays state[3];  // momentum_buffer or exp_avg, exp_avg_sq, max_exp_avg_sq
   std::vector<float> steps;
   fused_sam::StatusOf<float> status{};
   fused_sam::CudaTable table;
   std::vector<char> workspace;
 
-  // Of as many tensors: the groups' numbers, and the streams of random numbers.
-  static std::vector<int32_t> numbers(size_t count);
-  static std::vector<uint32_t> streams(size_t count);
+  // The group ids and the streams of random numbers of `count` tensors.
+  static std::vector<int32_t> ids(size_t count);
+  static std::vector<uint32_t> rng_streams(size_t count);
 
   explicit Rig(const Case& c);
 
+  // Gives the table every buffer of the rule; until then it has SGD's.
   void use_adam();
+  void use_lion();
   uintptr_t scratch();
   uintptr_t status_address() { return reinterpret_cast<uintptr_t>(&status); }
-  fused_sam::Update update(const float* scale = nullptr, bool random_rounding = false);
-  void perturb() { table.perturb(kGroups, status_address(), 0, false, 0); }
-  void norm(bool scaled, bool carry = false, bool begin = true, bool finish = true);
+  fused_sam::UpdateArguments arguments(const float* scale = nullptr, double max_norm = kInf,
+                                       bool stochastic_rounding = false);
+  void perturb() { table.perturb(kPerturbGroups, status_address(), 0, false, 0); }
+  // ascent: of T_w g for perturb, else of g for the update.
+  void norm(bool ascent, bool keep_skip = false, bool reset = true, bool finish = true);
 
-  double expected_norm(bool scaled) const;
-  // Whether a tensor of `moved` is what perturb() makes of the `clean` one, within its dtype's rounding.
+  // What updates read and restore copies: the masters, the backups, or the params themselves.
+  Arrays& clean() { return c.has_masters() ? masters : c.separate ? backups : params; }
+  // What an update writes in the type of the arithmetic or of the params.
+  Arrays& written() { return c.has_masters() ? masters : params; }
+
+  double expected_norm(bool ascent) const;
+  // Return true if a tensor of `moved` is what perturb() makes of the `clean` one, within its dtype's rounding.
   bool is_perturbed(size_t tensor, const Array& moved, const Array& clean, fused_sam::Dtype dtype) const;
+  // Return true if every param is its master, rounded to nearest.
+  bool params_are_rounded() const;
 };
 
 }  // namespace fused_sam_test

@@ -1,4 +1,4 @@
-// P7, Adam and AdamW, in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// adam, Adam's and AdamW's step, in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
 #include <algorithm>
 #include <cmath>
 
@@ -11,56 +11,58 @@ using namespace fused_sam_test;
 
 namespace {
 
-// With masters too: then the weights are read and written as such, and the models are their rounding.
+std::vector<std::vector<double>> numbers(const Arrays& arrays) {
+  std::vector<std::vector<double>> out;
+  for (const Array& a : arrays) {
+    out.emplace_back();
+    for (int64_t i = 0; i < a.size(); ++i) out.back().push_back(a.get(i));
+  }
+  return out;
+}
+
+// With masters, the masters are read and written, and the params are their rounding.
 void check_adam(const Case& c, const float* scale, double max_norm) {
   Rig rig(c);
   rig.use_adam();
-  Groups groups = kAdamGroups;
-  groups[0].max_norm = groups[1].max_norm = max_norm;
   rig.norm(true);
   rig.perturb();
   rig.norm(false, true);
-  const Arrays& from = c.masters() || !c.separate ? rig.weights : rig.backups;
-  std::vector<std::vector<double>> before, means, squares, largest;
-  for (size_t t = 0; t < c.sizes.size(); ++t) {
-    const auto read = [&](const Array& a, auto& to) {
-      to.emplace_back();
-      for (int64_t i = 0; i < a.size(); ++i) to.back().push_back(a.get(i));
-    };
-    read(from[t], before), read(rig.momenta[t], means), read(rig.squares[t], squares), read(rig.largest[t], largest);
-  }
-  rig.table.adam(groups, rig.update(scale));
+  const auto before = numbers(rig.clean()), exp_avg = numbers(rig.state[0]), exp_avg_sq = numbers(rig.state[1]),
+             max_exp_avg_sq = numbers(rig.state[2]);
+  rig.table.adam(kAdamGroups, rig.arguments(scale, max_norm));
   const double unscale = scale == nullptr ? 1 : 1 / double(*scale);
+  const double clip = std::min(1.0, max_norm / (double(rig.status.update_norm) * unscale + 1e-6));
   for (size_t t = 0; t < c.sizes.size(); ++t) {
-    const GroupOf<double>& h = groups[size_t(rig.groups[t])];
+    const AdamGroupOf<double>& h = kAdamGroups[size_t(rig.group_ids[t])];
     const double step = c.sizes[t] == 0 ? 3 * double(t) : 3 * double(t) + 1;
     CHECK(rig.steps[t] == float(step));
-    const double clip = std::min(1.0, h.max_norm / (double(rig.status.update_norm) * unscale + 1e-6));
-    const double beta1 = 1 - h.keep1, c1 = 1 - std::pow(beta1, step), c2 = 1 - std::pow(h.beta2, step);
+    const double beta1 = 1 - h.one_minus_beta1, c1 = 1 - std::pow(beta1, step), c2 = 1 - std::pow(h.beta2, step);
     bool good = true;
     for (int64_t i = 0; i < c.sizes[t]; ++i) {
       const size_t k = size_t(i);
-      double w = before[t][k], d = h.factor * unscale * clip * rig.gradients[t].get(i);
+      double w = before[t][k], d = h.factor * unscale * clip * rig.grads[t].get(i);
       if (!h.decoupled) d += h.weight_decay * w;
       if (h.decoupled) w *= 1 - h.lr * h.weight_decay;
-      const double m = means[t][k] + h.keep1 * (d - means[t][k]), v = h.beta2 * squares[t][k] + h.keep2 * d * d;
-      const double s = h.amsgrad ? std::max(v, largest[t][k]) : v;
-      const double moved = w - h.lr / c1 * m / (std::sqrt(s) / std::sqrt(c2) + h.adam_eps);
-      // A root near 0 magnifies the rounding of its square: by less than 1 / adam_eps.
-      const double magnitude = 4 + h.lr / c1 / h.adam_eps;
-      good = good && near(rig.momenta[t].get(i), m, Dtype::f32, 4) && near(rig.squares[t].get(i), v, Dtype::f32, 4);
-      if (h.amsgrad) good = good && near(rig.largest[t].get(i), s, Dtype::f32, 4);
-      good = good && near(rig.weights[t].get(i), moved, c.weight, magnitude);
-      if (c.masters()) good = good && rig.models[t].get(i) == rounded(rig.weights[t].get(i), c.model);
+      const double m = exp_avg[t][k] + h.one_minus_beta1 * (d - exp_avg[t][k]);
+      const double v = h.beta2 * exp_avg_sq[t][k] + h.one_minus_beta2 * d * d;
+      const double s = h.amsgrad ? std::max(v, max_exp_avg_sq[t][k]) : v;
+      const double updated = w - h.lr / c1 * m / (std::sqrt(s) / std::sqrt(c2) + h.eps);
+      // A root near 0 magnifies the rounding of its square by less than 1 / eps.
+      const double magnitude = 4 + h.lr / c1 / h.eps;
+      good = good && near(rig.state[0][t].get(i), m, Dtype::f32, 4) && near(rig.state[1][t].get(i), v, Dtype::f32, 4);
+      if (h.amsgrad) good = good && near(rig.state[2][t].get(i), s, Dtype::f32, 4);
+      good = good && near(rig.written()[t].get(i), updated, c.has_masters() ? c.master : c.param, magnitude);
     }
     CHECK(good);
   }
-  // Skipped: nothing is counted, no state is touched, and the unperturbed weight comes back.
-  const auto state = copies(rig.momenta), weights = copies(rig.weights), kept = copies(from);
+  CHECK(!c.has_masters() || rig.params_are_rounded());
+  // Under skip nothing is counted, no state changes, and the params are restored.
+  const auto state = copies(rig.state[0]), clean = copies(rig.clean());
   const std::vector<float> steps = rig.steps;
   rig.status.skip = 1;
-  rig.table.adam(groups, rig.update(scale));
-  CHECK(same(rig.momenta, state) && rig.steps == steps && same(rig.weights, c.masters() ? weights : kept));
+  rig.table.adam(kAdamGroups, rig.arguments(scale, max_norm));
+  CHECK(same(rig.state[0], state) && rig.steps == steps && same(rig.written(), clean));
+  CHECK(!c.has_masters() || rig.params_are_rounded());
 }
 
 void test_adam() {
@@ -71,13 +73,13 @@ void test_adam() {
         check_adam({Dtype::f32, Dtype::f32, sizes, chunk}, nullptr, kInf);
         check_adam({narrow, narrow, sizes, chunk}, &scale, 1.5);
         check_adam({narrow, Dtype::f32, sizes, chunk}, nullptr, kInf);
-        check_adam({Dtype::f32, narrow, sizes, chunk, 0, true, narrow}, &scale, 0.25);
-        check_adam({Dtype::f32, Dtype::f32, sizes, chunk, 0, true, narrow}, nullptr, kInf);
+        check_adam({narrow, narrow, sizes, chunk, 0, true, Dtype::f32}, &scale, 0.25);
+        check_adam({narrow, Dtype::f32, sizes, chunk, 0, true, Dtype::f32}, nullptr, kInf);
       }
   check_adam({Dtype::f32, Dtype::f32, {5000, 7, 4096}, 0, 1, false}, nullptr, kInf);
 }
 
-// Steps of tensors in several launches, each counted once a step, whichever block comes last.
+// The steps of tensors in several launches, each counted once per step, whichever block comes last.
 void test_adam_counts_every_step_once() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;
@@ -87,7 +89,7 @@ void test_adam_counts_every_step_once() {
       rig.use_adam();
       const int before = cuda_shim::machine().launches;
       for (int step = 1; step <= 3; ++step) {
-        rig.table.adam(kAdamGroups, rig.update());
+        rig.table.adam(kAdamGroups, rig.arguments());
         bool good = true;
         for (size_t t = 0; t < rig.steps.size(); ++t) good = good && rig.steps[t] == float(3 * t + size_t(step));
         CHECK(good);
@@ -98,10 +100,32 @@ void test_adam_counts_every_step_once() {
   cuda_shim::machine().driver = 13000;
 }
 
+// The state's columns in any order, before and after the others.
+void test_columns_in_any_order() {
+  const Case c{Dtype::f32, Dtype::f32, {100, 0, 5}, 0};
+  Rig usual(c), reversed(c);
+  usual.use_adam(), reversed.use_adam();
+  CudaTable table(c.param, c.grad, c.master, 0, c.sizes, reversed.group_ids, {}, 0);
+  std::vector<uintptr_t> of_steps;
+  for (float& t : reversed.steps) of_steps.push_back(reinterpret_cast<uintptr_t>(&t));
+  table.set_backups(addresses(reversed.params));
+  table.set_state(0, addresses(reversed.state[0]));
+  table.set_steps(of_steps);
+  table.set_state(2, addresses(reversed.state[2]));
+  table.set_grads(addresses(reversed.grads));
+  table.set_state(1, addresses(reversed.state[1]));
+  table.set_params(addresses(reversed.params));
+  usual.table.set_backups(addresses(usual.params));
+  table.adam(kAdamGroups, reversed.arguments()), usual.table.adam(kAdamGroups, usual.arguments());
+  CHECK(same(reversed.params, copies(usual.params)) && reversed.steps == usual.steps);
+  for (int slot = 0; slot < 3; ++slot) CHECK(same(reversed.state[slot], copies(usual.state[slot])));
+}
+
 }  // namespace
 
 int main() {
   test_adam();
   test_adam_counts_every_step_once();
+  test_columns_in_any_order();
   return fused_sam_test::result();
 }

@@ -1,4 +1,4 @@
-// SAM's passes with SGD (P1 to P3) in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// A step of SAM with SGD in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
 #include <algorithm>
 #include <cmath>
 
@@ -14,60 +14,59 @@ namespace {
 
 void check_step(const Case& c) {
   Rig rig(c);
-  const auto original = copies(rig.weights);
+  const auto original = copies(rig.params);
   const double norm = rig.expected_norm(true);
 
   rig.norm(true);
-  CHECK(std::fabs(rig.status.norm - norm) <= 1e-5 * norm);
-  CHECK(rig.status.skip == 0 && std::fabs(rig.status.inverse * norm - 1) <= 1e-5);
-  const float first = rig.status.norm;
+  CHECK(std::fabs(rig.status.ascent_norm - norm) <= 1e-5 * norm);
+  CHECK(rig.status.skip == 0 && std::fabs(rig.status.inverse_norm * norm - 1) <= 1e-5);
+  const float first = rig.status.ascent_norm;
   rig.norm(true);
-  CHECK(rig.status.norm == first);  // bit for bit
+  CHECK(rig.status.ascent_norm == first);  // bit for bit
 
   if (c.separate) {
     rig.perturb();
     CHECK(same(rig.backups, original));
     for (size_t t = 0; t < c.sizes.size(); ++t)
-      CHECK(rig.is_perturbed(t, rig.weights[t], rig.backups[t], c.weight));
+      CHECK(rig.is_perturbed(t, rig.params[t], rig.backups[t], c.param));
   }
 
   rig.norm(false, true);
   CHECK(std::fabs(rig.status.update_norm - rig.expected_norm(false)) <= 1e-5 * rig.status.update_norm);
-  CHECK(rig.status.norm == first);
+  CHECK(rig.status.ascent_norm == first);
 
-  // Momentum that was never written, here and there.
-  for (Array& m : rig.momenta)
+  // Every third momentum has never been written.
+  for (Array& m : rig.state[0])
     for (int64_t i = 0; i < m.size(); i += 3) m.set(i, -0.0f);
-  const auto momenta = copies(rig.momenta);
-  const Arrays& from = c.separate ? rig.backups : rig.weights;
+  const auto momenta = copies(rig.state[0]);
   std::vector<std::vector<float>> before;
-  for (const Array& a : from) {
+  for (const Array& a : rig.clean()) {
     before.emplace_back();
     for (int64_t i = 0; i < a.size(); ++i) before.back().push_back(a.get(i));
   }
   const float scale = 4;
-  rig.table.sgd(kGroups, rig.update(&scale));
+  rig.table.sgd(kSgdGroups, rig.arguments(&scale));
   for (size_t t = 0; t < c.sizes.size(); ++t) {
-    const GroupOf<double>& h = kGroups[size_t(rig.groups[t])];
+    const SgdGroupOf<double>& h = kSgdGroups[size_t(rig.group_ids[t])];
     bool good = true;
     for (int64_t i = 0; i < c.sizes[t]; ++i) {
-      const double w = before[t][size_t(i)], d = h.factor / scale * rig.gradients[t].get(i) + h.weight_decay * w;
+      const double w = before[t][size_t(i)], d = h.factor / scale * rig.grads[t].get(i) + h.weight_decay * w;
       float old;
       std::memcpy(&old, &momenta[t][size_t(i) * 4], 4);
-      const bool fresh = h.keep != 1 && is_negative_zero(old);
-      const double m = h.momentum == 0 ? d : fresh ? d : h.momentum * old + h.keep * d;
-      const double moved = w - h.lr * (h.nesterov ? d + h.momentum * m : m);
-      good = good && near(rig.weights[t].get(i), moved, c.weight, 4);
-      good = good && (h.momentum == 0 || near(rig.momenta[t].get(i), m, Dtype::f32, 4));
-      good = good && (h.momentum == 0 || h.keep == 1 || !is_negative_zero(rig.momenta[t].get(i)));
+      const bool dampened = h.one_minus_dampening != 1, first = dampened && is_negative_zero(old);
+      const double m = h.momentum == 0 || first ? d : h.momentum * old + h.one_minus_dampening * d;
+      const double updated = w - h.lr * (h.nesterov ? d + h.momentum * m : m);
+      good = good && near(rig.params[t].get(i), updated, c.param, 4);
+      good = good && (h.momentum == 0 || near(rig.state[0][t].get(i), m, Dtype::f32, 4));
+      good = good && (h.momentum == 0 || !dampened || !is_negative_zero(rig.state[0][t].get(i)));
     }
     CHECK(good);
-    if (h.momentum == 0) CHECK(rig.momenta[t].equals(momenta[t]));
+    if (h.momentum == 0) CHECK(rig.state[0][t].equals(momenta[t]));
   }
   if (c.separate) {
     CHECK(same(rig.backups, original));
     rig.table.restore(0);
-    CHECK(same(rig.weights, original));
+    CHECK(same(rig.params, original));
   }
 }
 
@@ -82,21 +81,21 @@ void test_size_matrix() {
 }
 
 void test_dtypes() {
-  for (Dtype weight : {Dtype::bf16, Dtype::f16})
-    for (Dtype gradient : {weight, Dtype::f32})
+  for (Dtype param : {Dtype::bf16, Dtype::f16})
+    for (Dtype grad : {param, Dtype::f32})
       for (size_t m = 1; m < kMatrix.size(); ++m)
-        for (int64_t chunk : {int64_t(333), int64_t(0)}) check_step({weight, gradient, kMatrix[m], chunk});
+        for (int64_t chunk : {int64_t(333), int64_t(0)}) check_step({param, grad, kMatrix[m], chunk});
 }
 
 void test_unaligned_and_own_backup() {
   for (int64_t offset : {1, 2, 3, 4})
-    for (Dtype weight : {Dtype::f32, Dtype::bf16}) {
-      check_step({weight, Dtype::f32, {5000, 7, 4096}, 0, offset});
-      check_step({weight, Dtype::f32, {5000, 7, 4096}, 0, offset, false});
+    for (Dtype param : {Dtype::f32, Dtype::bf16}) {
+      check_step({param, Dtype::f32, {5000, 7, 4096}, 0, offset});
+      check_step({param, Dtype::f32, {5000, 7, 4096}, 0, offset, false});
     }
 }
 
-// Tables of one launch more or less: of small tables where the driver is old, and of large ones.
+// Tables that fill a launch, with one tensor more or less: small tables with an old driver, and large ones.
 void test_full_tables() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;
@@ -113,16 +112,16 @@ void test_full_tables() {
   cuda_shim::machine().driver = 13000;
 }
 
-// inf and NaN first, in the middle and last, in either gradient: no weight and no momentum changes.
+// inf and NaN first, in the middle and last, in either gradient: no param and no state changes.
 void test_skip() {
   const Sizes sizes = {33333, 0, 555};
   for (float bad : {kInf, -kInf, kNan})
     for (int place = 0; place < 3; ++place)
       for (bool second : {false, true}) {
         Rig rig({Dtype::f32, Dtype::f32, sizes, 333});
-        const auto weights = copies(rig.weights), momenta = copies(rig.momenta);
+        const auto params = copies(rig.params), momenta = copies(rig.state[0]);
         const auto poison = [&](float value) {
-          Array& g = rig.gradients[place == 2 ? 2 : 0];
+          Array& g = rig.grads[place == 2 ? 2 : 0];
           const int64_t i = place == 0 ? 0 : place == 1 ? g.size() / 2 : g.size() - 1;
           const float old = g.get(i);
           g.set(i, value);
@@ -132,66 +131,78 @@ void test_skip() {
         rig.norm(true);
         CHECK((rig.status.skip != 0) == !second);
         rig.perturb();
-        CHECK(same(rig.backups, weights) && same(rig.weights, weights) == !second);
+        CHECK(same(rig.backups, params) && same(rig.params, params) == !second);
         poison(second ? bad : good);
         rig.norm(false, true);
         CHECK(rig.status.skip == 1);
-        rig.table.sgd(kGroups, rig.update());
-        CHECK(same(rig.weights, weights) && same(rig.momenta, momenta));
+        rig.table.sgd(kSgdGroups, rig.arguments());
+        CHECK(same(rig.params, params) && same(rig.state[0], momenta));
         rig.norm(false, false);
-        CHECK((rig.status.skip != 0) == second);  // without carry the present gradient alone counts
+        CHECK((rig.status.skip != 0) == second);  // without keep_skip, only the present gradient counts
       }
 }
 
-// A sum that goes over several tables, the status being all that they share.
+// A sum over several tables, which share nothing but the status: the first resets it, and the last one finishes.
 void test_chain_of_tables() {
-  Rig a({Dtype::f32, Dtype::f32, {1000, 5}, 0}), b({Dtype::bf16, Dtype::f32, {77, 4096}, 0});
-  a.norm(true, false, true, false);
-  b.status = a.status;
-  b.norm(true, false, false, true);
-  const double expected = std::hypot(a.expected_norm(true), b.expected_norm(true));
-  CHECK(std::fabs(b.status.norm - expected) <= 1e-5 * expected);
+  for (int driver : {13000, 12000}) {  // the last table in one launch, or in two
+    cuda_shim::machine().driver = driver;
+    Rig a({Dtype::f32, Dtype::f32, {1000, 5}, 0}), b({Dtype::bf16, Dtype::f32, Sizes(SmallTable::kTensors + 1, 77), 0});
+    a.status = {1e6f, 3, 4, 1, 5, 6};
+    const int before = cuda_shim::machine().launches;
+    a.norm(true, false, true, false);
+    const double first = std::pow(a.expected_norm(true), 2);
+    CHECK(std::fabs(a.status.sum_of_squares - first) <= 1e-5 * first);
+    CHECK(a.status.ascent_norm == 3 && a.status.inverse_norm == 4 && a.status.skip == 1 && a.status.update_norm == 5);
+    b.status = a.status;
+    b.norm(true, false, false, true);
+    CHECK(cuda_shim::machine().launches - before == 1 + b.table.launches());
+    const double expected = std::hypot(a.expected_norm(true), b.expected_norm(true));
+    CHECK(std::fabs(b.status.ascent_norm - expected) <= 1e-5 * expected);
+    CHECK(std::fabs(b.status.inverse_norm * expected - 1) <= 1e-5);
+    CHECK(b.status.skip == 0 && b.status.update_norm == 5 && b.status.rng_offset == 6);
+  }
+  cuda_shim::machine().driver = 13000;
 }
 
 void test_zero_gradient() {
   Rig rig({Dtype::f32, Dtype::f32, {100}, 0});
-  for (int64_t i = 0; i < 100; ++i) rig.gradients[0].set(i, 0);
-  const auto weights = copies(rig.weights);
-  rig.table.norm(kGroups, rig.status_address(), NormFlags{true, false, true, true}, 0, rig.scratch(), 0);
-  CHECK(rig.status.norm == 0 && rig.status.inverse == 0 && rig.status.skip == 0);
+  for (int64_t i = 0; i < 100; ++i) rig.grads[0].set(i, 0);
+  const auto params = copies(rig.params);
+  rig.table.norm(&kPerturbGroups, rig.status_address(), {true, true, {true, false}, 0}, rig.scratch(), 0);
+  CHECK(rig.status.ascent_norm == 0 && rig.status.inverse_norm == 0 && rig.status.skip == 0);
   rig.perturb();
-  CHECK(same(rig.weights, weights));
+  CHECK(same(rig.params, params));
 }
 
 void test_rates_on_the_device() {
   const float single = 0.1f;
   const double wide = 0.2;
-  Groups without = kGroups;
-  for (GroupOf<double>& g : without) g.lr = 0;
+  std::vector<SgdGroupOf<double>> without = kSgdGroups;
+  for (SgdGroupOf<double>& g : without) g.lr = 0;
   const std::vector<DeviceRate> rates = {{reinterpret_cast<uintptr_t>(&single), false},
                                          {reinterpret_cast<uintptr_t>(&wide), true}};
   const Case c{Dtype::f32, Dtype::f32, {300, 300}, 0};
   Rig by_number(c), by_address(c);
   by_number.norm(true), by_address.norm(true);
-  by_number.table.sgd(kGroups, by_number.update());
+  by_number.table.sgd(kSgdGroups, by_number.arguments());
   without.resize(2);
-  Update u = by_address.update();
-  u.rates = rates;
-  by_address.table.sgd(without, u);
-  CHECK(same(by_address.weights, copies(by_number.weights)));
+  UpdateArguments a = by_address.arguments();
+  a.rates = rates;
+  by_address.table.sgd(without, a);
+  CHECK(same(by_address.params, copies(by_number.params)));
 }
 
-void test_finish_by_itself() {
+void test_finish_norm_in_a_launch_of_its_own() {
   StatusOf<float> status{6.25f, 3, 4, 1, 5, 6};
-  cuda_finish(reinterpret_cast<uintptr_t>(&status), NormFlags{true, true, false, true}, 0.5, 0, 0);
-  CHECK(status.sum == 6.25f && status.norm == 2.5f && status.inverse == 1 / 3.0f && status.skip == 1);
-  CHECK(status.update_norm == 5 && status.draws == 6);
-  cuda_finish(reinterpret_cast<uintptr_t>(&status), NormFlags{false, false, false, true}, 0.5, 0, 0);
-  CHECK(status.update_norm == 2.5f && status.skip == 0 && status.norm == 2.5f);
+  cuda_finish_norm(reinterpret_cast<uintptr_t>(&status), {true, true}, 0.5, 0, 0);
+  CHECK(status.sum_of_squares == 6.25f && status.ascent_norm == 2.5f && status.inverse_norm == 1 / 3.0f);
+  CHECK(status.skip == 1 && status.update_norm == 5 && status.rng_offset == 6);
+  cuda_finish_norm(reinterpret_cast<uintptr_t>(&status), {false, false}, 0.5, 0, 0);
+  CHECK(status.update_norm == 2.5f && status.skip == 0 && status.ascent_norm == 2.5f);
 }
 
-// Where a block finds its elements in tensors too large for this machine: offsets beyond 32 bits.
-void test_parts_beyond_32_bits() {
+// The spans of blocks in tensors that are too large for this machine: offsets beyond 32 bits.
+void test_spans_beyond_32_bits() {
   const Sizes sizes = {555, (int64_t(1) << 33) + 777, 3};
   for (int64_t chunk : {int64_t(333), int64_t(33333), kLongestChunk}) {
     const LaunchPlan plan = plan_launches(sizes, {0, 0, 0}, chunk, SmallTable::kTensors, SmallTable::kGroups).front();
@@ -200,10 +211,10 @@ void test_parts_beyond_32_bits() {
     table.chunk = int32_t(chunk);
     std::copy(sizes.begin(), sizes.end(), table.size);
     std::copy(plan.prefix.begin(), plan.prefix.end(), table.prefix);
-    const Part last = part_of(table, plan.prefix[2] - 1), next = part_of(table, plan.prefix[2]);
+    const Span last = span_of(table, plan.prefix[2] - 1), next = span_of(table, plan.prefix[2]);
     CHECK(last.tensor == 1 && last.begin + last.length == sizes[1] && last.begin % chunk == 0 && last.length > 0);
     CHECK(last.begin > int64_t(1) << 32 && next.tensor == 2 && next.begin == 0 && next.length == 3);
-    const Part middle = part_of(table, plan.prefix[1] + (plan.prefix[2] - plan.prefix[1]) / 2);
+    const Span middle = span_of(table, plan.prefix[1] + (plan.prefix[2] - plan.prefix[1]) / 2);
     CHECK(middle.tensor == 1 && middle.length == chunk && middle.begin > int64_t(1) << 31);
   }
 }
@@ -219,7 +230,7 @@ int main() {
   test_chain_of_tables();
   test_zero_gradient();
   test_rates_on_the_device();
-  test_finish_by_itself();
-  test_parts_beyond_32_bits();
+  test_finish_norm_in_a_launch_of_its_own();
+  test_spans_beyond_32_bits();
   return fused_sam_test::result();
 }

@@ -1,4 +1,4 @@
-// The per-element formulas against numbers worked out by hand, and the sign of zero that begins a momentum.
+// The per-element formulas against numbers computed by hand, and the -0.0 of a momentum that was never written.
 #include "core/formulas.h"
 
 #include <cmath>
@@ -11,11 +11,11 @@ using namespace fused_sam;
 
 namespace {
 
-GroupOf<double> sgd_group() {
-  GroupOf<double> h{};
+SgdGroupOf<double> sgd_group() {
+  SgdGroupOf<double> h{};
   h.lr = 0.5;
   h.momentum = 0.25;
-  h.keep = 1;
+  h.one_minus_dampening = 1;
   h.factor = 1;
   return h;
 }
@@ -23,11 +23,11 @@ GroupOf<double> sgd_group() {
 void test_inverse_norm() {
   CHECK(inverse_norm<double>(3, 1) == 0.25);
   CHECK(inverse_norm<float>(0.5f, 0.0f) == 2.0f);
-  // No direction to follow: a zero gradient, with and without eps, and one below 1e-30.
+  // No direction: a gradient of zero, with and without eps, and one below 1e-30.
   CHECK(inverse_norm<double>(0, 0) == 0);
   CHECK(inverse_norm<float>(0, 0) == 0);
   CHECK(inverse_norm<double>(1e-31, 0) == 0);
-  CHECK(inverse_norm<double>(0, 1e-12) == 1e12);  // 0 * 1e12 moves nothing
+  CHECK(inverse_norm<double>(0, 1e-12) == 1e12);  // times a gradient of zero
   CHECK(inverse_norm<double>(std::numeric_limits<double>::infinity(), 0) == 0);
   CHECK(inverse_norm<double>(std::nan(""), 0) == 0);
 }
@@ -47,12 +47,12 @@ void test_perturbation() {
   CHECK(scaled_gradient<true>(-3.0, 2.0, 0.5) == 7.0);
   CHECK(perturbed<false>(1.0, 2.0, 0.25, 9.0) == 1.5);
   CHECK(perturbed<true>(-3.0, 2.0, 0.5, 1.0) == -3.0 + 0.5 * 16 * 2);
-  // The square of T is taken apart, so that it cannot overflow where T * (T * g) does not.
+  // T is multiplied twice: its square would overflow, T * (T * g) does not.
   CHECK(std::isfinite(perturbed<true>(1e25f, 1e-30f, 1.0f, 0.0f)));
 }
 
 void test_sgd_without_momentum() {
-  GroupOf<double> h = sgd_group();
+  SgdGroupOf<double> h = sgd_group();
   h.weight_decay = 0.5;
   CHECK(sgd_gradient(4.0, 3.0, h) == 5.0);
   h.factor = -0.5;  // maximize, with a loss scale of 2
@@ -61,14 +61,14 @@ void test_sgd_without_momentum() {
 }
 
 void test_sgd_momentum() {
-  GroupOf<double> h = sgd_group();
+  SgdGroupOf<double> h = sgd_group();
   CHECK(sgd_momentum<false>(-0.0, 8.0, h) == 8.0);
   CHECK(sgd_momentum<false>(4.0, 8.0, h) == 9.0);
-  h.keep = 0.5;
+  h.one_minus_dampening = 0.5;
   CHECK(sgd_momentum<true>(-0.0, 8.0, h) == 8.0);  // the first gradient whole
   CHECK(sgd_momentum<true>(0.0, 8.0, h) == 4.0);
   CHECK(sgd_momentum<true>(4.0, 8.0, h) == 5.0);
-  // Nothing that is written looks like a beginning.
+  // No written momentum is -0.0.
   for (double d : {0.0, -0.0, 1.0, -1.0})
     for (double m : {0.0, -0.0, 1.0, -1.0, -std::numeric_limits<double>::denorm_min()}) {
       const double next = sgd_momentum<true>(m, d, h);
@@ -77,7 +77,7 @@ void test_sgd_momentum() {
 }
 
 void test_nesterov() {
-  const GroupOf<double> h = sgd_group();
+  const SgdGroupOf<double> h = sgd_group();
   CHECK(sgd_weight<false>(1.0, 4.0, 2.0, h) == -1.0);
   CHECK(sgd_weight<true>(1.0, 4.0, 2.0, h) == -0.5);  // 1 - 0.5 * (2 + 0.25 * 4)
 }
@@ -98,17 +98,17 @@ void test_bias_correction() {
 }
 
 void test_adam() {
-  GroupOf<double> h{};
-  h.lr = 0.5, h.factor = 1, h.weight_decay = 0.25, h.adam_eps = 0.5;
-  h.keep1 = 0.25, h.keep2 = 0.5, h.beta2 = 0.5;
+  AdamGroupOf<double> h{};
+  h.lr = 0.5, h.factor = 1, h.weight_decay = 0.25, h.eps = 0.5;
+  h.one_minus_beta1 = 0.25, h.one_minus_beta2 = 0.5, h.beta2 = 0.5;
   h.log_beta1 = std::log(0.75), h.log_beta2 = std::log(0.5);
   CHECK(adam_gradient(4.0, 3.0, h) == 4.0);
   h.decoupled = true;
   CHECK(adam_gradient(4.0, 3.0, h) == 3.0);
   h.factor = -0.5;
   CHECK(adam_gradient(4.0, 3.0, h) == -1.5);
-  CHECK(adam_mean(8.0, 4.0, h) == 7.0);
-  CHECK(adam_square(8.0, 4.0, h) == 12.0);
+  CHECK(adam_exp_avg(8.0, 4.0, h) == 7.0);
+  CHECK(adam_exp_avg_sq(8.0, 4.0, h) == 12.0);
   const AdamStep<double> step = adam_step(h, 2.0);
   CHECK(step.shrink == 0.875);
   CHECK(std::fabs(step.rate - 0.5 / (1 - 0.5625)) <= 1e-15);
@@ -118,8 +118,45 @@ void test_adam() {
   CHECK(adam_weight(2.0, 3.0, 4.0, AdamStep<double>{0.5, 2.0, 0.25}, 0.5) == 1.0 - 2.0 * 3.0 / (2 * 0.25 + 0.5));
 }
 
+void test_moving_average() {
+  CHECK(moving_average(8.0, 4.0, 0.25) == 7.0 && moving_average(8.0, 4.0, 0.75) == 5.0);
+  CHECK(moving_average(0.1f, 1e8f, 1.0f) == 1e8f && moving_average(1e8f, 0.1f, 0.0f) == 1e8f);  // exact at both ends
+}
+
+void test_lion() {
+  LionGroupOf<double> h{};
+  h.lr = 0.5, h.one_minus_beta1 = 0.25, h.one_minus_beta2 = 0.75, h.weight_decay = 0.5, h.factor = 1;
+  CHECK(lion_weight(4.0, 1.0, 1.0, h) == 4 * 0.75 - 0.5);
+  CHECK(lion_weight(4.0, 1.0, -2.0, h) == 4 * 0.75 - 0.5);  // 0.75 * 1 - 0.25 * 2 is above 0
+  CHECK(lion_weight(4.0, 1.0, -4.0, h) == 4 * 0.75 + 0.5);
+  CHECK(lion_weight(4.0, 1.0, -3.0, h) == 4 * 0.75);  // no sign
+  CHECK(lion_weight(4.0, -0.0, -0.0, h) == 4 * 0.75);
+  CHECK(std::isnan(lion_weight(4.0, std::nan(""), 1.0, h)) && std::isnan(lion_weight(4.0, 1.0, std::nan(""), h)));
+  CHECK(lion_exp_avg(8.0, 4.0, h) == 5.0);
+  h.one_minus_beta1 = 1, h.weight_decay = 0;
+  CHECK(lion_weight(4.0f, 1e9f, -1e-9f, group_as<float>(h)) == 4.5f);  // beta1 = 0: the gradient's sign
+}
+
+void test_groups_in_another_type() {
+  const SgdGroupOf<float> sgd = group_as<float>(SgdGroupOf<double>{1, 2, 3, 4, 5, true});
+  CHECK(sgd.lr == 1 && sgd.momentum == 2 && sgd.one_minus_dampening == 3 && sgd.weight_decay == 4 && sgd.factor == 5);
+  CHECK(sgd.nesterov);
+  const AdamGroupOf<float> adam = group_as<float>(AdamGroupOf<double>{1, 2, 3, 4, 5, 6, 7, 8, 9, true, false});
+  CHECK(adam.lr == 1 && adam.one_minus_beta1 == 2 && adam.one_minus_beta2 == 3 && adam.beta2 == 4);
+  CHECK(adam.log_beta1 == 5 && adam.log_beta2 == 6 && adam.eps == 7 && adam.weight_decay == 8 && adam.factor == 9);
+  CHECK(adam.decoupled && !adam.amsgrad);
+  const LionGroupOf<float> lion = group_as<float>(LionGroupOf<double>{1, 2, 3, 4, 5});
+  CHECK(lion.lr == 1 && lion.one_minus_beta1 == 2 && lion.one_minus_beta2 == 3 && lion.weight_decay == 4);
+  CHECK(lion.factor == 5);
+}
+
+void test_axpby() {
+  CHECK(axpby(2.0, 3.0, -0.5, 4.0) == 4.0);
+  CHECK(axpby(0.0, std::nan(""), 1.0, 4.0) == 4.0 && axpby(2.0f, 3.0f, 0.0f, INFINITY) == 6.0f);
+}
+
 void test_fp32_stays_fp32() {
-  GroupOf<float> h{};
+  SgdGroupOf<float> h{};
   h.lr = 0.1f;
   h.factor = 1;
   const float w = sgd_weight<false>(1.0f, 3.0f, 3.0f, h);
@@ -138,7 +175,11 @@ int main() {
   test_nesterov();
   test_clip_factor();
   test_bias_correction();
+  test_moving_average();
   test_adam();
+  test_lion();
+  test_groups_in_another_type();
+  test_axpby();
   test_fp32_stays_fp32();
   return fused_sam_test::result();
 }

@@ -13,20 +13,20 @@ namespace {
 using Sizes = std::vector<int64_t>;
 using Numbers = std::vector<int32_t>;
 
-// Every tensor that is not empty stands in one launch, in order, with its own group and its chunks.
+// Every tensor that is not empty is in one launch, in order, with its own group and its chunks.
 void check_plan(const Sizes& sizes, const Numbers& groups, int64_t chunk, int max_tensors, int max_groups) {
   const std::vector<LaunchPlan> launches = plan_launches(sizes, groups, chunk, max_tensors, max_groups);
   int64_t chunks = 0;
   size_t next = 0;
   for (const LaunchPlan& launch : launches) {
     CHECK(!launch.tensors.empty());
-    CHECK(int(launch.tensors.size()) <= max_tensors && int(launch.groups.size()) <= max_groups);
+    CHECK(int(launch.tensors.size()) <= max_tensors && int(launch.group_ids.size()) <= max_groups);
     CHECK(launch.prefix.size() == launch.tensors.size() + 1 && launch.group_of.size() == launch.tensors.size());
     CHECK(launch.first_chunk == chunks && launch.prefix.front() == 0);
     for (size_t i = 0; i < launch.tensors.size(); ++i) {
       while (next < sizes.size() && sizes[next] == 0) ++next;
       CHECK(size_t(launch.tensors[i]) == next);
-      CHECK(launch.groups[launch.group_of[i]] == groups[next]);
+      CHECK(launch.group_ids[launch.group_of[i]] == groups[next]);
       const int64_t own = launch.prefix[i + 1] - launch.prefix[i];
       CHECK(own > 0 && own == (sizes[next] - 1) / chunk + 1);
       CHECK(tensor_of_chunk<int32_t>(launch.prefix.data(), int32_t(launch.tensors.size()), launch.prefix[i]) == int(i));
@@ -44,7 +44,8 @@ void test_slots_of_tensors() {
   for (int count : {1, LargeTable::kTensors - 1, LargeTable::kTensors, LargeTable::kTensors + 1, 1000}) {
     const Sizes sizes(size_t(count), 256);
     check_plan(sizes, Numbers(sizes.size(), 0), 4096, LargeTable::kTensors, LargeTable::kGroups);
-    const auto launches = plan_launches(sizes, Numbers(sizes.size(), 0), 4096, LargeTable::kTensors, LargeTable::kGroups);
+    const Numbers groups(sizes.size(), 0);
+    const auto launches = plan_launches(sizes, groups, 4096, LargeTable::kTensors, LargeTable::kGroups);
     CHECK(int(launches.size()) == (count - 1) / LargeTable::kTensors + 1);
   }
 }
@@ -65,7 +66,7 @@ void test_slots_of_groups() {
   for (int count : {1, 2, 50, LargeTable::kGroups - 1, LargeTable::kGroups, LargeTable::kGroups + 1, 400}) {
     Sizes sizes(400, 7);
     Numbers groups(sizes.size());
-    for (size_t i = 0; i < groups.size(); ++i) groups[i] = int32_t(i) % count * 3 + 5;  // with holes, out of order
+    for (size_t i = 0; i < groups.size(); ++i) groups[i] = int32_t(i) % count * 3 + 5;  // not consecutive, not sorted
     check_plan(sizes, groups, 4, LargeTable::kTensors, LargeTable::kGroups);
     if (count <= LargeTable::kGroups) CHECK(plan_launches(sizes, groups, 4, 600, LargeTable::kGroups).size() == 1);
   }
@@ -86,7 +87,8 @@ void test_sizes_beyond_32_bits() {
 }
 
 void test_matrix() {
-  const std::pair<int64_t, int64_t> pairs[] = {{7777 * 77, 555 * 555}, {2048 * 32 + 1, 555}, {33333, 555}, {1, 1}, {0, 1}};
+  const std::pair<int64_t, int64_t> pairs[] = {
+      {7777 * 77, 555 * 555}, {2048 * 32 + 1, 555}, {33333, 555}, {1, 1}, {0, 1}};
   for (const auto& [a, b] : pairs)
     for (int64_t chunk : {int64_t(333), int64_t(33333), kTile})
       for (int repeat : {1, 39, 64, 65}) {
@@ -107,19 +109,25 @@ void test_chunk_size() {
 }
 
 void test_numbers_of_a_group() {
-  GroupOf<double> wide{};
-  wide.rho = 1, wide.eta = 2, wide.lr = 3, wide.momentum = 4, wide.keep = 5, wide.weight_decay = 6, wide.factor = 7;
-  wide.max_norm = 8, wide.share = 9, wide.keep1 = 10, wide.keep2 = 11, wide.beta2 = 12, wide.log_beta1 = 13;
-  wide.log_beta2 = 14, wide.adam_eps = 15, wide.adaptive = true, wide.nesterov = true, wide.amsgrad = true;
-  const MoveGroup move = move_group(wide);
-  CHECK(move.rho == 1 && move.eta == 2 && move.share == 9 && move.adaptive);
-  const SgdGroup sgd = sgd_group(wide);
-  CHECK(sgd.lr == 3 && sgd.momentum == 4 && sgd.keep == 5 && sgd.weight_decay == 6 && sgd.factor == 7);
-  CHECK(sgd.max_norm == 8 && sgd.nesterov && !sgd.rate_is_double);
-  const AdamGroup adam = adam_group(wide);
-  CHECK(adam.lr == 3 && adam.weight_decay == 6 && adam.factor == 7 && adam.max_norm == 8 && adam.keep1 == 10);
-  CHECK(adam.keep2 == 11 && adam.beta2 == 12 && adam.log_beta1 == 13 && adam.log_beta2 == 14 && adam.adam_eps == 15);
-  CHECK(!adam.decoupled && adam.amsgrad && !adam.rate_is_double);
+  const PerturbGroupOf<float> perturb = in_fp32({1, 2, 9, true});
+  CHECK(perturb.rho == 1 && perturb.eta == 2 && perturb.mask_prob == 9 && perturb.adaptive);
+  const auto sgd = group_as<float>(SgdGroupOf<double>{3, 4, 5, 6, 7, true});
+  CHECK(sgd.lr == 3 && sgd.momentum == 4 && sgd.one_minus_dampening == 5 && sgd.weight_decay == 6 && sgd.factor == 7);
+  CHECK(sgd.nesterov);
+  const auto adam = group_as<float>(AdamGroupOf<double>{3, 10, 11, 12, 13, 14, 15, 6, 7, false, true});
+  CHECK(adam.lr == 3 && adam.one_minus_beta1 == 10 && adam.one_minus_beta2 == 11 && adam.beta2 == 12);
+  CHECK(adam.log_beta1 == 13 && adam.log_beta2 == 14 && adam.eps == 15 && adam.weight_decay == 6 && adam.factor == 7);
+  CHECK(!adam.decoupled && adam.amsgrad);
+  const auto lion = group_as<float>(LionGroupOf<double>{3, 10, 11, 6, 7});
+  CHECK(lion.lr == 3 && lion.one_minus_beta1 == 10 && lion.one_minus_beta2 == 11 && lion.weight_decay == 6);
+  CHECK(lion.factor == 7);
+}
+
+// Columns 0 to 3 are the same in Adam's tables and in the others, which CudaTable relies on.
+void test_columns() {
+  CHECK(kParam == 0 && kBackup == kMaster && kGrad < kColumns && kState0 < kColumns);
+  CHECK(kState1 == kState0 + 1 && kState2 == kState0 + 2 && kState1 >= kColumns && kStep < kAdamColumns);
+  CHECK(kX < kColumns && kY < kColumns && kOut < kColumns);
 }
 
 }  // namespace
@@ -132,5 +140,6 @@ int main() {
   test_matrix();
   test_chunk_size();
   test_numbers_of_a_group();
+  test_columns();
   return fused_sam_test::result();
 }

@@ -1,4 +1,4 @@
-// Random numbers and rounding at random: the words of the Python specification, and each neighbour in its right share.
+// Random numbers are those of the Python specification, and stochastic rounding takes each neighbour in its share.
 #include "core/rng.h"
 
 #include <cmath>
@@ -11,11 +11,11 @@ using namespace fused_sam;
 
 namespace {
 
-// From fused_sam/backends/rng.py: the key's two words, and the numbers 0, 1, 16384, 2^32 - 1, 2^32, 2^32 + 1 and
+// From fused_sam/backends/rng.py: the two words of the key, and numbers 0, 1, 16384, 2^32 - 1, 2^32, 2^32 + 1 and
 // 5 * 2^32 + 7 of the stream.
 struct Specified {
   uint64_t seed;
-  uint32_t draw, stream, purpose, a, b;
+  uint32_t rng_offset, rng_stream, purpose, a, b;
   uint32_t words[7];
 };
 const int64_t kPlaces[7] = {0, 1, 16384, 0xffffffff, int64_t(1) << 32, (int64_t(1) << 32) + 1, (int64_t(5) << 32) + 7};
@@ -32,7 +32,7 @@ const Specified kSpecified[] = {
 
 void test_words_are_the_specification() {
   for (const Specified& s : kSpecified) {
-    const StreamKey key = stream_key(s.seed, s.draw, s.stream, Draw(s.purpose));
+    const StreamKey key = stream_key(s.seed, s.rng_offset, s.rng_stream, Draw(s.purpose));
     CHECK(key.a == s.a && key.b == s.b);
     for (int i = 0; i < 7; ++i) CHECK(word(key, kPlaces[i]) == s.words[i]);
   }
@@ -53,7 +53,7 @@ void test_rounding_is_the_specification() {
   }
 }
 
-// Over all words that differ where the rounding looks, x goes up as often as its distance says.
+// Over all words that differ in the bits that rounding uses, x is rounded up in proportion to its distance.
 template <class T>
 void check_share_up(float x, uint16_t below, double share) {
   int up = 0, elsewhere = 0;
@@ -82,7 +82,7 @@ void test_both_neighbours_in_their_share() {
   check_share_up<f16>(65503.0f, 0x7bfe, 31.0 / 32);
 }
 
-// A number that the type holds stays, whatever is drawn: a weight that does not move keeps its bits.
+// A representable number stays for every word: a param that does not move keeps its bits.
 template <class T>
 void test_representable_numbers_stay() {
   int wrong = 0;
@@ -94,7 +94,7 @@ void test_representable_numbers_stay() {
   CHECK(wrong == 0);
 }
 
-void test_what_is_not_finite_is_rounded_to_nearest() {
+void test_numbers_that_are_not_finite_are_rounded_to_nearest() {
   const float infinity = std::numeric_limits<float>::infinity();
   for (uint32_t drawn : {0u, 0xffffffffu}) {
     CHECK(AtRandom<bf16>::of(infinity, drawn).bits == 0x7f80 && AtRandom<f16>::of(-infinity, drawn).bits == 0xfc00);
@@ -102,7 +102,7 @@ void test_what_is_not_finite_is_rounded_to_nearest() {
       CHECK(std::isnan(widen(AtRandom<bf16>::of(bits_float(nan), drawn))));
       CHECK(std::isnan(widen(AtRandom<f16>::of(bits_float(nan), drawn))));
     }
-    // Between fp16's largest and infinity, as torch does it.
+    // Between fp16's largest number and infinity, as in torch.
     CHECK(AtRandom<f16>::of(65519.0f, drawn).bits == 0x7bff && AtRandom<f16>::of(65520.0f, drawn).bits == 0x7c00);
   }
 }
@@ -111,10 +111,10 @@ void test_wide_types_are_not_rounded() {
   CHECK(AtRandom<float>::of(0.1f, 0xffffffffu) == 0.1f && AtRandom<double>::of(0.1, 0xffffffffu) == 0.1);
 }
 
-void test_chosen() {
-  CHECK(chosen(0, 0x1p-24f) && !chosen(0x100, 0x1p-24f) && !chosen(0, 0.0f));
-  CHECK(chosen(0xffffffffu, 1.0f) && !chosen(0xffffffffu, 1.0f - 0x1p-24f));
-  CHECK(chosen(0x7fffffffu, 0.5f) && !chosen(0x80000000u, 0.5f));
+void test_in_mask() {
+  CHECK(in_mask(0, 0x1p-24f) && !in_mask(0x100, 0x1p-24f) && !in_mask(0, 0.0f));
+  CHECK(in_mask(0xffffffffu, 1.0f) && !in_mask(0xffffffffu, 1.0f - 0x1p-24f));
+  CHECK(in_mask(0x7fffffffu, 0.5f) && !in_mask(0x80000000u, 0.5f));
 }
 
 }  // namespace
@@ -125,8 +125,8 @@ int main() {
   test_both_neighbours_in_their_share();
   test_representable_numbers_stay<bf16>();
   test_representable_numbers_stay<f16>();
-  test_what_is_not_finite_is_rounded_to_nearest();
+  test_numbers_that_are_not_finite_are_rounded_to_nearest();
   test_wide_types_are_not_rounded();
-  test_chosen();
+  test_in_mask();
   return fused_sam_test::result();
 }

@@ -1,4 +1,4 @@
-// The chunk planner: every element once, empty tensors anywhere, sizes beyond 32 bits, even shares.
+// Chunks: every element once, empty tensors anywhere, sizes beyond 32 bits, equal shares.
 #include "core/tensor_table.h"
 
 #include <algorithm>
@@ -25,7 +25,7 @@ void test_every_element_once() {
   };
   for (const Sizes& sizes : tables)
     for (int64_t chunk : {1, 2, 16, 1000}) {
-      std::vector<int64_t> next(sizes.size(), 0);  // where the tensor's next chunk is to begin
+      std::vector<int64_t> next(sizes.size(), 0);  // where the tensor's next chunk must begin
       int32_t last = 0;
       for (const Chunk& c : all_chunks(sizes, chunk)) {
         CHECK(c.tensor >= last && size_t(c.tensor) < sizes.size());
@@ -50,7 +50,7 @@ void test_sizes_beyond_32_bits() {
   CHECK(last_of_big.tensor == 1 && last_of_big.begin + last_of_big.length == big && last_of_big.length == 3);
   const Chunk after = chunk_at(prefix, sizes, chunk, prefix[2]);
   CHECK(after.tensor == 3 && after.begin == 0 && after.length == 7);
-  // The largest size that there is.
+  // The largest size.
   const Sizes largest = {INT64_MAX};
   CHECK(chunk_prefix(largest, 2).back() == INT64_MAX / 2 + 1);
 }
@@ -84,13 +84,13 @@ void test_split_among_workers() {
   for (int64_t workers : {1, 2, 3, 7, 64})
     for (const Sizes& sizes : {Sizes{}, Sizes{1}, Sizes{100000}, Sizes{1, 1, 1, 50000, 0, 3}, Sizes(1000, 7)})
       for (int64_t chunk : {1024, 16384}) check_split(sizes, chunk, workers);
-  // The work of a few huge tensors: element counts times workers pass 64 bits.
+  // A few huge tensors: the number of elements times that of workers exceeds 64 bits.
   const std::vector<Chunk> huge(4, Chunk{0, INT64_MAX / 4, 0});
   const std::vector<int64_t> bounds = split_chunks(huge, 4);
   CHECK(bounds == std::vector<int64_t>({0, 1, 2, 3, 4}));
 }
 
-void test_nonsense_is_refused() {
+void test_bad_sizes_throw() {
   CHECK_THROWS(chunk_prefix({1}, 0), std::invalid_argument);
   CHECK_THROWS(chunk_prefix({1}, -4), std::invalid_argument);
   CHECK_THROWS(chunk_prefix({3, -1}, 4), std::invalid_argument);
@@ -103,6 +103,6 @@ int main() {
   test_sizes_beyond_32_bits();
   test_owner_of_a_chunk();
   test_split_among_workers();
-  test_nonsense_is_refused();
+  test_bad_sizes_throw();
   return fused_sam_test::result();
 }

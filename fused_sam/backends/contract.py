@@ -1,225 +1,393 @@
-"""The contract between the optimizer and the backends: what a table is, and the primitives over it.
+"""The contract between the engine and the backends: the table of tensors, the status, and the primitives over them.
 
-A primitive works on all tensors of a table in one call, whatever parameter group they belong to. The numbers one
-primitive leaves for the next (norm, scale, skip flag) stay in a `status` tensor on the tensors' device, so that no
-primitive makes the host wait for the device.
+A primitive works on all tensors of a table in one call, in whatever parameter group they are. The numbers that one
+primitive leaves for the next (norm, skip flag) stay in a `Status` on the tensors' device, so that the host never waits
+for the device.
+
+    SAM step      norm, perturb, second backward pass, norm (the check that the new gradients are finite), update
+    update        sgd, adam or lion: undo the perturbation and take one step of the base optimizer, in one pass
+    methods       dot, axpby, ema: over two vectors, such as the two gradients of a step
 """
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
-# Places in the status tensor. csrc/core/status.h holds the same order.
-SUM = 0  # sum of squares of the tables seen so far
-NORM = 1  # ||T_w g||: global norm of the gradient that perturbs
-INVERSE = 2  # 1 / (NORM + eps), 0 where there is no direction
-SKIP = 3  # not 0: a gradient was not finite, and no weight or momentum may change
-UPDATE_NORM = 4  # global norm of the gradient that updates, as it came (of scaled gradients under a loss scale)
-DRAWS = 5  # how many primitives have drawn random numbers: a whole number, counted up by the optimizer
+# Places in the status. csrc/core/status.h holds the same order.
+SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET = range(6)
 STATUS_SIZE = 8
 
-# What a primitive draws random numbers for: part of their stream, see csrc/core/rng.h.
+# What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
 MASK, ROUND_PERTURBED, ROUND_UPDATED = range(3)
+
+# Places of the results of `dot`.
+XY, XX, YY = range(3)
 
 NO_ADDRESSES = array("q")
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 
-class Group(NamedTuple):
-    """Hyper-parameters of one parameter group, as numbers of the host. csrc/bindings/groups.h reads this order."""
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of arithmetic and optimizer state for parameters of `dtype`: never below fp32."""
+    return torch.float32 if dtype in LOW_PRECISION else dtype
 
-    rho: float
-    adaptive: bool
-    eta: float
-    # Of torch.optim.SGD; an optimizer that is not fused leaves them alone.
-    lr: float | Tensor = 0.0  # a tensor only on an accelerator, where reading it would make the host wait
+
+def status_dtype(device: torch.device) -> torch.dtype:
+    """Return fp64 for the CPU, and fp32 for accelerators, whose kernels contain no fp64 arithmetic."""
+    return torch.float64 if device.type == "cpu" else torch.float32
+
+
+def _version_bumper() -> Callable[[Sequence[Tensor]], None]:
+    """Return torch's C function where it takes many tensors at once, else a loop over its public form."""
+    in_one_call: Callable[[Sequence[Tensor]], None] | None = getattr(torch._C, "_increment_version", None)
+    if in_one_call is not None:
+        try:
+            in_one_call([])
+            return in_one_call
+        except (TypeError, RuntimeError):  # an older torch takes one tensor at a time
+            pass
+
+    def one_by_one(tensors: Sequence[Tensor]) -> None:
+        for t in tensors:
+            increment_version(t)
+
+    return one_by_one
+
+
+# Raise the version counters of tensors that a kernel wrote through their address. Autograd then raises an error for a
+# graph that had saved the old values.
+bump_versions = _version_bumper()
+
+
+# ---- hyper-parameters of one parameter group, as numbers on the host; csrc/bindings/groups.h reads these orders ----
+
+
+class PerturbGroup(NamedTuple):
+    """What `norm` and `perturb` read of a parameter group."""
+
+    rho: float  # length of the perturbation
+    adaptive: bool = False  # True if the perturbation is scaled by the weights (ASAM)
+    eta: float = 0.0  # ASAM's offset
+    mask_prob: float = 1.0  # share of the elements that are perturbed, drawn at random (ESAM's beta)
+
+
+class SGDGroup(NamedTuple):
+    """Options of torch.optim.SGD."""
+
+    lr: float | Tensor  # a tensor only on an accelerator, where reading it would make the host wait
     momentum: float = 0.0
     dampening: float = 0.0
     weight_decay: float = 0.0
     nesterov: bool = False
     maximize: bool = False
-    # Of every fused update: the global norm that the update's gradients are clipped to.
-    max_norm: float = math.inf
-    # Of `perturb`: the share of elements that move, chosen at random (ESAM's beta); rho is divided by it.
-    share: float = 1.0
-    # Of torch.optim.Adam and AdamW, which take lr, weight_decay and maximize from above.
+
+
+class AdamGroup(NamedTuple):
+    """Options of torch.optim.Adam and AdamW."""
+
+    lr: float | Tensor
     beta1: float = 0.9
     beta2: float = 0.999
-    adam_eps: float = 1e-8
-    decoupled: bool = False  # weight decay as in AdamW
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    decoupled_weight_decay: bool = False  # True for AdamW
     amsgrad: bool = False
+    maximize: bool = False
 
 
-def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic and optimizer state have for weights of `dtype`: never below fp32."""
-    return torch.float32 if dtype in LOW_PRECISION else dtype
+class LionGroup(NamedTuple):
+    """Options of fused_sam.Lion."""
+
+    lr: float | Tensor
+    beta1: float = 0.9
+    beta2: float = 0.99
+    weight_decay: float = 0.0
+    maximize: bool = False
 
 
-def status_dtype(device: torch.device) -> torch.dtype:
-    """fp64 on the CPU, fp32 on accelerators, whose kernels contain no fp64 arithmetic."""
-    return torch.float64 if device.type == "cpu" else torch.float32
+# ---- the update rules of fused base optimizers, as data -------------------------------------------------------------
+
+
+class StateColumn(NamedTuple):
+    """One tensor of optimizer state per parameter."""
+
+    name: str  # as in optimizer.state[param]
+    init: float = 0.0
+    scalar: bool = False  # True if it is one fp32 number on the parameter's device, not a tensor of the parameter's shape
+
+
+class UpdateRule(NamedTuple):
+    """A base optimizer that backends fuse with the undo. `name` is the backend's method."""
+
+    name: str
+    columns: tuple[StateColumn, ...]
+
+    def buffers(self) -> tuple[str, ...]:
+        """Return the names of the columns that have the parameter's shape, in the order of a native table's slots."""
+        return tuple(column.name for column in self.columns if not column.scalar)
+
+
+# A momentum of -0.0 has never been written, see Backend.sgd.
+SGD = UpdateRule("sgd", (StateColumn("momentum_buffer", init=-0.0),))
+ADAM = UpdateRule(
+    "adam",
+    (
+        StateColumn("step", scalar=True),
+        StateColumn("exp_avg"),
+        StateColumn("exp_avg_sq"),
+        StateColumn("max_exp_avg_sq"),
+    ),
+)
+LION = UpdateRule("lion", (StateColumn("exp_avg"),))
+
+
+# ---- what the primitives work on ------------------------------------------------------------------------------------
+
+
+class Status:
+    """The numbers that primitives leave for each other: a view, with names, of one small vector.
+
+    Attributes:
+        values: shape (STATUS_SIZE,), on the parameters' device; fp64 on the CPU, fp32 elsewhere.
+        address: of the first number.
+        host: the same memory as an array, on the CPU; None elsewhere.
+    """
+
+    __slots__ = ("address", "device", "host", "values")
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.host: array[float] | None = None
+        if device.type == "cpu":
+            self.host = array("d", bytes(8 * STATUS_SIZE))
+            self.values = torch.frombuffer(self.host, dtype=torch.float64)
+        else:
+            self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
+        self.address = self.values.data_ptr()
+
+    @property
+    def sum_of_squares(self) -> Tensor:
+        """Sum of squares of the tables seen so far."""
+        return self.values[SUM]
+
+    @property
+    def ascent_norm(self) -> Tensor:
+        """||T_w g||, the global norm of the gradient that perturbs."""
+        return self.values[ASCENT_NORM]
+
+    @property
+    def inverse_norm(self) -> Tensor:
+        """1 / (ascent_norm + eps), 0 where the gradient gives no direction."""
+        return self.values[INVERSE_NORM]
+
+    @property
+    def skip(self) -> Tensor:
+        """Not 0 if a gradient was not finite, so that no parameter and no state may change."""
+        return self.values[SKIP]
+
+    @property
+    def update_norm(self) -> Tensor:
+        """Global norm of the gradient of the update, as it came: of scaled gradients under a GradScaler."""
+        return self.values[UPDATE_NORM]
+
+    @property
+    def rng_offset(self) -> Tensor:
+        """How many primitives have drawn random numbers: a whole number, counted by the engine."""
+        return self.values[RNG_OFFSET]
 
 
 @dataclass(eq=False)
 class Table:
-    """Tensors of one device whose dtypes agree, as columns of equal length. None of them is empty.
+    """Tensors of one device with equal dtypes, as columns of equal length. None of them is empty.
 
-    Unless `agreeing` is false, the tensors of a row are dense and alike in layout, so that a kernel may treat them as
-    flat arrays of `weights[i].numel()` elements.
+    Unless `same_layout` is False, the tensors of a row are dense and have one order in memory, so that a kernel may treat
+    them as flat arrays of `params[i].numel()` elements.
     """
 
-    weights: list[Tensor]
-    groups: list[int]  # the parameter group of each tensor
-    gradient_dtype: torch.dtype
-    agreeing: bool = True
-    # The unperturbed weights: written by `perturb`, read by the updates and `restore`. A weight that was not
-    # perturbed is its own backup.
+    params: list[Tensor]  # what the network computes with
+    group_ids: list[int]  # the parameter group of each
+    grad_dtype: torch.dtype
+    same_layout: bool = True
+    # The unperturbed parameters: written by `perturb`, read by updates and `restore`. A parameter that is not perturbed is
+    # its own backup. Empty where there are masters.
     backups: list[Tensor] = field(default_factory=list)
-    # Master weights: then `weights` are fp32 masters, which `perturb` only reads, there are no backups, and the models
-    # (bf16 or fp16, all of one dtype) are what the network computes with: w + e after `perturb`, w after the others.
-    models: list[Tensor] = field(default_factory=list)
-    # Optimizer state is fp32 (fp64 for fp64 weights).
-    # SGD's momentum_buffer, None where the group has no momentum, begins as -0.0, see `sgd`; Adam's exp_avg.
-    momenta: list[Tensor | None] = field(default_factory=list)
-    squares: list[Tensor] = field(default_factory=list)  # Adam's exp_avg_sq
-    largest: list[Tensor | None] = field(default_factory=list)  # Adam's max_exp_avg_sq; None without amsgrad
-    steps: list[Tensor] = field(default_factory=list)  # Adam's step: fp32, 0-dim, on the weights' device
-    # Random numbers: element i of row r draws number i of the stream (seed, status[DRAWS], streams[r], what for).
-    stochastic: bool = False  # round bf16 and fp16 weights at random instead of to nearest; never beside models
+    # fp32 copies of bf16 or fp16 parameters, which updates write and the parameters are rounded from; empty without. They
+    # are never perturbed, and so are the backup.
+    masters: list[Tensor] = field(default_factory=list)
+    # Optimizer state by name, in the arithmetic's dtype. None in a column: the parameter's group does not use it.
+    rule: UpdateRule | None = None
+    state: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    # Random numbers: element i of row r draws number i of the stream (seed, rng_offset, rng_streams[r], purpose).
+    stochastic_rounding: bool = False  # of bf16 and fp16 parameters; never together with masters
     seed: int = 0  # 64 bits
-    streams: list[int] = field(default_factory=list)  # 31 bits each; empty where nothing is drawn
+    rng_streams: list[int] = field(default_factory=list)  # 31 bits each; empty where nothing is drawn
     # Set before a primitive runs and dropped after it, so that gradients can be freed.
-    gradients: list[Tensor] = field(default_factory=list)
-    gradient_addresses: array[int] = field(default_factory=lambda: NO_ADDRESSES)  # of 64 bits each
-    native: Any = None  # whatever the backend keeps for this table
-    bound: Any = None  # the gradient addresses that `native` has
+    grads: list[Tensor] = field(default_factory=list)
+    grad_addresses: array[int] = field(default_factory=lambda: NO_ADDRESSES)  # of 64 bits each
+    native: Any = None  # the backend's own form of this table
+    bound_grads: Any = None  # the gradient addresses that `native` has
 
 
 @dataclass(eq=False)
-class Lists:
-    """Columns of equal length for the primitives on gradients and kept vectors. No tensor is empty.
+class VectorPair:
+    """Two columns of equal length for `dot`, `axpby` and `ema`. No tensor is empty.
 
-    Row by row the tensors are dense and alike in layout. A column has one dtype; fp64 columns stand alone. The tensors
-    may be other ones at the next call if sizes and dtypes stay.
+    Row by row the tensors are dense and have one order in memory. A column has one dtype; fp64 columns stand alone. The
+    next call may bring other tensors of the same sizes and dtypes.
     """
 
     x: list[Tensor]
     y: list[Tensor]
-    native: Any = None  # whatever the backend keeps for these sizes and dtypes
+    native: Any = None  # the backend's own form for these sizes and dtypes
 
 
-# Places of what `dots` adds to.
-XY, XX, YY = range(3)
+# ---- the primitives -------------------------------------------------------------------------------------------------
 
 
 class Backend(ABC):
-    """One way to run the primitives."""
+    """One way to run the primitives.
+
+    A backend that serves only some of them is a subclass of backends.Reference or backends.Foreach and inherits the rest.
+    """
 
     name: ClassVar[str]
 
     @classmethod
     @abstractmethod
-    def missing(cls) -> str | None:
-        """Why this backend cannot run on this machine and what to do about it; None where it can."""
+    def unavailable_reason(cls) -> str | None:
+        """Return why this backend cannot run on this machine and what to do about it; None if it can."""
 
     @abstractmethod
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
-        """Whether there are kernels for tensors of these dtypes on this device."""
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
+        """Return True if the backend has kernels for parameters and gradients of these dtypes on this device."""
 
     @abstractmethod
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        """Add the sum of squares of T_w g to `status.sum_of_squares`, in fp32 or wider; of g where groups is None."""
+
+    def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
+        """Turn the sum of squares into a norm and a skip flag.
+
+        Args:
+            ascent: True writes `ascent_norm` and `inverse_norm`, False `update_norm`.
+            keep_skip: True keeps a skip flag that is already set.
+            eps: added to the norm before dividing by it.
+        """
+        finish_norm(status, ascent=ascent, keep_skip=keep_skip, eps=eps)
+
     def norm(
         self,
-        table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
+        tables: Sequence[Table],
+        groups: Sequence[PerturbGroup] | None,
+        status: Status,
         *,
-        scaled: bool,
-        carry: bool,
-        begin: bool,
-        finish: bool,
+        keep_skip: bool,
         eps: float,
     ) -> None:
-        """P1. Add the sum of squares of the gradients to `status[SUM]`, in fp32 or wider.
+        """Take the norm over all tables: of T_w g for `perturb`, or of g for the update where groups is None.
 
-        scaled: of T_w g (for `perturb`), and `finish` writes NORM and INVERSE; else of g (for the update), and
-        `finish` writes UPDATE_NORM. `begin` starts from zero. `finish` also writes SKIP: 1 where the sum is not
-        finite, or, with `carry`, where SKIP was set before; else 0.
+        As `accumulate_norm` for each table, from zero, then `finish_norm`; a backend may do both in one launch.
         """
-
-    def finish(self, status: Tensor, *, scaled: bool, carry: bool, eps: float) -> None:
-        """The end of P1 by itself, for a sum that was added up over several processes: as `norm` with `finish`."""
-        finish_norm(status, scaled=scaled, carry=carry, eps=eps)
+        status.values[SUM] = 0
+        for table in tables:
+            self.accumulate_norm(table, groups, status)
+        self.finish_norm(status, ascent=groups is not None, keep_skip=keep_skip, eps=eps)
 
     @abstractmethod
-    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
-        """P2. Copy weights to backups; then, unless SKIP is set, w += rho * INVERSE * T_w^2 g.
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+        """Copy params to backups; then, unless skip is set, params += rho * inverse_norm * T_w^2 g.
 
-        Where a group's share is below 1, of a random choice of elements alone, by rho / share (arXiv 2110.03141).
-        """
-
-    @abstractmethod
-    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        """P3. One step of torch.optim.SGD from the backups into the weights.
-
-        Momentum that is -0.0 has never been written and takes the gradient whole, as torch's first step does; without
-        dampening that is the ordinary formula. No momentum is ever written as -0.0 where there is dampening.
-        Where SKIP is set the backups are copied to the weights, bit for bit, and no momentum is touched.
-        `grad_scale`: one number, mixed precision's loss scale, by which every gradient is divided first. Then, where a
-        group has a max_norm, the gradient is multiplied by min(1, max_norm / (UPDATE_NORM / grad_scale + 1e-6)), as
-        torch.nn.utils.clip_grad_norm_ does.
+        Where a group's mask_prob is below 1, only elements drawn at random, by rho / mask_prob (arXiv 2110.03141).
+        With masters, params = masters + rho * ..., and no backup is written.
         """
 
     @abstractmethod
-    def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        """P7. One step of torch.optim.Adam or, where decoupled, AdamW from the backups into the weights.
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        """Take one step of torch.optim.SGD from the backups (or masters) into the params.
 
-        Counts `steps` up by one. SKIP, `grad_scale` and max_norm as for `sgd`.
+        A momentum of -0.0 has never been written and takes the gradient whole, as torch's first step does; without
+        dampening that is the ordinary formula. With dampening no momentum is ever written as -0.0.
+        Where skip is set the params are restored, bit for bit, and no state changes.
+
+        Args:
+            grad_scale: one number on the device by which every gradient is divided first; None: 1.
+            max_norm: the gradient is then multiplied by min(1, max_norm / (update_norm / grad_scale + 1e-6)), as
+                torch.nn.utils.clip_grad_norm_ does; inf: no clipping.
+        """
+
+    @abstractmethod
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        """Take one step of torch.optim.Adam, or of AdamW where the decay is decoupled; otherwise as `sgd`.
+
+        Adds 1 to the state's `step`.
+        """
+
+    @abstractmethod
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        """Take one step of Lion (arXiv 2302.06675, algorithm 2); otherwise as `sgd`.
+
+            w = w - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * w);  m = beta2 * m + (1 - beta2) * g
         """
 
     @abstractmethod
     def restore(self, table: Table) -> None:
-        """Copy backups to weights, bit for bit; with models, round weights into the models."""
+        """Copy backups to params, bit for bit; with masters, round them into the params."""
 
     @abstractmethod
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        """P4. Add <x, y>, ||x||^2 and ||y||^2 over all rows to `sums[XY]`, `sums[XX]`, `sums[YY]`, in one pass.
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        """Add <x, y>, ||x||^2 and ||y||^2 over all rows to `sums[XY]`, `sums[XX]`, `sums[YY]`, in one pass.
 
-        `sums` is of `status_dtype` and on the tensors' device; `begin` starts from zero.
+        Args:
+            sums: of `status_dtype`, on the tensors' device.
+            reset: True starts from zero.
         """
 
     @abstractmethod
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        """P5. out = a * x + b * y with a, b = coefficients[0], coefficients[1], of `status_dtype` and on the device.
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
+    ) -> None:
+        """Write out = a * x + b * y, with a, b = coefficients.
 
-        `out` may be `lists.x` or `lists.y`, or a third column of either's dtype. Where a coefficient is 0 its column
-        counts for nothing, even where it is not finite. With a status, nothing is written where SKIP is set.
+        Args:
+            out: `pair.x`, `pair.y`, or a third column of the dtype of either.
+            coefficients: two numbers, on the host or on the device in `status_dtype`. A column with coefficient 0 counts
+                for nothing, even where it is not finite.
+            status: if given, nothing is written where skip is set.
         """
 
     @abstractmethod
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        """P6. x = decay * x + (1 - decay) * y: an exponential moving average x of y.
-
-        With a status, nothing is written where SKIP is set.
-        """
+    def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
+        """Write x = decay * x + (1 - decay) * y; with a status, nothing where skip is set."""
 
 
-def finish_norm(status: Tensor, *, scaled: bool, carry: bool, eps: float) -> None:
-    """From SUM to NORM, INVERSE and SKIP, as `Backend.norm` describes them."""
-    norm = status[SUM].sqrt()
-    bad = ~status[SUM].isfinite()
-    if scaled:
+def finish_norm(status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
+    """Compute norms and the skip flag from the sum of squares, see Backend.finish_norm."""
+    values = status.values
+    norm = values[SUM].sqrt()
+    not_finite = ~values[SUM].isfinite()
+    if ascent:
         inverse = 1 / (norm + eps)
-        usable = (inverse <= 1e30) & ~bad  # a zero gradient gives no direction to follow
-        status[NORM] = norm
-        status[INVERSE] = torch.where(usable, inverse, torch.zeros_like(inverse))
+        usable = (inverse <= 1e30) & ~not_finite  # a gradient of zero gives no direction
+        values[ASCENT_NORM] = norm
+        values[INVERSE_NORM] = torch.where(usable, inverse, torch.zeros_like(inverse))
     else:
-        status[UPDATE_NORM] = norm
-    status[SKIP] = (bad | (status[SKIP] != 0)) if carry else bad
+        values[UPDATE_NORM] = norm
+    values[SKIP] = (not_finite | (values[SKIP] != 0)) if keep_skip else not_finite

@@ -1,4 +1,4 @@
-"""The C++ kernels (csrc/cpu) behind the backend contract: one call a primitive, for all tensors of a table."""
+"""The C++ kernels (csrc/cpu) behind the backend contract: one call per primitive, for all tensors of a table."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ from typing import Any
 import torch  # before the compiled module, so that both share one OpenMP runtime
 from torch import Tensor
 
-from .contract import LOW_PRECISION, Backend, Group, Lists, Table
-from .versions import bump_versions
+from .contract import (
+    LOW_PRECISION,
+    AdamGroup,
+    Backend,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
+    Table,
+    VectorPair,
+    bump_versions,
+)
 
-_cpu: ModuleType | None
+_cpu: ModuleType | Any
 try:
     _cpu = import_module("fused_sam._cpu")
     _reason = None
@@ -25,123 +35,151 @@ except ModuleNotFoundError:
     )
 except ImportError as error:
     _cpu = None
-    _reason = f"the compiled module fused_sam._cpu did not load ({error}); build it anew"
+    _reason = f"the compiled module fused_sam._cpu did not load ({error}); build it again"
 
 _CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
 
 
-def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 class Cpu(Backend):
+    """C++ kernels for the CPU, in the best instruction set of the processor.
+
+    Host time is most of a small model's step, so each primitive is one call into C++ and one helper at most.
+    """
+
     name = "cpu"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def unavailable_reason(cls) -> str | None:
         return _reason
 
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
-        if device.type != "cpu" or weight not in _CODES:
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
+        if device.type != "cpu" or dtype not in _CODES:
             return False
-        return gradient is weight or (weight in LOW_PRECISION and gradient is torch.float32)
+        return grad_dtype is dtype or (dtype in LOW_PRECISION and grad_dtype is torch.float32)
+
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        _native(table).norm(groups, status.address, False, False, False, 0.0, torch.get_num_threads())
+
+    def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
+        _cpu.finish_norm(status.address, ascent, keep_skip, eps)
 
     def norm(
         self,
-        table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
+        tables: Sequence[Table],
+        groups: Sequence[PerturbGroup] | None,
+        status: Status,
         *,
-        scaled: bool,
-        carry: bool,
-        begin: bool,
-        finish: bool,
+        keep_skip: bool,
         eps: float,
     ) -> None:
-        native = self._table(table)
-        native.norm(groups, _address(status), scaled, carry, begin, finish, eps, torch.get_num_threads())
+        if not tables:
+            super().norm(tables, groups, status, keep_skip=keep_skip, eps=eps)
+        last, threads = len(tables) - 1, torch.get_num_threads()
+        for i, table in enumerate(tables):
+            _native(table).norm(groups, status.address, i == 0, i == last, keep_skip, eps, threads)
 
-    def finish(self, status: Tensor, *, scaled: bool, carry: bool, eps: float) -> None:
-        assert _cpu is not None
-        _cpu.finish(_address(status), scaled, carry, eps)
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+        _native(table).perturb(groups, status.address, torch.get_num_threads())
+        bump_versions(table.params)
 
-    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
-        self._table(table).perturb(groups, _address(status), torch.get_num_threads())
-        bump_versions(table.models or table.weights)
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
+        _native(table).sgd(groups, status.address, unscale, max_norm, torch.get_num_threads())
+        bump_versions(table.params)
+        bump_versions(table.masters)
 
-    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        self._table(table).sgd(groups, _address(status), _reciprocal(grad_scale), torch.get_num_threads())
-        _bump_updated(table)
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
+        _native(table).adam(groups, status.address, unscale, max_norm, torch.get_num_threads())
+        bump_versions(table.params)
+        bump_versions(table.masters)
 
-    def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        self._table(table).adam(groups, _address(status), _reciprocal(grad_scale), torch.get_num_threads())
-        _bump_updated(table)
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
+        _native(table).lion(groups, status.address, unscale, max_norm, torch.get_num_threads())
+        bump_versions(table.params)
+        bump_versions(table.masters)
 
     def restore(self, table: Table) -> None:
-        self._table(table).restore(torch.get_num_threads())
-        bump_versions(table.models or table.weights)
+        _native(table).restore(torch.get_num_threads())
+        bump_versions(table.params)
 
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        native, x, y = _columns(lists)
-        native.dots(*x, *y, _address(sums), begin, torch.get_num_threads())
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        assert sums.dtype is torch.float64
+        native, x, y = _native_pair(pair)
+        native.dot(*x, *y, sums.data_ptr(), reset, torch.get_num_threads())
 
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        native, x, y = _columns(lists)
-        a, b = coefficients[:2].tolist()
-        skip = 0 if status is None else _address(status)
-        native.combine(*x, *y, _CODES[out[0].dtype], addresses(out), a, b, skip, torch.get_num_threads())
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
+    ) -> None:
+        native, x, y = _native_pair(pair)
+        a, b = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
+        skip = 0 if status is None else status.address
+        native.axpby(*x, *y, _CODES[out[0].dtype], _addresses(out), a, b, skip, torch.get_num_threads())
         bump_versions(out)
 
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        native, x, y = _columns(lists)
-        skip = 0 if status is None else _address(status)
-        native.combine(*x, *y, *x, decay, 1 - decay, skip, torch.get_num_threads())
-        bump_versions(lists.x)
-
-    def _table(self, table: Table) -> Any:
-        """The native table, with the addresses of this call's gradients."""
-        assert _cpu is not None
-        native = table.native
-        if native is None:
-            weight = table.weights[0].dtype
-            native = _cpu.Table(
-                _CODES[weight],
-                _CODES[table.gradient_dtype],
-                _CODES[table.models[0].dtype if table.models else weight],
-                [w.numel() for w in table.weights],
-                table.groups,
-            )
-            for name in ("weights", "backups", "models", "momenta", "squares", "largest", "steps"):
-                column = getattr(table, name)
-                if column:
-                    getattr(native, f"set_{name}")(addresses(column))
-            if table.streams:
-                native.set_draws(table.seed, table.streams, table.stochastic)
-            table.native = native
-        if table.gradient_addresses and table.gradient_addresses is not table.bound:
-            native.set_gradients(table.gradient_addresses)
-            table.bound = table.gradient_addresses
-        return native
+    def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
+        native, x, y = _native_pair(pair)
+        skip = 0 if status is None else status.address
+        native.axpby(*x, *y, *x, decay, 1 - decay, skip, torch.get_num_threads())
+        bump_versions(pair.x)
 
 
-def _reciprocal(grad_scale: Tensor | None) -> float:
-    return 1.0 if grad_scale is None else 1 / float(grad_scale)
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
-def _bump_updated(table: Table) -> None:
-    bump_versions(table.weights)  # optimizer state takes no part in autograd
-    if table.models:
-        bump_versions(table.models)
+def _native(table: Table) -> Any:
+    """Return the native table, with the addresses of this call's gradients."""
+    native = table.native
+    if native is None:
+        native = table.native = _build(table)
+    addresses = table.grad_addresses
+    if addresses and addresses is not table.bound_grads:
+        native.set_grads(addresses)
+        table.bound_grads = addresses
+    return native
 
 
-def _columns(lists: Lists) -> tuple[Any, tuple[int, list[int]], tuple[int, list[int]]]:
-    assert _cpu is not None
-    if lists.native is None:
-        lists.native = _cpu.Lists([t.numel() for t in lists.x])
-    x, y = ((_CODES[column[0].dtype], addresses(column)) for column in (lists.x, lists.y))
-    return lists.native, x, y
+def _build(table: Table) -> Any:
+    dtype = table.params[0].dtype
+    native = _cpu.Table(
+        _CODES[dtype],
+        _CODES[table.grad_dtype],
+        _CODES[table.masters[0].dtype if table.masters else dtype],
+        [p.numel() for p in table.params],
+        table.group_ids,
+    )
+    native.set_params(_addresses(table.params))
+    if table.masters:
+        native.set_masters(_addresses(table.masters))
+    else:
+        native.set_backups(_addresses(table.backups or table.params))
+    if table.rule is not None:
+        buffers = table.rule.buffers()
+        for name, column in table.state.items():
+            if name in buffers:
+                native.set_state(buffers.index(name), _addresses(column))
+            else:
+                native.set_steps(_addresses(column))
+    if table.rng_streams:
+        native.set_rng(table.seed, table.rng_streams, table.stochastic_rounding)
+    return native
 
 
-def _address(numbers: Tensor) -> int:
-    assert numbers.dtype is torch.float64
-    return numbers.data_ptr()
+def _native_pair(pair: VectorPair) -> tuple[Any, tuple[int, list[int]], tuple[int, list[int]]]:
+    """Return the native pair, and each column's dtype code and addresses."""
+    if pair.native is None:
+        pair.native = _cpu.VectorPair([t.numel() for t in pair.x])
+    x, y = ((_CODES[column[0].dtype], _addresses(column)) for column in (pair.x, pair.y))
+    return pair.native, x, y

@@ -1,7 +1,7 @@
-"""The CUDA kernels (csrc/cuda) behind the backend contract: one launch a primitive, for all tensors of a table.
+"""The CUDA kernels (csrc/cuda) behind the backend contract: one launch per primitive, for all tensors of a table.
 
-Nothing here waits for the GPU, allocates in a settled step or copies to the device: tables travel as kernel arguments,
-so that a step can be captured in a torch.cuda.CUDAGraph. docs/gpu.md tells what it costs.
+Nothing here waits for the GPU, and after the first steps nothing allocates or copies to the device. Tables are kernel
+arguments, so that a step can be captured in a torch.cuda.CUDAGraph. docs/gpu.md has the costs.
 """
 
 from __future__ import annotations
@@ -10,14 +10,24 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from .contract import LOW_PRECISION, Backend, Group, Lists, Table
+from .contract import (
+    LOW_PRECISION,
+    AdamGroup,
+    Backend,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
+    Table,
+    VectorPair,
+    bump_versions,
+)
 from .reference import Reference
-from .versions import bump_versions
 
 _cuda: ModuleType | None
 try:
@@ -31,248 +41,308 @@ except ModuleNotFoundError:
     )
 except ImportError as error:
     _cuda = None
-    _reason = f"the compiled module fused_sam._cuda did not load ({error}); build it anew"
+    _reason = f"the compiled module fused_sam._cuda did not load ({error}); build it again"
 
 _CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
 _WORD64 = (1 << 64) - 1
 
+UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
+
 
 class Cuda(Backend):
+    """CUDA C++ kernels for NVIDIA GPUs, from compute capability 8.0 on."""
+
     name = "cuda"
     module: ModuleType | None = _cuda
 
     @classmethod
-    def missing(cls) -> str | None:
+    def unavailable_reason(cls) -> str | None:
         if cls.module is None:
             return _reason
         if torch.version.cuda is None:
             return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
-        return cls.module.problem() or None
+        return cls.module.unavailable_reason() or None
 
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
-        if device.type != "cuda" or weight not in _CODES or why_not(device) is not None:
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
+        if device.type != "cuda" or dtype not in _CODES or why_not(device) is not None:
             return False
-        return gradient is weight or (weight in LOW_PRECISION and gradient is torch.float32)
+        return grad_dtype is dtype or (dtype in LOW_PRECISION and grad_dtype is torch.float32)
 
-    # ---- P1 to P3, P7 ------------------------------------------------------------------------------------
+    # ---- the primitives of a step ---------------------------------------------------------------------------
+
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        self._norm(table, groups, status, False, False, False, 0.0)
+
+    def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
+        assert self.module is not None
+        address, index = _status(status, status.device), status.device.index or 0
+        self.module.finish_norm(address, ascent, keep_skip, eps, index, self._stream(status.device))
 
     def norm(
         self,
-        table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
+        tables: Sequence[Table],
+        groups: Sequence[PerturbGroup] | None,
+        status: Status,
         *,
-        scaled: bool,
-        carry: bool,
-        begin: bool,
+        keep_skip: bool,
+        eps: float,
+    ) -> None:
+        if not tables:
+            super().norm(tables, groups, status, keep_skip=keep_skip, eps=eps)
+        last = len(tables) - 1
+        for i, table in enumerate(tables):
+            self._norm(table, groups, status, i == 0, i == last, keep_skip, eps)
+
+    def _norm(
+        self,
+        table: Table,
+        groups: Sequence[PerturbGroup] | None,
+        status: Status,
+        reset: bool,
         finish: bool,
+        keep_skip: bool,
         eps: float,
     ) -> None:
         native, workspace = self._table(table)
+        device = table.params[0].device
         native.norm(
-            _host_rates(groups), self._address(status, table.weights, "status"), scaled, carry, begin, finish, eps,
-            workspace.data_ptr(), self._stream(status.device),
-        )  # fmt: skip
+            groups, _status(status, device), reset, finish, keep_skip, eps, workspace.data_ptr(), self._stream(device)
+        )
 
-    def finish(self, status: Tensor, *, scaled: bool, carry: bool, eps: float) -> None:
-        assert self.module is not None
-        address = self._address(status, [status], "status")
-        self.module.finish(address, scaled, carry, eps, status.device.index or 0, self._stream(status.device))
-
-    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         native, _ = self._table(table)
+        device = table.params[0].device
         native.perturb(
-            _host_rates(groups), self._address(status, table.weights, "status"), table.seed & _WORD64, table.stochastic,
-            self._stream(status.device),
-        )  # fmt: skip
-        bump_versions(table.models or table.weights)
+            groups, _status(status, device), table.seed & _WORD64, table.stochastic_rounding, self._stream(device)
+        )
+        bump_versions(table.params)
 
-    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
         native, workspace = self._table(table)
-        native.sgd(*self._update(table, workspace, groups, status, grad_scale))
-        bump_versions(table.models or table.weights)  # master weights and momentum take no part in autograd
+        native.sgd(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
+        bump_versions(table.params)
+        bump_versions(table.masters)
 
-    def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
         native, workspace = self._table(table)
-        native.adam(*self._update(table, workspace, groups, status, grad_scale))
-        bump_versions(table.models or table.weights)
+        native.adam(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
+        bump_versions(table.params)
+        bump_versions(table.masters)
+
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        native, workspace = self._table(table)
+        native.lion(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
+        bump_versions(table.params)
+        bump_versions(table.masters)
 
     def restore(self, table: Table) -> None:
         native, _ = self._table(table)
-        native.restore(self._stream(table.weights[0].device))
-        bump_versions(table.models or table.weights)
+        native.restore(self._stream(table.params[0].device))
+        bump_versions(table.params)
 
-    def _update(
-        self, table: Table, workspace: Tensor, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
+    def _arguments(
+        self,
+        table: Table,
+        workspace: Tensor,
+        groups: Sequence[UpdateGroup],
+        status: Status,
+        grad_scale: Tensor | None,
+        max_norm: float,
     ) -> tuple[Any, ...]:
-        """The arguments that the updates share."""
+        """Return the arguments of an update's native method."""
+        device = table.params[0].device
+        numbers, rates = _rates(groups, device)
         return (
-            _host_rates(groups),
-            self._device_rates(groups, table),
-            self._address(status, table.weights, "status"),
-            0 if grad_scale is None else self._address(grad_scale, table.weights, "gradient scale"),
+            numbers,
+            rates,
+            _status(status, device),
+            0 if grad_scale is None else _address(grad_scale, device, "gradient scale"),
+            max_norm,
             workspace.data_ptr(),
             table.seed & _WORD64,
-            table.stochastic,
-            self._stream(status.device),
+            table.stochastic_rounding,
+            self._stream(device),
         )
 
-    # ---- P4 to P6 -----------------------------------------------------------------------------------------
+    # ---- the primitives over two vectors --------------------------------------------------------------------
 
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        found = self._lists(lists)
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        found = self._pair(pair)
         if found is None:
-            return Reference().dots(lists, sums, begin=begin)
+            return Reference().dot(pair, sums, reset=reset)
         native, workspace = found
-        native.dots(
-            _addresses(lists.x), _addresses(lists.y), self._address(sums, lists.x, "sums"), begin,
-            workspace.data_ptr(), self._stream(sums.device),
+        device = pair.x[0].device
+        native.dot(
+            _addresses(pair.x), _addresses(pair.y), _address(sums, device, "sums"), reset, workspace.data_ptr(),
+            self._stream(device),
         )  # fmt: skip
         return None
 
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        found = self._lists(lists)
-        if found is None:
-            return Reference().combine(lists, out, coefficients, status)
-        address = self._address(coefficients, lists.x, "coefficients")
-        self._combine(found[0], lists, out, address, 0.0, 0.0, status)
-        return None
-
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        found = self._lists(lists)
-        if found is None:
-            return Reference().average(lists, decay, status)
-        self._combine(found[0], lists, lists.x, 0, decay, 1 - decay, status)
-        return None
-
-    def _combine(
-        self, native: Any, lists: Lists, out: list[Tensor], coefficients: int, a: float, b: float, status: Tensor | None
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
     ) -> None:
-        skip = 0 if status is None else self._address(status, lists.x, "status")
-        x, y, code = _addresses(lists.x), _addresses(lists.y), _CODES[out[0].dtype]
-        native.combine(x, y, code, _addresses(out), coefficients, a, b, skip, self._stream(out[0].device))
+        found = self._pair(pair)
+        if found is None:
+            return Reference().axpby(pair, out, coefficients, status)
+        device = pair.x[0].device
+        address, a, b = 0, 0.0, 0.0
+        if isinstance(coefficients, Tensor):
+            address = _address(coefficients, device, "coefficients")
+        else:
+            a, b = coefficients
+        skip = 0 if status is None else _status(status, device)
+        x, y, code = _addresses(pair.x), _addresses(pair.y), _CODES[out[0].dtype]
+        found[0].axpby(x, y, code, _addresses(out), address, a, b, skip, self._stream(device))
         bump_versions(out)
+        return None
 
-    # ---- within -------------------------------------------------------------------------------------------
+    def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
+        if self._pair(pair) is None:
+            Reference().ema(pair, decay, status)
+        else:
+            self.axpby(pair, pair.x, (decay, 1 - decay), status)
+
+    # ---- native tables --------------------------------------------------------------------------------------
 
     def _stream(self, device: torch.device) -> int:
-        """The stream that torch works on now, as an integer."""
+        """Return torch's current stream, as an integer."""
         return torch.cuda.current_stream(device).cuda_stream
 
-    def _address(self, numbers: Tensor, beside: list[Tensor], what: str) -> int:
-        """Address of fp32 numbers that a kernel reads or writes."""
-        if numbers.device != beside[0].device or numbers.dtype is not torch.float32:
-            raise ValueError(
-                f"the {what} must be torch.float32 on {beside[0].device}, not {numbers.dtype} on {numbers.device}"
-            )
-        return numbers.data_ptr()
-
-    def _device_rates(self, groups: Sequence[Group], table: Table) -> list[tuple[int, bool]] | None:
-        """Where each group's learning rate lies on the device; None where all are numbers of the host."""
-        if not any(isinstance(g.lr, Tensor) for g in groups):
-            return None
-        device = table.weights[0].device
-        rates = []
-        for k, group in enumerate(groups):
-            lr = group.lr
-            if isinstance(lr, Tensor) and (lr.device != device or lr.dtype not in (torch.float32, torch.float64)):
-                raise ValueError(
-                    f"lr of group {k} is a {lr.dtype} tensor on {lr.device}; it must be a number, or "
-                    f"torch.float32 or torch.float64 on {device}"
-                )
-            rates.append((lr.data_ptr(), lr.dtype is torch.float64) if isinstance(lr, Tensor) else (0, False))
-        return rates
-
     def _table(self, table: Table) -> tuple[Any, Tensor]:
-        """The native table with the addresses of this call's gradients, and its workspace."""
+        """Return the native table, with the addresses of this call's gradients, and its workspace."""
+        addresses = table.grad_addresses
         if table.native is not None:
-            if table.gradient_addresses and table.gradient_addresses is not table.bound:
-                table.native[0].set_gradients(table.gradient_addresses)
-                table.bound = table.gradient_addresses
+            if addresses and addresses is not table.bound_grads:
+                table.native[0].set_grads(addresses)
+                table.bound_grads = addresses
             return table.native
-        assert self.module is not None
-        state = [t for t in (*table.momenta, *table.largest) if t is not None]
-        device = _one_device(table.weights, table.backups, table.models, state, table.squares, table.steps)
-        native = self.module.Table(
-            _CODES[table.weights[0].dtype],
-            _CODES[table.gradient_dtype],
-            _CODES[(table.models or table.weights)[0].dtype],
-            device.index or 0,
-            [w.numel() for w in table.weights],
-            table.groups,
-            table.streams,
-        )
-        native.set_weights(_addresses(table.weights))
-        if table.models:
-            native.set_models(_addresses(table.models))
-        else:
-            native.set_backups(_addresses(table.backups or table.weights))
-        if table.momenta:
-            native.set_momenta(_addresses(table.momenta))
-        if table.squares:
-            largest = table.largest or [None] * len(table.squares)
-            native.set_adam(_addresses(table.squares), _addresses(largest), _addresses(table.steps))
-        if table.gradient_addresses:
-            native.set_gradients(table.gradient_addresses)
+        device = _one_device(table.params, table.backups, table.masters, *table.state.values())
+        native = self._build(table, device)
+        if addresses:
+            native.set_grads(addresses)
         made = native, _workspace(native, device)
         if not _capturing(device):
-            table.native, table.bound = made, table.gradient_addresses
+            table.native, table.bound_grads = made, addresses
         return made
 
-    def _lists(self, lists: Lists) -> tuple[Any, Tensor] | None:
-        """The native lists and their workspace; None for dtypes that no kernel serves (fp64, bf16 with fp16)."""
+    def _build(self, table: Table, device: torch.device) -> Any:
         assert self.module is not None
-        if lists.native is None:
-            x, y = (_CODES.get(column[0].dtype) for column in (lists.x, lists.y))
-            if x is None or y is None or not self.module.lists_served(x, y):
+        native = self.module.Table(
+            _CODES[table.params[0].dtype],
+            _CODES[table.grad_dtype],
+            _CODES[(table.masters or table.params)[0].dtype],
+            device.index or 0,
+            [p.numel() for p in table.params],
+            table.group_ids,
+            table.rng_streams,
+        )
+        native.set_params(_addresses(table.params))
+        if table.masters:
+            native.set_masters(_addresses(table.masters))
+        else:
+            native.set_backups(_addresses(table.backups or table.params))
+        if table.rule is not None:
+            buffers = table.rule.buffers()
+            for name, column in table.state.items():
+                if name in buffers:
+                    native.set_state(buffers.index(name), _addresses(column))
+                else:
+                    native.set_steps(_addresses(column))
+        return native
+
+    def _pair(self, pair: VectorPair) -> tuple[Any, Tensor] | None:
+        """Return the native pair and its workspace; None for dtypes without kernels (fp64, bf16 with fp16)."""
+        assert self.module is not None
+        if pair.native is None:
+            x, y = (_CODES.get(column[0].dtype) for column in (pair.x, pair.y))
+            if x is None or y is None or not self.module.supports_vectors(x, y):
                 return None
-            device = _one_device(lists.x, lists.y)
-            native = self.module.Lists(x, y, device.index or 0, [t.numel() for t in lists.x])
+            device = _one_device(pair.x, pair.y)
+            native = self.module.VectorPair(x, y, device.index or 0, [t.numel() for t in pair.x])
             made = native, _workspace(native, device)
             if _capturing(device):
                 return made
-            lists.native = made
-        return lists.native
+            pair.native = made
+        return pair.native
 
 
 def why_not(device: torch.device) -> str | None:
-    """Why the kernels do not run on that GPU; None where they do."""
-    return _device_problem(0 if device.index is None else device.index)
+    """Return why the kernels do not run on that GPU; None if they do."""
+    return _device_reason(0 if device.index is None else device.index)
 
 
 @cache
-def _device_problem(index: int) -> str | None:
-    missing = Cuda.missing()
-    if missing is None and Cuda.module is not None:
-        return Cuda.module.device_problem(index) or None
-    return missing
+def _device_reason(index: int) -> str | None:
+    reason = Cuda.unavailable_reason()
+    if reason is None and Cuda.module is not None:
+        return Cuda.module.device_unavailable_reason(index) or None
+    return reason
 
 
 def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
     return [0 if t is None else t.data_ptr() for t in tensors]
 
 
+def _address(numbers: Tensor, device: torch.device, what: str) -> int:
+    """Return the address of fp32 numbers that a kernel reads or writes."""
+    if numbers.device != device or numbers.dtype is not torch.float32:
+        raise ValueError(f"the {what} must be torch.float32 on {device}, not {numbers.dtype} on {numbers.device}")
+    return numbers.data_ptr()
+
+
+def _status(status: Status, device: torch.device) -> int:
+    return _address(status.values, device, "status")
+
+
+def _rates(
+    groups: Sequence[UpdateGroup], device: torch.device
+) -> tuple[Sequence[UpdateGroup], list[tuple[int, bool]] | None]:
+    """Return the groups as numbers of the host, and where each group's learning rate is on the device.
+
+    Reading a learning rate here would wait for the GPU: a group that has one on the device has 0 instead. The second
+    result is None if no group has one.
+    """
+    if not any(isinstance(g.lr, Tensor) for g in groups):
+        return groups, None
+    rates = []
+    for k, group in enumerate(groups):
+        lr = group.lr
+        if isinstance(lr, Tensor) and (lr.device != device or lr.dtype not in (torch.float32, torch.float64)):
+            raise ValueError(
+                f"lr of group {k} is a {lr.dtype} tensor on {lr.device}; it must be a number, or "
+                f"torch.float32 or torch.float64 on {device}"
+            )
+        rates.append((lr.data_ptr(), lr.dtype is torch.float64) if isinstance(lr, Tensor) else (0, False))
+    return [g._replace(lr=0.0) if isinstance(g.lr, Tensor) else g for g in groups], rates
+
+
 def _workspace(native: Any, device: torch.device) -> Tensor:
-    """Zeros for the reductions: some KB, made with the table so that no step allocates."""
+    """Return zeros for the reductions: some KB, allocated with the table so that no step allocates."""
     return torch.zeros(native.workspace_bytes, dtype=torch.uint8, device=device)
 
 
 def _capturing(device: torch.device) -> bool:
-    """Whether a CUDA graph is captured. What is zeroed then is zeroed by its replays alone, in memory of its own: a
-    table that is made in a capture serves one call, and steps outside make their own."""
+    """Return True while a CUDA graph is captured.
+
+    Zeros that are allocated then are written only by the graph's replays, in the graph's own memory. A table that is
+    built in a capture therefore serves one call, and steps outside the graph build their own.
+    """
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _one_device(*columns: list[Tensor]) -> torch.device:
-    """The tensors' device; ValueError where they have several: a kernel of one GPU does not reach another's memory."""
-    devices = dict.fromkeys(t.device for column in columns for t in column)
+def _one_device(*columns: Sequence[Tensor | None]) -> torch.device:
+    """Return the tensors' device; ValueError if they have several: a kernel of one GPU cannot read another's memory."""
+    devices = dict.fromkeys(t.device for column in columns for t in column if t is not None)
     if len(devices) > 1:
-        raise ValueError(f"tensors on {' and '.join(map(str, devices))} in one table: use one optimizer a device")
+        raise ValueError(f"tensors on {' and '.join(map(str, devices))} in one table: use one optimizer per device")
     return next(iter(devices))
-
-
-def _host_rates(groups: Sequence[Group]) -> Sequence[Group]:
-    """The groups with 0 for a learning rate that lies on the device: reading it here would wait for the GPU."""
-    if not any(isinstance(g.lr, Tensor) for g in groups):
-        return groups
-    return [g._replace(lr=0.0) if isinstance(g.lr, Tensor) else g for g in groups]

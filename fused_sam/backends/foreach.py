@@ -1,7 +1,7 @@
-"""The primitives in torch._foreach_* calls: for devices that no kernel of ours serves.
+"""The primitives in torch._foreach_* calls: for devices that no kernel of ours supports.
 
-One batch of calls a parameter group. It needs temporaries the size of the gradients and, on an accelerator, waits for
-the norm once a pass; the compiled backends do neither.
+One batch of calls per parameter group. It needs temporaries of the size of the gradients. On an accelerator it waits for
+the status once per primitive; the compiled backends do neither.
 """
 
 from __future__ import annotations
@@ -9,231 +9,273 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from .contract import (
-    DRAWS,
-    INVERSE,
+    INVERSE_NORM,
     LOW_PRECISION,
     MASK,
+    RNG_OFFSET,
     ROUND_PERTURBED,
     ROUND_UPDATED,
     SKIP,
-    SUM,
     UPDATE_NORM,
     XX,
     XY,
     YY,
+    AdamGroup,
     Backend,
-    Group,
-    Lists,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
     Table,
+    VectorPair,
     arithmetic_dtype,
-    finish_norm,
 )
-from .rng import chosen, round_at_random, stream_key
+from .reference import host_numbers
+from .rng import mask_of, round_stochastically, stream_key
+
+AnyGroup = TypeVar("AnyGroup", PerturbGroup, SGDGroup, AdamGroup, LionGroup)
+UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
 
 
-def wide(tensors: Sequence[Tensor]) -> list[Tensor]:
+def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors in the dtype of the arithmetic."""
     dtype = arithmetic_dtype(tensors[0].dtype)
     return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
+def weight_scale(weights: list[Tensor], group: PerturbGroup) -> list[Tensor]:
+    """Return T_w = |w| + eta."""
+    scale = torch._foreach_abs(weights)
+    torch._foreach_add_(scale, group.eta)
+    return list(scale)
+
+
 @dataclass
-class Rows:
-    """The rows of one parameter group."""
+class Rows(Generic[AnyGroup]):
+    """The rows of a table that belong to one parameter group."""
 
     table: Table
-    group: Group
+    group: AnyGroup
     numbers: list[int]
 
     def of(self, column: Sequence[Tensor | None]) -> list[Tensor]:
+        """Return these rows of a column in which none of them is None."""
         return [column[i] for i in self.numbers]  # type: ignore[misc]
 
-    def key(self, row: int, draw: int, purpose: int) -> tuple[int, int]:
-        return stream_key(self.table.seed, draw, self.table.streams[self.numbers[row]], purpose)
+    def weights(self) -> list[Tensor]:
+        """Return the masters, or the params where there are none, in the dtype of the arithmetic."""
+        return widen(self.of(self.table.masters or self.table.params))
 
-    def publish(self, numbers: list[Tensor], draw: int, purpose: int) -> None:
-        """Round numbers of the arithmetic's dtype into what the network computes with."""
-        to = self.of(self.table.models or self.table.weights)
-        if self.table.stochastic and to[0].dtype in LOW_PRECISION:
-            numbers = [round_at_random(x, self.key(r, draw, purpose), to[r].dtype) for r, x in enumerate(numbers)]
-        torch._foreach_copy_(to, numbers)
+    def state(self, name: str) -> list[Tensor]:
+        return self.of(self.table.state[name])
+
+    def key(self, row: int, rng_offset: int, purpose: int) -> tuple[int, int]:
+        """Return the key of a row's random numbers."""
+        return stream_key(self.table.seed, rng_offset, self.table.rng_streams[self.numbers[row]], purpose)
+
+    def store_rounded(self, numbers: list[Tensor], rng_offset: int, purpose: int) -> None:
+        """Round numbers of the arithmetic's dtype into the params."""
+        params = self.of(self.table.params)
+        if self.table.stochastic_rounding and params[0].dtype in LOW_PRECISION:
+            numbers = [
+                round_stochastically(x, self.key(r, rng_offset, purpose), p.dtype)
+                for r, (x, p) in enumerate(zip(numbers, params, strict=True))
+            ]
+        torch._foreach_copy_(params, numbers)
 
 
-def by_group(table: Table, groups: Sequence[Group]) -> list[Rows]:
+def by_group(table: Table, groups: Sequence[AnyGroup]) -> list[Rows[AnyGroup]]:
+    """Return the table's rows, sorted by parameter group."""
     return [
-        Rows(table, groups[k], [i for i, group in enumerate(table.groups) if group == k])
-        for k in dict.fromkeys(table.groups)
+        Rows(table, groups[k], [i for i, group in enumerate(table.group_ids) if group == k])
+        for k in dict.fromkeys(table.group_ids)
     ]
 
 
+def scaled_grads(rows: Rows[PerturbGroup]) -> list[Tensor]:
+    """Return T_w g."""
+    grads = widen(rows.of(rows.table.grads))
+    if not rows.group.adaptive:
+        return grads
+    scale = weight_scale(rows.weights(), rows.group)
+    torch._foreach_mul_(scale, grads)
+    return scale
+
+
 class Foreach(Backend):
+    """torch._foreach_*, for any device and any dense layout."""
+
     name = "foreach"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def unavailable_reason(cls) -> str | None:
         return None
 
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
         return True
 
-    def norm(
-        self,
-        table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
-        *,
-        scaled: bool,
-        carry: bool,
-        begin: bool,
-        finish: bool,
-        eps: float,
-    ) -> None:
-        if begin:
-            status[SUM] = 0
-        for rows in by_group(table, groups):
-            gradients = wide(rows.of(table.gradients))
-            if scaled and rows.group.adaptive:
-                scale = weight_scale(wide(rows.of(table.weights)), rows.group)
-                torch._foreach_mul_(scale, gradients)
-                gradients = scale
-            wider = torch.promote_types(gradients[0].dtype, status.dtype)  # squares of 1e19 leave fp32's range
-            norms = torch.stack(torch._foreach_norm(gradients, 2, dtype=wider))
-            status[SUM] += norms.to(status.dtype).square().sum()
-        if finish:
-            finish_norm(status, scaled=scaled, carry=carry, eps=eps)
+    @torch.no_grad()
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        lists = [widen(table.grads)] if groups is None else map(scaled_grads, by_group(table, groups))
+        for grads in lists:
+            wider = torch.promote_types(grads[0].dtype, status.values.dtype)  # squares of 1e19 leave fp32's range
+            norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wider))
+            status.sum_of_squares.add_(norms.to(status.values.dtype).square().sum())
 
-    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
+    @torch.no_grad()
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         if table.backups:
-            torch._foreach_copy_(table.backups, table.weights)
-        inverse, skip, draw = status[[INVERSE, SKIP, DRAWS]].tolist()
+            torch._foreach_copy_(table.backups, table.params)
+        inverse, skip, offset = status.values[[INVERSE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             return
         for rows in by_group(table, groups):
             h = rows.group
-            weights, e = rows.of(table.weights), wide(rows.of(table.gradients))
-            moved = wide(weights)
+            params, weights, e = rows.of(table.params), rows.weights(), widen(rows.of(table.grads))
             if h.adaptive:
-                scale = weight_scale(moved, h)
+                scale = weight_scale(weights, h)
                 torch._foreach_mul_(scale, scale)
                 torch._foreach_mul_(scale, e)
                 e = scale
-            step = h.rho * inverse / h.share
-            if h.share < 1:
-                e = list(torch._foreach_add(moved, e, alpha=step))
-                keys = [rows.key(r, int(draw), MASK) for r in range(len(e))]
-                triples = zip(keys, moved, e, strict=True)
-                moved = [torch.where(chosen(key, w, h.share), x, w) for key, w, x in triples]
-            elif table.models:
-                moved = list(torch._foreach_add(moved, e, alpha=step))
+            perturbed, length = weights, h.rho * inverse / h.mask_prob
+            if table.masters or h.mask_prob < 1:
+                perturbed = list(torch._foreach_add(weights, e, alpha=length))
             else:
-                torch._foreach_add_(moved, e, alpha=step)
-            if moved[0] is not weights[0]:  # else it was worked on in place
-                rows.publish(moved, int(draw), ROUND_PERTURBED)
+                torch._foreach_add_(weights, e, alpha=length)
+            if h.mask_prob < 1:
+                keys = [rows.key(r, int(offset), MASK) for r in range(len(e))]
+                triples = zip(keys, weights, perturbed, strict=True)
+                perturbed = [torch.where(mask_of(key, w, h.mask_prob), x, w) for key, w, x in triples]
+            if perturbed[0] is not params[0]:  # else it was done in place
+                rows.store_rounded(perturbed, int(offset), ROUND_PERTURBED)
 
-    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        def change(rows: Rows, weights: list[Tensor], d: list[Tensor]) -> None:
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        def step(rows: Rows[SGDGroup], weights: list[Tensor], d: list[Tensor]) -> None:
             h = rows.group
             if h.weight_decay != 0:
                 d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            if h.momentum != 0 and table.momenta[rows.numbers[0]] is not None:
-                momenta = rows.of(table.momenta)
-                begins = [(m == 0) & m.signbit() for m in momenta] if h.dampening != 0 else []
-                torch._foreach_mul_(momenta, h.momentum)
-                torch._foreach_add_(momenta, d, alpha=1 - h.dampening)
-                for m, gradient, new in zip(momenta, d, begins, strict=False):
-                    m.copy_(torch.where(new, gradient, m) + 0.0)
-                d = list(torch._foreach_add(d, momenta, alpha=h.momentum)) if h.nesterov else momenta
+            if h.momentum != 0 and table.state["momentum_buffer"][rows.numbers[0]] is not None:
+                buffers = rows.state("momentum_buffer")
+                unwritten = [(m == 0) & m.signbit() for m in buffers] if h.dampening != 0 else []
+                torch._foreach_mul_(buffers, h.momentum)
+                torch._foreach_add_(buffers, d, alpha=1 - h.dampening)
+                for m, grad, first in zip(buffers, d, unwritten, strict=False):
+                    m.copy_(torch.where(first, grad, m) + 0.0)
+                d = list(torch._foreach_add(d, buffers, alpha=h.momentum)) if h.nesterov else buffers
             torch._foreach_add_(weights, d, alpha=-float(h.lr))
 
-        self._update(table, groups, status, grad_scale, change)
+        self._update(table, groups, status, grad_scale, max_norm, step)
 
-    def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        def change(rows: Rows, weights: list[Tensor], d: list[Tensor]) -> None:
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        def step(rows: Rows[AdamGroup], weights: list[Tensor], d: list[Tensor]) -> None:
             h, lr = rows.group, float(rows.group.lr)
-            if h.decoupled:
+            if h.decoupled_weight_decay:
                 torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
             elif h.weight_decay != 0:
                 d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            means, squares, steps = rows.of(table.momenta), rows.of(table.squares), rows.of(table.steps)
+            means, squares, steps = (rows.state(name) for name in ("exp_avg", "exp_avg_sq", "step"))
             torch._foreach_lerp_(means, d, 1 - h.beta1)
             torch._foreach_mul_(squares, h.beta2)
             torch._foreach_addcmul_(squares, d, d, 1 - h.beta2)
             if h.amsgrad:
-                largest = rows.of(table.largest)
+                largest = rows.state("max_exp_avg_sq")
                 torch._foreach_maximum_(largest, squares)
                 squares = largest
             torch._foreach_add_(steps, 1)
             counts = torch.stack(steps).tolist()
             roots = torch._foreach_sqrt(squares)
             torch._foreach_div_(roots, [math.sqrt(1 - h.beta2**t) for t in counts])
-            torch._foreach_add_(roots, h.adam_eps)
+            torch._foreach_add_(roots, h.eps)
             torch._foreach_addcdiv_(weights, means, roots, [-lr / (1 - h.beta1**t) for t in counts])
 
-        self._update(table, groups, status, grad_scale, change)
+        self._update(table, groups, status, grad_scale, max_norm, step)
 
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        def step(rows: Rows[LionGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+            h, lr, means = rows.group, float(rows.group.lr), rows.state("exp_avg")
+            mixed = torch._foreach_lerp(means, d, 1 - h.beta1)
+            signs = [torch.where(c.isnan(), c, s) for c, s in zip(mixed, torch._foreach_sign(mixed), strict=True)]
+            torch._foreach_lerp_(means, d, 1 - h.beta2)
+            torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
+            torch._foreach_add_(weights, signs, alpha=-lr)
+
+        self._update(table, groups, status, grad_scale, max_norm, step)
+
+    @torch.no_grad()
     def _update(
         self,
         table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
+        groups: Sequence[UpdateGroup],
+        status: Status,
         grad_scale: Tensor | None,
-        change: Callable[[Rows, list[Tensor], list[Tensor]], None],
+        max_norm: float,
+        step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
     ) -> None:
-        """Undo, and let `change` move each group's weights in place, by gradients unscaled, clipped and signed."""
-        norm, skip, draw = status[[UPDATE_NORM, SKIP, DRAWS]].tolist()
+        """Undo the perturbation, then `step(rows, weights, grads)` changes each group's weights in place."""
+        norm, skip, offset = status.values[[UPDATE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             self.restore(table)
             return
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
+        clip = min(1.0, max_norm / (norm * unscale + 1e-6)) if max_norm < math.inf else 1.0
         for rows in by_group(table, groups):
-            h, weights = rows.group, rows.of(table.weights)
+            params = rows.of(table.params)
             if table.backups:
-                torch._foreach_copy_(weights, rows.of(table.backups))
-            factor = -unscale if h.maximize else unscale
-            if h.max_norm < math.inf:
-                factor *= min(1.0, h.max_norm / (norm * unscale + 1e-6))
-            wider, d = wide(weights), wide(rows.of(table.gradients))
-            change(rows, wider, d if factor == 1 else list(torch._foreach_mul(d, factor)))
-            if table.models or wider[0] is not weights[0]:  # else it was worked on in place
-                rows.publish(wider, int(draw), ROUND_UPDATED)
+                torch._foreach_copy_(params, rows.of(table.backups))
+            factor = -unscale * clip if rows.group.maximize else unscale * clip
+            weights, d = rows.weights(), widen(rows.of(table.grads))
+            step(rows, weights, d if factor == 1 else list(torch._foreach_mul(d, factor)))
+            if weights[0] is not params[0]:  # else it was done in place
+                rows.store_rounded(weights, int(offset), ROUND_UPDATED)
 
+    @torch.no_grad()
     def restore(self, table: Table) -> None:
-        torch._foreach_copy_(table.models or table.weights, table.backups or table.weights)
+        torch._foreach_copy_(table.params, table.masters or table.backups or table.params)
 
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        if begin:
+    @torch.no_grad()
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        if reset:
             sums[: YY + 1] = 0
-        x, y = wide(lists.x), wide(lists.y)
+        x, y = widen(pair.x), widen(pair.y)
         sums[XY] += torch.stack([p.sum(dtype=sums.dtype) for p in torch._foreach_mul(x, y)]).sum()
         for place, column in ((XX, x), (YY, y)):
             sums[place] += torch.stack(torch._foreach_norm(column, 2)).to(sums.dtype).square().sum()
 
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        if status is not None and status[SKIP]:
+    @torch.no_grad()
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
+    ) -> None:
+        if status is not None and status.skip:
             return
-        a, b = coefficients[:2].tolist()
-        terms = [torch._foreach_mul(wide(column), c) for column, c in ((lists.x, a), (lists.y, b)) if c != 0]
+        a, b = host_numbers(coefficients)
+        terms = [torch._foreach_mul(widen(column), c) for column, c in ((pair.x, a), (pair.y, b)) if c != 0]
         if not terms:
             torch._foreach_zero_(out)
             return
         torch._foreach_copy_(out, torch._foreach_add(*terms) if len(terms) == 2 else terms[0])
 
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        if status is not None and status[SKIP]:
+    @torch.no_grad()
+    def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
+        if status is not None and status.skip:
             return
-        x, y = wide(lists.x), wide(lists.y)
+        x, y = widen(pair.x), widen(pair.y)
         torch._foreach_mul_(x, decay)
         torch._foreach_add_(x, y, alpha=1 - decay)
-        if x[0] is not lists.x[0]:
-            torch._foreach_copy_(lists.x, x)
-
-
-def weight_scale(weights: list[Tensor], group: Group) -> list[Tensor]:
-    """|w| + eta, in new tensors."""
-    scale = torch._foreach_abs(weights)
-    torch._foreach_add_(scale, group.eta)
-    return list(scale)
+        if x[0] is not pair.x[0]:
+            torch._foreach_copy_(pair.x, x)

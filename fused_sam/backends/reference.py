@@ -1,191 +1,233 @@
 """The specification: plain torch, one tensor at a time. Every other backend is tested against this one.
 
-Arithmetic runs in fp32 for bf16 and fp16 weights and in the weights' own dtype otherwise; a weight is rounded once,
-when it is written.
+Arithmetic runs in fp32 for bf16 and fp16 parameters and in the parameters' own dtype otherwise. A parameter is rounded
+once, when it is written.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .contract import (
-    DRAWS,
-    INVERSE,
     LOW_PRECISION,
     MASK,
     ROUND_PERTURBED,
     ROUND_UPDATED,
-    SKIP,
-    SUM,
-    UPDATE_NORM,
     XX,
     XY,
     YY,
+    AdamGroup,
     Backend,
-    Group,
-    Lists,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
     Table,
+    VectorPair,
     arithmetic_dtype,
-    finish_norm,
 )
-from .rng import chosen, round_at_random, stream_key
+from .rng import mask_of, round_stochastically, stream_key
+
+AnyGroup = TypeVar("AnyGroup", SGDGroup, AdamGroup, LionGroup)
 
 
-def wide(x: Tensor) -> Tensor:
+def widen(x: Tensor) -> Tensor:
+    """Return x in the dtype of the arithmetic."""
     return x.to(arithmetic_dtype(x.dtype))
 
 
-def weight_scale(w: Tensor, group: Group) -> Tensor | float:
-    """T_w = |w| + eta for ASAM (arXiv 2102.11600), 1 for SAM."""
-    return wide(w).abs() + group.eta if group.adaptive else 1.0
+def weight_scale(w: Tensor, group: PerturbGroup) -> Tensor | float:
+    """Return T_w: |w| + eta for ASAM (arXiv 2102.11600), 1 for SAM."""
+    return widen(w).abs() + group.eta if group.adaptive else 1.0
 
 
-def before(table: Table, i: int) -> Tensor:
-    """The unperturbed weight of row i."""
-    return table.backups[i] if table.backups else table.weights[i]
-
-
-def gradient_factor(h: Group, status: Tensor, grad_scale: Tensor | None) -> float:
-    """What an update multiplies its gradient by: the loss scale undone, then the clipping, then the sign."""
+def grad_factor(maximize: bool, status: Status, grad_scale: Tensor | None, max_norm: float) -> float:
+    """Return what an update multiplies its gradients by: unscaling, then clipping, then the sign."""
     factor = 1.0 if grad_scale is None else 1 / float(grad_scale)
-    if h.max_norm < math.inf:
-        factor *= min(1.0, h.max_norm / (float(status[UPDATE_NORM]) * factor + 1e-6))
-    return -factor if h.maximize else factor
+    if max_norm < math.inf:
+        factor *= min(1.0, max_norm / (float(status.update_norm) * factor + 1e-6))
+    return -factor if maximize else factor
 
 
-def stream(table: Table, i: int, status: Tensor, purpose: int) -> tuple[int, int]:
-    return stream_key(table.seed, int(status[DRAWS]), table.streams[i], purpose)
+def unperturbed(table: Table, i: int) -> Tensor:
+    """Return the parameter of row i as it was before the perturbation."""
+    return (table.masters or table.backups or table.params)[i]
 
 
-def put(table: Table, i: int, x: Tensor, status: Tensor, purpose: int) -> None:
-    """x into what the network computes with."""
-    to = table.models[i] if table.models else table.weights[i]
-    stochastic = table.stochastic and to.dtype in LOW_PRECISION
-    to.copy_(round_at_random(x, stream(table, i, status, purpose), to.dtype) if stochastic else x)
+def key_of(table: Table, i: int, status: Status, purpose: int) -> tuple[int, int]:
+    """Return the key of row i's random numbers."""
+    return stream_key(table.seed, int(status.rng_offset), table.rng_streams[i], purpose)
 
 
-def put_updated(table: Table, i: int, x: Tensor, status: Tensor) -> None:
-    if table.models:
-        table.weights[i].copy_(x)
-    put(table, i, x, status, ROUND_UPDATED)
+def store_rounded(table: Table, i: int, x: Tensor, status: Status, purpose: int) -> None:
+    """Write x into the parameter of row i."""
+    param = table.params[i]
+    if table.stochastic_rounding and param.dtype in LOW_PRECISION:
+        x = round_stochastically(x, key_of(table, i, status, purpose), param.dtype)
+    param.copy_(x)
 
 
 class Reference(Backend):
+    """Plain torch, for any device and any dense layout."""
+
     name = "reference"
 
     @classmethod
-    def missing(cls) -> str | None:
+    def unavailable_reason(cls) -> str | None:
         return None
 
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
         return True
 
-    def norm(
-        self,
-        table: Table,
-        groups: Sequence[Group],
-        status: Tensor,
-        *,
-        scaled: bool,
-        carry: bool,
-        begin: bool,
-        finish: bool,
-        eps: float,
+    @torch.no_grad()
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        for w, g, k in zip(table.masters or table.params, table.grads, table.group_ids, strict=True):
+            x = g if groups is None else weight_scale(w, groups[k]) * widen(g)
+            status.sum_of_squares.add_(x.to(status.values.dtype).square().sum())
+
+    @torch.no_grad()
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+        """w + e, e = rho T_w^2 g / (||T_w g|| + eps): arXiv 2010.01412 equation 2, arXiv 2102.11600."""
+        for backup, param in zip(table.backups, table.params, strict=False):
+            backup.copy_(param)
+        if status.skip:
+            return
+        for i, k in enumerate(table.group_ids):
+            w, h = widen((table.masters or table.params)[i]), groups[k]
+            length = float(h.rho * status.inverse_norm / h.mask_prob)
+            perturbed = w + length * (weight_scale(w, h) ** 2 * widen(table.grads[i]))
+            if h.mask_prob < 1:
+                perturbed = torch.where(mask_of(key_of(table, i, status, MASK), w, h.mask_prob), perturbed, w)
+            store_rounded(table, i, perturbed, status, ROUND_PERTURBED)
+
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        if begin:
-            status[SUM] = 0
-        for w, g, k in zip(table.weights, table.gradients, table.groups, strict=True):
-            x = weight_scale(w, groups[k]) * wide(g) if scaled else g
-            status[SUM] += x.to(status.dtype).square().sum()
-        if finish:
-            finish_norm(status, scaled=scaled, carry=carry, eps=eps)
+        """torch.optim.SGD's step, operation by operation as its for-loop does it."""
 
-    def perturb(self, table: Table, groups: Sequence[Group], status: Tensor) -> None:
-        """w + e, e = rho T_w^2 g / (||T_w g|| + eps): arXiv 2010.01412 eq. 2, arXiv 2102.11600."""
-        for w, b in zip(table.weights, table.backups, strict=False):
-            b.copy_(w)
-        if status[SKIP]:
-            return
-        for i, k in enumerate(table.groups):
-            w, h = wide(table.weights[i]), groups[k]
-            e = float(h.rho * status[INVERSE] / h.share) * (weight_scale(w, h) ** 2 * wide(table.gradients[i]))
-            moved = w + e
-            if h.share < 1:
-                moved = torch.where(chosen(stream(table, i, status, MASK), e, h.share), moved, w)
-            put(table, i, moved, status, ROUND_PERTURBED)
-
-    def sgd(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        """torch.optim.SGD's step, operation by operation as its for-loop does it, from the backup."""
-        if status[SKIP]:
-            self.restore(table)
-            return
-        for i, k in enumerate(table.groups):
-            h, m = groups[k], table.momenta[i]
-            w = wide(before(table, i))
-            d = wide(table.gradients[i]) * gradient_factor(h, status, grad_scale)
+        def step(i: int, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
+            m = table.state["momentum_buffer"][i]
             if h.weight_decay != 0:
                 d = d.add(w, alpha=h.weight_decay)
             if h.momentum != 0 and m is not None:
-                moved = (m * h.momentum).add(d, alpha=1 - h.dampening)
+                new = (m * h.momentum).add(d, alpha=1 - h.dampening)
                 if h.dampening != 0:
-                    moved = torch.where((m == 0) & m.signbit(), d, moved) + 0.0
-                m.copy_(moved)
+                    new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
+                m.copy_(new)
                 d = d.add(m, alpha=h.momentum) if h.nesterov else m
-            put_updated(table, i, w.add(d, alpha=-float(h.lr)), status)
+            return w.add(d, alpha=-float(h.lr))
 
-    def adam(self, table: Table, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
+        self._update(table, groups, status, grad_scale, max_norm, step)
+
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
         """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
-        if status[SKIP]:
-            self.restore(table)
-            return
-        for i, k in enumerate(table.groups):
-            h, m, v = groups[k], table.momenta[i], table.squares[i]
-            assert m is not None
-            table.steps[i] += 1
-            t, lr = float(table.steps[i]), float(h.lr)
-            w = wide(before(table, i))
-            d = wide(table.gradients[i]) * gradient_factor(h, status, grad_scale)
-            if h.decoupled:
+
+        def step(i: int, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
+            m, v, count = (_of(table, name, i) for name in ("exp_avg", "exp_avg_sq", "step"))
+            count += 1
+            t, lr = float(count), float(h.lr)
+            if h.decoupled_weight_decay:
                 w = w * (1 - lr * h.weight_decay)
             elif h.weight_decay != 0:
                 d = d.add(w, alpha=h.weight_decay)
             m.lerp_(d, 1 - h.beta1)
             v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
-            s = v
             if h.amsgrad:
-                s = table.largest[i]  # type: ignore[assignment]
-                torch.maximum(s, v, out=s)
-            denominator = s.sqrt() / math.sqrt(1 - h.beta2**t) + h.adam_eps
-            put_updated(table, i, w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t)), status)
+                largest = _of(table, "max_exp_avg_sq", i)
+                v = torch.maximum(largest, v, out=largest)
+            denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
+            return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
 
+        self._update(table, groups, status, grad_scale, max_norm, step)
+
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
+
+        def step(i: int, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
+            m, lr = _of(table, "exp_avg", i), float(h.lr)
+            direction = m.lerp(d, 1 - h.beta1).sign()
+            m.lerp_(d, 1 - h.beta2)
+            return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
+
+        self._update(table, groups, status, grad_scale, max_norm, step)
+
+    @torch.no_grad()
+    def _update(
+        self,
+        table: Table,
+        groups: Sequence[AnyGroup],
+        status: Status,
+        grad_scale: Tensor | None,
+        max_norm: float,
+        step: Callable[[int, Tensor, Tensor, AnyGroup], Tensor],
+    ) -> None:
+        """Undo the perturbation, then `step(row, parameter, gradient, group)` gives the new parameter."""
+        if status.skip:
+            self.restore(table)
+            return
+        for i, k in enumerate(table.group_ids):
+            d = widen(table.grads[i]) * grad_factor(groups[k].maximize, status, grad_scale, max_norm)
+            w = step(i, widen(unperturbed(table, i)), d, groups[k])
+            if table.masters:
+                table.masters[i].copy_(w)
+            store_rounded(table, i, w, status, ROUND_UPDATED)
+
+    @torch.no_grad()
     def restore(self, table: Table) -> None:
-        for to, kept in zip(table.models or table.weights, table.backups or table.weights, strict=True):
-            to.copy_(kept)
+        for param, clean in zip(table.params, table.masters or table.backups or table.params, strict=True):
+            param.copy_(clean)
 
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        if begin:
+    @torch.no_grad()
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        if reset:
             sums[: YY + 1] = 0
-        for x, y in zip(lists.x, lists.y, strict=True):
+        for x, y in zip(pair.x, pair.y, strict=True):
             x, y = x.to(sums.dtype), y.to(sums.dtype)
             sums[XY] += (x * y).sum()
             sums[XX] += (x * x).sum()
             sums[YY] += (y * y).sum()
 
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        if status is not None and status[SKIP]:
+    @torch.no_grad()
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
+    ) -> None:
+        if status is not None and status.skip:
             return
-        a, b = coefficients[:2].tolist()
-        for x, y, o in zip(lists.x, lists.y, out, strict=True):
-            first = a * wide(x) if a != 0 else torch.zeros_like(wide(x))
-            second = b * wide(y) if b != 0 else torch.zeros_like(wide(y))
+        a, b = host_numbers(coefficients)
+        for x, y, o in zip(pair.x, pair.y, out, strict=True):
+            first = a * widen(x) if a != 0 else torch.zeros_like(widen(x))
+            second = b * widen(y) if b != 0 else torch.zeros_like(widen(y))
             o.copy_(first + second)
 
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        if status is not None and status[SKIP]:
+    @torch.no_grad()
+    def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
+        if status is not None and status.skip:
             return
-        for x, y in zip(lists.x, lists.y, strict=True):
-            x.copy_(decay * wide(x) + (1 - decay) * wide(y))
+        for x, y in zip(pair.x, pair.y, strict=True):
+            x.copy_(decay * widen(x) + (1 - decay) * widen(y))
+
+
+def host_numbers(coefficients: Tensor | tuple[float, float]) -> tuple[float, float]:
+    """Return a and b as Python numbers; waits for the device where they are a tensor."""
+    numbers: Any = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
+    return float(numbers[0]), float(numbers[1])
+
+
+def _of(table: Table, name: str, i: int) -> Tensor:
+    """Return row i of a state column that its group uses."""
+    value = table.state[name][i]
+    assert value is not None
+    return value

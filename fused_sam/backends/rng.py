@@ -36,7 +36,7 @@ def stream_key(seed: int, draw: int, stream: int, purpose: int) -> tuple[int, in
     return a, b
 
 
-def words(key: tuple[int, int], like: Tensor) -> Tensor:
+def random_words(key: tuple[int, int], like: Tensor) -> Tensor:
     """One word for each element of `like`, in the order in which they lie in memory: int64, 0 to 2^32 - 1."""
     a, b = key
     i = _positions(like)
@@ -58,17 +58,17 @@ def _dense_strides(t: Tensor) -> tuple[int, ...]:
     return torch.empty_like(t, memory_format=torch.preserve_format, device="meta").stride()
 
 
-def chosen(key: tuple[int, int], like: Tensor, share: float) -> Tensor:
-    """Bool, shape of `like`: each element with probability `share`, in steps of 2^-24."""
-    share32 = torch.tensor(share, dtype=torch.float32, device=like.device)
-    return (words(key, like) >> 8).to(torch.float32) * 2.0**-24 < share32
+def mask_of(key: tuple[int, int], like: Tensor, mask_prob: float) -> Tensor:
+    """Return a bool tensor of the shape of `like`: each element True with probability `mask_prob`, in steps of 2^-24."""
+    prob32 = torch.tensor(mask_prob, dtype=torch.float32, device=like.device)
+    return (random_words(key, like) >> 8).to(torch.float32) * 2.0**-24 < prob32
 
 
-def round_at_random(x: Tensor, key: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def round_stochastically(x: Tensor, key: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """fp32 to bf16 or fp16: up or down with probabilities that make the mean x. What is not finite, or lies beyond
     fp16's largest number, is rounded to nearest.
     """
-    r = words(key, x)
+    r = random_words(key, x)
     bits = x.contiguous().view(torch.int32).to(torch.int64) & _WORD
     if dtype is torch.bfloat16:
         down = (bits + (r & 0xFFFF)) & 0xFFFF0000

@@ -1,63 +1,224 @@
-"""The second half of a SAM step: undo the perturbation and let the base optimizer move the weights.
+"""The second half of a SAM step: undo the perturbation and let the base optimizer move the parameters.
 
-torch.optim.SGD, Adam and AdamW are fused with the undo into one pass; any other optimizer class runs its own step on
-restored weights.
+A base optimizer in FUSED below is fused with the undo into one pass. Any other optimizer class runs its own step on
+restored parameters. docs/architecture.md lists what it takes to add a fused base optimizer.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_sam.backends.contract import SKIP, Group
-from fused_sam.backends.reference import gradient_factor
+from fused_sam.backends.contract import ADAM, LION, SGD, AdamGroup, LionGroup, SGDGroup, Status, UpdateRule
+from fused_sam.backends.reference import grad_factor
+from fused_sam.optimizers import Lion
 
-from .calls import Job, Scan, Update
+from .calls import GradSnapshot, UpdatePlan
+
+Group = dict[str, Any]  # one of an optimizer's param_groups
 
 
 class Base(Protocol):
-    """What the facade asks of a base optimizer."""
+    """What SAM asks of a base optimizer."""
 
     defaults: dict[str, Any]
-    fused: bool
+    rule: UpdateRule | None  # None if it is not fused
 
-    def numbers(self, group: dict[str, Any]) -> Group:
-        """A parameter group's hyper-parameters as the primitives take them."""
-
-    def needs(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        """For each group the names of the state that a fused update reads and writes."""
+    def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
+        """Return for each parameter group its hyper-parameters, and the names of the state that its update uses."""
 
     def step(
-        self, update: Update, scan: Scan, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
+        self,
+        update: UpdatePlan,
+        snapshot: GradSnapshot,
+        groups: Sequence[Any],
+        status: Status,
+        grad_scale: Tensor | None,
+        max_norm: float,
     ) -> None:
-        """Undo the perturbation and take one step, or only undo it where the status says to skip."""
+        """Undo the perturbation and take one step, or only undo it if the status says to skip."""
 
 
-def make_base(cls: type[Optimizer], optimizer: Optimizer, options: dict[str, Any], max_norm: float) -> Base:
-    """The base optimizer `cls(**options)` over the groups and the state of `optimizer`, clipping to `max_norm`.
+# ---- fused base optimizers, as data ---------------------------------------------------------------------------------
+
+
+class Fused(NamedTuple):
+    """A base optimizer that the backends fuse with the undo."""
+
+    rule: UpdateRule
+    classes: tuple[type[Optimizer], ...]  # exactly these; a subclass may do something else
+    numbers: Callable[[Group], Any]  # a parameter group's hyper-parameters as the primitive takes them
+    state: Callable[[Any], tuple[str, ...]]  # the names of the state that such a group uses
+
+
+def _lr(group: Group) -> float | Tensor:
+    """Return the learning rate; a tensor on an accelerator stays there."""
+    lr = group["lr"]
+    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
+
+
+def _sgd(group: Group) -> SGDGroup:
+    return SGDGroup(
+        _lr(group),
+        float(group["momentum"]),
+        float(group["dampening"]),
+        float(group["weight_decay"]),
+        bool(group["nesterov"]),
+        bool(group["maximize"]),
+    )
+
+
+def _adam(group: Group) -> AdamGroup:
+    beta1, beta2 = group["betas"]
+    return AdamGroup(
+        _lr(group),
+        float(beta1),
+        float(beta2),
+        float(group["eps"]),
+        float(group["weight_decay"]),
+        bool(group.get("decoupled_weight_decay", False)),
+        bool(group["amsgrad"]),
+        bool(group["maximize"]),
+    )
+
+
+def _adamw(group: Group) -> AdamGroup:
+    return _adam(group)._replace(decoupled_weight_decay=True)
+
+
+def _lion(group: Group) -> LionGroup:
+    beta1, beta2 = group["betas"]
+    return LionGroup(_lr(group), float(beta1), float(beta2), float(group["weight_decay"]), bool(group["maximize"]))
+
+
+_WITH_MOMENTUM, _WITHOUT = ("momentum_buffer",), ()
+_ADAM_STATE = ("step", "exp_avg", "exp_avg_sq")
+_AMSGRAD_STATE = (*_ADAM_STATE, "max_exp_avg_sq")
+
+
+def _adam_state(group: AdamGroup) -> tuple[str, ...]:
+    return _AMSGRAD_STATE if group.amsgrad else _ADAM_STATE
+
+
+FUSED = (
+    Fused(SGD, (torch.optim.SGD,), _sgd, lambda group: _WITH_MOMENTUM if group.momentum != 0 else _WITHOUT),
+    Fused(ADAM, (torch.optim.Adam,), _adam, _adam_state),
+    Fused(ADAM, (torch.optim.AdamW,), _adamw, _adam_state),
+    Fused(LION, (Lion,), _lion, lambda group: ("exp_avg",)),
+)
+
+
+class FusedBase:
+    """A base optimizer whose update is one primitive: it undoes the perturbation and takes the step."""
+
+    def __init__(self, fused: Fused, defaults: dict[str, Any]) -> None:
+        self.rule: UpdateRule | None = fused.rule
+        self.defaults = defaults
+        self._name = fused.rule.name
+        self._numbers = fused.numbers
+        self._state = fused.state
+
+    def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
+        numbers = list(map(self._numbers, groups))
+        return numbers, tuple(map(self._state, numbers))
+
+    def step(
+        self,
+        update: UpdatePlan,
+        snapshot: GradSnapshot,
+        groups: Sequence[Any],
+        status: Status,
+        grad_scale: Tensor | None,
+        max_norm: float,
+    ) -> None:
+        for call in update.restore:
+            call.backend.restore(call.table)
+        for call in update.calls:
+            getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
+        for step in update.empty_steps:
+            step += status.skip == 0
+
+
+class WrappedBase:
+    """Any other optimizer class, on the facade's own groups and state."""
+
+    rule: UpdateRule | None = None
+
+    def __init__(self, optimizer: Optimizer, inner: Optimizer) -> None:
+        self._optimizer = optimizer
+        self._inner = inner
+        self.defaults = inner.defaults
+
+    def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
+        return [], tuple(() for _ in groups)
+
+    @torch.no_grad()
+    def step(
+        self,
+        update: UpdatePlan,
+        snapshot: GradSnapshot,
+        groups: Sequence[Any],
+        status: Status,
+        grad_scale: Tensor | None,
+        max_norm: float,
+    ) -> None:
+        for call in update.perturbed:
+            call.backend.restore(call.table)
+        if status.skip:
+            return
+        present = snapshot.present()
+        if present and (grad_scale is not None or max_norm < math.inf):
+            torch._foreach_mul_(present, grad_factor(False, status, grad_scale, max_norm))
+        step = type(self._share()).step
+        if getattr(step, "hooked", False):
+            step = step.__wrapped__  # type: ignore[attr-defined]  # the facade's step runs the hooks
+        step(self._inner)
+
+    def modes(self) -> list[str]:
+        """Return which of train() and eval() the optimizer has. Schedule-free ones evaluate with other weights."""
+        return [mode for mode in ("train", "eval") if callable(getattr(self._inner, mode, None))]
+
+    def set_mode(self, mode: str) -> None:
+        """Call the optimizer's train() or eval()."""
+        getattr(self._share(), mode)()
+
+    def _share(self) -> Optimizer:
+        """Return the optimizer, on the facade's groups and state."""
+        self._inner.state = self._optimizer.state
+        self._inner.param_groups = self._optimizer.param_groups
+        return self._inner
+
+
+def make_base(cls: type[Optimizer], optimizer: Optimizer, options: dict[str, Any]) -> Base:
+    """Return the base optimizer `cls(**options)` over the groups and the state of `optimizer`.
 
     Raises whatever `cls` raises for options that it does not take.
     """
     inner = cls(optimizer.param_groups, **options)
-    differentiable = any(g.get("differentiable") for g in inner.param_groups)
     optimizer.param_groups = inner.param_groups
     for p, entry in inner.state.items():  # Adagrad fills its state before the first step
         optimizer.state.setdefault(p, entry)
-    if cls is torch.optim.SGD and not differentiable:
-        return FusedSGD(inner.defaults, max_norm)
-    if cls in (torch.optim.Adam, torch.optim.AdamW) and not differentiable:
-        return FusedAdam(inner.defaults, max_norm, decoupled=cls is torch.optim.AdamW)
-    return Wrapped(optimizer, inner, max_norm)
+    if not any(group.get("differentiable") for group in inner.param_groups):
+        for fused in FUSED:
+            if cls in fused.classes:
+                return FusedBase(fused, inner.defaults)
+    return WrappedBase(optimizer, inner)
+
+
+def fused_names() -> str:
+    """Return the names of the fused base optimizers, for errors."""
+    names = [cls.__name__ for fused in FUSED for cls in fused.classes]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def check_base(cls: Any) -> None:
-    """Raise TypeError for anything but an optimizer class that can stand under SAM."""
+    """Raise TypeError for anything but an optimizer class that SAM can take as its base optimizer."""
     if isinstance(cls, Optimizer):
         raise TypeError(
             f"base_optimizer is an instance of {type(cls).__name__}; pass the class, and its options as keywords: "
@@ -74,140 +235,3 @@ def check_base(cls: Any) -> None:
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(f"{cls.__name__}.step needs a closure of its own and cannot be SAM's base optimizer")
-
-
-def _rate(lr: float | Tensor) -> float | Tensor:
-    """A learning rate that lies on an accelerator stays there."""
-    return lr if isinstance(lr, Tensor) and lr.device.type != "cpu" else float(lr)
-
-
-class Fused:
-    """What the fused updates share: undo what has no gradient any more, then one primitive over everything else."""
-
-    fused = True
-
-    def __init__(self, defaults: dict[str, Any], max_norm: float) -> None:
-        self.defaults = defaults
-        self._max_norm = max_norm
-
-    def _update(self, job: Job, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        raise NotImplementedError
-
-    def step(
-        self, update: Update, scan: Scan, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
-    ) -> None:
-        for job in update.restore:
-            job.backend.restore(job.table)
-        for job in update.jobs:
-            self._update(job, groups, status, grad_scale)
-
-
-class FusedSGD(Fused):
-    """torch.optim.SGD, fused with the undo: primitive P3."""
-
-    def numbers(self, group: dict[str, Any]) -> Group:
-        return Group(  # by position, which takes half the time
-            float(group["rho"]),
-            bool(group["adaptive"]),
-            float(group["eta"]),
-            _rate(group["lr"]),
-            float(group["momentum"]),
-            float(group["dampening"]),
-            float(group["weight_decay"]),
-            bool(group["nesterov"]),
-            bool(group["maximize"]),
-            self._max_norm,
-        )
-
-    def needs(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        return tuple(("momentum_buffer",) if g.momentum != 0 else () for g in groups)
-
-    def _update(self, job: Job, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        job.backend.sgd(job.table, groups, status, grad_scale)
-
-
-class FusedAdam(Fused):
-    """torch.optim.Adam or AdamW, fused with the undo: primitive P7."""
-
-    def __init__(self, defaults: dict[str, Any], max_norm: float, *, decoupled: bool) -> None:
-        super().__init__(defaults, max_norm)
-        self._decoupled = decoupled
-
-    def numbers(self, group: dict[str, Any]) -> Group:
-        beta1, beta2 = map(float, group["betas"])
-        return Group(
-            rho=float(group["rho"]),
-            adaptive=bool(group["adaptive"]),
-            eta=float(group["eta"]),
-            lr=_rate(group["lr"]),
-            weight_decay=float(group["weight_decay"]),
-            maximize=bool(group["maximize"]),
-            max_norm=self._max_norm,
-            beta1=beta1,
-            beta2=beta2,
-            adam_eps=float(group["eps"]),
-            decoupled=self._decoupled or bool(group.get("decoupled_weight_decay", False)),
-            amsgrad=bool(group["amsgrad"]),
-        )
-
-    def needs(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        moments = ("step", "exp_avg", "exp_avg_sq")
-        return tuple((*moments, "max_exp_avg_sq") if g.amsgrad else moments for g in groups)
-
-    def step(
-        self, update: Update, scan: Scan, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
-    ) -> None:
-        super().step(update, scan, groups, status, grad_scale)
-        for t in update.idle_steps:
-            t += status[SKIP] == 0
-
-    def _update(self, job: Job, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None) -> None:
-        job.backend.adam(job.table, groups, status, grad_scale)
-
-
-class Wrapped:
-    """Any other optimizer class, on the facade's own groups and state."""
-
-    fused = False
-
-    def __init__(self, optimizer: Optimizer, inner: Optimizer, max_norm: float) -> None:
-        self._optimizer = optimizer
-        self._inner = inner
-        self._max_norm = max_norm
-        self.defaults = inner.defaults
-
-    def numbers(self, group: dict[str, Any]) -> Group:
-        rho, adaptive, eta = float(group["rho"]), bool(group["adaptive"]), float(group["eta"])
-        return Group(rho, adaptive, eta, max_norm=self._max_norm)
-
-    def needs(self, groups: Sequence[Group]) -> tuple[tuple[str, ...], ...]:
-        return tuple(() for _ in groups)
-
-    def step(
-        self, update: Update, scan: Scan, groups: Sequence[Group], status: Tensor, grad_scale: Tensor | None
-    ) -> None:
-        for job in update.perturbed:
-            job.backend.restore(job.table)
-        if status[SKIP]:
-            return
-        present = scan.present()
-        if present and (grad_scale is not None or self._max_norm < math.inf):
-            factor = gradient_factor(groups[0]._replace(maximize=False), status, grad_scale)
-            torch._foreach_mul_(present, factor)
-        step = type(self._share()).step
-        if getattr(step, "hooked", False):
-            step = step.__wrapped__  # type: ignore[attr-defined]  # the facade's step runs the hooks
-        step(self._inner)
-
-    def modes(self) -> list[str]:
-        """Which of train() and eval() the optimizer has: schedule-free ones hold other weights for evaluating."""
-        return [mode for mode in ("train", "eval") if callable(getattr(self._inner, mode, None))]
-
-    def switch(self, mode: str) -> None:
-        getattr(self._share(), mode)()
-
-    def _share(self) -> Optimizer:
-        """The optimizer, with the facade's groups and state."""
-        self._inner.state = self._optimizer.state
-        self._inner.param_groups = self._optimizer.param_groups
-        return self._inner

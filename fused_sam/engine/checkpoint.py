@@ -1,4 +1,4 @@
-"""Loading optimizer state: telling what fits before anything changes, and keeping its precision."""
+"""Loading optimizer state: checks before anything changes, keys of earlier versions, and the state's precision."""
 
 from __future__ import annotations
 
@@ -11,24 +11,45 @@ from torch.optim import Optimizer
 
 from .sharding import is_sharded
 
-# What the public SAM package saves beside the base optimizer's state: its own backup of the weights, or, in its first
+# What the public SAM package saves beyond the base optimizer's state: its own backup of the weights, or, in its first
 # versions, the perturbation.
 _FOREIGN_BACKUPS = ("old_p", "e_w")
 
-# State that has its weight's shape in every optimizer that keeps it; others' (Adafactor's rows and columns) may not.
-_OF_WEIGHTS_SHAPE = (
-    "momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "master_weight", "sharpness_direction",
-    "gradient_average",
-)  # fmt: skip
+# Keys of parameter groups that earlier versions of this package saved under other names.
+_OLD_KEYS = {
+    "looks": "looksam_step",
+    "updates": "sam_step",
+    "draws": "rng_offset",
+    "choices": "mask_offset",
+    "idle": "idle_params",
+}
 
-# Options that tell the classes apart; newer ones (maximize, foreach, ...) may be absent from an old checkpoint.
+# State of a wrapped base optimizer that has its parameter's shape. Other state (Adafactor's rows and columns) may not.
+_OF_PARAM_SHAPE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+# Options that distinguish the classes; newer ones (maximize, foreach, ...) may be absent from an old checkpoint.
 _OF_A_CLASS = ("lr", "momentum", "dampening", "weight_decay", "betas")
 
 
+def rename_old_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state_dict whose groups have today's keys, if an earlier version saved it."""
+    if not isinstance(state_dict.get("param_groups"), list):
+        return dict(state_dict)
+    groups = [
+        {_OLD_KEYS.get(key, key): value for key, value in group.items()} if "rho" in group else group
+        for group in state_dict["param_groups"]
+    ]
+    return {**state_dict, "param_groups": groups}
+
+
 def check_state_dict(
-    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], own: tuple[str, ...]
+    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], own: tuple[str, ...], *, fused: bool
 ) -> dict[str, Any]:
-    """A copy of an optimizer's state_dict that fits `groups`; options named in `own` that it lacks are theirs.
+    """Return a copy of an optimizer's state_dict that fits `groups`.
+
+    Args:
+        own: names of SAM's options; those that the state_dict lacks keep their value in `groups`.
+        fused: True if the base optimizer is fused: all its state has the parameter's shape, except for scalars.
 
     Raises:
         ValueError: it is not an optimizer's, or of other parameters.
@@ -60,7 +81,7 @@ def check_state_dict(
         if isinstance(entry, Mapping):
             entry = {name: value for name, value in entry.items() if name not in _FOREIGN_BACKUPS}
             if key in params:
-                _check_shapes(key, entry, params[key])
+                _check_shapes(key, entry, params[key], fused=fused)
         if entry or key not in params:
             state[key] = entry
     for saved, group in zip(saved_groups, groups, strict=True):
@@ -69,24 +90,25 @@ def check_state_dict(
     return {**state_dict, "state": state, "param_groups": saved_groups}
 
 
-def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor) -> None:
-    for name in _OF_WEIGHTS_SHAPE:
-        value = entry.get(name)
-        if isinstance(value, Tensor) and value.shape != p.shape:
+def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor, *, fused: bool) -> None:
+    for name, value in entry.items():
+        if not isinstance(value, Tensor) or name == "step" or not (fused or name in _OF_PARAM_SHAPE):
+            continue
+        if value.shape != p.shape:
             raise ValueError(
                 f"the state_dict's {name!r} of parameter {key} is {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             )
-        if isinstance(value, Tensor) and is_sharded(p) and not is_sharded(value):
+        if is_sharded(p) and not is_sharded(value):
             raise ValueError(
                 f"parameter {key} is sharded and its {name!r} in the state_dict is whole: load it with "
                 "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
 
 
-def keep_numbers(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give loaded state the dtype that it was saved with: torch has cast it to the weights' dtype.
+def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Give loaded state the dtype that it was saved with: torch has cast it to the parameters' dtype.
 
-    Momentum of -0.0 among other numbers becomes 0.0: -0.0 throughout is momentum that was never written.
+    A momentum of -0.0 among other numbers becomes 0.0, because -0.0 throughout means that it was never written.
     """
     saved = (i for group in state_dict["param_groups"] for i in group["params"])
     params = (p for group in optimizer.param_groups for p in group["params"])

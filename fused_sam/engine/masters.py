@@ -1,4 +1,4 @@
-"""Masters: fp32 copies of bf16 and fp16 weights, which the updates move and the weights are roundings of."""
+"""Masters: fp32 copies of bf16 and fp16 parameters. Updates move the masters and round the parameters from them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import LOW_PRECISION
 
-from .layout import fitting
+from .layout import match_layout
 from .sharding import like, local
 
 MASTER = "master_weight"  # its name in the optimizer's state
@@ -20,93 +20,91 @@ class Masters:
     """The masters of an optimizer's parameters, by the parameters' numbers.
 
     Args:
-        owners: the parameters, as user and state know them.
-        params: this process's parts of them.
+        params: the parameters, as user and state have them.
+        local_params: this process's parts of them.
         wanted: SAM's option master_weights; without it there are none.
     """
 
-    def __init__(self, owners: Sequence[Tensor], params: Sequence[Tensor], *, wanted: bool) -> None:
-        self._owners = owners
+    def __init__(self, params: Sequence[Tensor], local_params: Sequence[Tensor], *, wanted: bool) -> None:
         self._params = params
-        self.due = [wanted and p.dtype in LOW_PRECISION for p in params]  # whose weight is to have one
-        self.any_due = any(self.due)
-        self._of: dict[int, Tensor] = {}
-        self._versions: list[tuple[int, int]] = []  # of the weights as they were written last
+        self._local_params = local_params
+        self.needed = [wanted and p.dtype in LOW_PRECISION for p in local_params]
+        self.any_needed = any(self.needed)
+        self._masters: dict[int, Tensor] = {}
+        self._versions: list[tuple[int, int]] = []  # of the parameters when they were written last
 
     def __getitem__(self, i: int) -> Tensor:
-        return self._of[i]
+        return self._masters[i]
 
-    def wrote(self) -> None:
-        """The weights have just been written by this optimizer."""
-        if self.any_due:
-            self._versions = self._written_at()
+    def record_versions(self) -> None:
+        """Note that this optimizer has just written the parameters."""
+        self._versions = self._current_versions()
 
-    def _written_at(self) -> list[tuple[int, int]]:
-        """The weights' versions; writing to a DTensor counts on it and not on its part."""
-        return [(owner._version, p._version) for owner, p in zip(self._owners, self._params, strict=True)]
+    def _current_versions(self) -> list[tuple[int, int]]:
+        """Return the parameters' versions. A write to a DTensor counts on it and not on its part."""
+        return [(p._version, part._version) for p, part in zip(self._params, self._local_params, strict=True)]
 
-    def written(self) -> list[Tensor]:
-        """What an update moves: each parameter's master, or itself."""
-        return [self._of.get(i, p) for i, p in enumerate(self._params)]
+    def updated_tensors(self) -> list[Tensor]:
+        """Return what an update moves: each parameter's master, or the parameter's part itself."""
+        return [self._masters.get(i, p) for i, p in enumerate(self._local_params)]
 
-    def publish(self) -> None:
-        """Round masters that someone else has moved into their weights."""
-        if self._of:
-            torch._foreach_copy_([self._params[i] for i in self._of], list(self._of.values()))
+    def write_params(self) -> None:
+        """Round masters that a method has moved into their parameters."""
+        if self._masters:
+            torch._foreach_copy_([self._local_params[i] for i in self._masters], list(self._masters.values()))
 
-    def follow(
+    def sync(
         self,
         state: dict[Tensor, dict[str, Any]],
-        fit: Callable[[int, str, Tensor], Tensor],
-        exchanged: Callable[[], None],
-        undone: Collection[int] = (),
+        match: Callable[[int, str, Tensor], Tensor],
+        replaced: Callable[[], None],
+        perturbed: Collection[int] = (),
     ) -> None:
-        """Have a master for every weight that is due one: the state's, or a new one; and follow weights that someone
-        else has written.
+        """Give every parameter that needs one a master, from the state or new, and copy a user's writes to parameters.
 
         Args:
-            state: the optimizer's; a master that does not lie as its weight does is replaced there.
-            fit: lays a parameter's state of that name out as the parameter is; may raise.
-            exchanged: called where a master has become another tensor.
-            undone: parameters to leave out: what is written to them will be overwritten.
+            state: the optimizer's; a master of another layout than its parameter's is replaced there.
+            match: returns a parameter's state of that name in the parameter's layout; may raise.
+            replaced: called if a master has become another tensor.
+            perturbed: parameters to leave out: the undo will overwrite what is written to them.
         """
-        now = self._written_at()
-        for i, p in enumerate(self._params):
-            if not self.due[i] or i in undone:
+        versions = self._current_versions()
+        for i, p in enumerate(self._local_params):
+            if not self.needed[i] or i in perturbed:
                 continue
-            kept = state.get(self._owners[i], {}).get(MASTER)
-            master = self._of.get(i)
-            if kept is not None and (master is None or local(kept) is not master):
-                fitted = fit(i, MASTER, kept)
-                if fitted is not local(kept):
-                    state[self._owners[i]][MASTER] = like(fitted, self._owners[i])
-                self._of[i] = master = fitted
-                exchanged()
+            stored = state.get(self._params[i], {}).get(MASTER)
+            master = self._masters.get(i)
+            if stored is not None and (master is None or local(stored) is not master):
+                matched = match(i, MASTER, stored)
+                if matched is not local(stored):
+                    state[self._params[i]][MASTER] = like(matched, self._params[i])
+                self._masters[i] = master = matched
+                replaced()
             elif master is None:
-                self._of[i] = master = p.detach().float()
-            if not self._versions or self._versions[i] != now[i]:
+                self._masters[i] = master = p.detach().float()
+            if not self._versions or self._versions[i] != versions[i]:
                 master.copy_(torch.where(master.to(p.dtype) == p, master, p.float()))
-        self.wrote()
+        self.record_versions()
 
     def forget(self) -> bool:
-        """Let go of all, because the state was replaced; returns whether there were any."""
-        had = bool(self._of)
-        self._of.clear()
+        """Drop all masters, because the state was replaced; return True if there were any."""
+        had = bool(self._masters)
+        self._masters.clear()
         return had
 
-    def take(self, i: int, master: Tensor) -> None:
-        """Let this tensor of the weight's shape, laid out as the weight is, be the master of parameter i."""
-        self._of[i] = fitting(master, self._params[i])
+    def set(self, i: int, master: Tensor) -> None:
+        """Make a tensor of the parameter's shape the master of parameter i."""
+        self._masters[i] = match_layout(master, self._local_params[i])
 
     def inherit(self, old: Masters, index: dict[int, int]) -> None:
-        """Take over another plan's masters; `index` has the numbers of the parameters here, by their identity."""
-        for j, master in old._of.items():
-            i = index.get(id(old._owners[j]))
-            if i is not None and self.due[i] and master.shape == self._params[i].shape:
-                self.take(i, master)
+        """Take over another plan's masters; `index` maps the id of a parameter to its number here."""
+        for j, master in old._masters.items():
+            i = index.get(id(old._params[j]))
+            if i is not None and self.needed[i] and master.shape == self._local_params[i].shape:
+                self.set(i, master)
 
-    def begin(self) -> None:
-        """Give every weight that is due a master and has none its own value."""
-        for i, p in enumerate(self._params):
-            if self.due[i] and i not in self._of:
-                self._of[i] = p.detach().float()
+    def init_missing(self) -> None:
+        """Give every parameter that needs a master and has none its own value."""
+        for i, p in enumerate(self._local_params):
+            if self.needed[i] and i not in self._masters:
+                self._masters[i] = p.detach().float()

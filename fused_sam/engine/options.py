@@ -1,4 +1,4 @@
-"""Checks of SAM's own options, in the words of who gave them."""
+"""Options of SAM and its methods: their declaration, their checks, and errors that name them."""
 
 from __future__ import annotations
 
@@ -8,12 +8,80 @@ from typing import Any
 
 from torch import Tensor
 
+REQUIRED: Any = type("Required", (), {"__repr__": lambda self: "..."})()  # the default of an option that has none
+
+
+class Option:
+    """One option of a method, as OPTIONS declares it: an attribute that checks what is assigned to it.
+
+    Args:
+        default: its value if the constructor is not given one; REQUIRED if it must be given. Its type is the option's:
+            a bool, an int (a whole number), a float, or a string out of `choices`.
+        low, high: the smallest and largest value.
+        open_low, open_high: True excludes that value itself.
+        choices: the values of a string.
+        help: one sentence for documentation.
+    """
+
+    def __init__(
+        self,
+        default: Any,
+        *,
+        low: float = -math.inf,
+        high: float = math.inf,
+        open_low: bool = False,
+        open_high: bool = False,
+        choices: tuple[str, ...] = (),
+        type: type | None = None,
+        help: str = "",
+    ) -> None:
+        self.default = default
+        self.low, self.high, self.open_low, self.open_high = low, high, open_low, open_high
+        self.choices = choices
+        self.type = type or (str if choices else default.__class__)
+        self.help = help
+        self.name = ""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else instance.__dict__[self.name]
+
+    def __set__(self, instance: Any, value: Any) -> None:
+        instance.__dict__[self.name] = self.check(value, instance.__class__.__name__)
+
+    def check(self, value: Any, method: str) -> Any:
+        """Return the value in the option's type.
+
+        Raises:
+            TypeError, ValueError: it is of another type or out of range.
+        """
+        title = f"{method}'s option {self.name}"
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"{title} must be {' or '.join(map(repr, self.choices))}, not {value!r}")
+            return value
+        if self.type is bool:
+            if value not in (True, False) or isinstance(value, str):
+                raise TypeError(f"{title} must be True or False, not {value!r}")
+            return bool(value)
+        if self.type is int:
+            return check_count(title, value, int(self.low))
+        return check_range(title, value, self.low, self.high, open_low=self.open_low, open_high=self.open_high)
+
+
+def option(default: Any, **limits: Any) -> Any:
+    """Declare an option of a method: `OPTIONS = {"alpha": option(0.4, low=0, high=1, help="...")}`; see Option."""
+    return Option(default, **limits)
+
 
 def is_number(x: Any) -> bool:
+    """Return True for a real number or a tensor of one element."""
     return x.numel() == 1 if isinstance(x, Tensor) else isinstance(x, Real) and not isinstance(x, bool)
 
 
-def check_options(group: dict[str, Any], k: int) -> None:
+def check_group(group: dict[str, Any], k: int) -> None:
     """Raise ValueError or TypeError for SAM's options of group k that are out of range."""
     for name in ("rho", "eta"):
         value = group[name]
@@ -26,19 +94,34 @@ def check_options(group: dict[str, Any], k: int) -> None:
             raise TypeError(f"{name} of group {k} must be True or False, not {group[name]!r}")
 
 
-def check_range(name: str, value: Any, low: float, high: float, *, open_low: bool = False) -> float:
-    """value as a float, if it is a number from low to high (or above low)."""
+def check_range(
+    name: str, value: Any, low: float, high: float, *, open_low: bool = False, open_high: bool = False
+) -> float:
+    """Return value as a float, if it is a number from low to high; `open_low` and `open_high` exclude the limits.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
     if not is_number(value):
         raise TypeError(f"{name} must be a number, not {value!r}")
-    inside = (low < value if open_low else low <= value) and value <= high
-    if not inside:
-        bounds = f"above {low:g} and at most {high:g}" if open_low else f"from {low:g} to {high:g}"
+    above = low < value if open_low else low <= value
+    below = value < high if open_high else value <= high
+    if not (above and below):
+        if not (open_low or open_high or math.isinf(low) or math.isinf(high)):
+            raise ValueError(f"{name} must be from {low:g} to {high:g}, not {value!r}")
+        lower = "" if low == -math.inf else f"above {low:g}" if open_low else f"at least {low:g}"
+        upper = "" if high == math.inf else f"below {high:g}" if open_high else f"at most {high:g}"
+        bounds = " and ".join(filter(None, (lower, upper))) or "a number"
         raise ValueError(f"{name} must be {bounds}, not {value!r}")
     return float(value)
 
 
 def check_count(name: str, value: Any, least: int = 1) -> int:
-    """value, if it is a whole number of at least `least`."""
+    """Return value, if it is a whole number of at least `least`.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be a whole number, not {value!r}")
     if value < least:

@@ -1,8 +1,8 @@
-"""The plan: which tensors a primitive works on, sorted once into tables and kept until something changes.
+"""The plan: which tensors a primitive works on, sorted into tables once and kept until something changes.
 
-Every pass reads the parameters' gradients (`Plan.scan`) and looks up the tables for what it found. New tables are built
-when a gradient appears or disappears, a tensor moves, or parameters are added; otherwise only gradient addresses are
-new. Tensors whose layouts disagree form tables of their own, which the reference backend runs on whole tensors.
+Every pass reads the parameters' gradients (`Plan.snapshot`) and looks up the tables for what it found. New tables are
+built when a gradient appears or disappears, a tensor moves, or parameters are added; otherwise only gradient addresses
+are new. Tensors whose layouts differ form tables of their own, which the reference backend runs on whole tensors.
 """
 
 from __future__ import annotations
@@ -10,41 +10,37 @@ from __future__ import annotations
 import itertools
 import operator
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam.backends.contract import LOW_PRECISION, Backend, Table
+from fused_sam.backends.contract import LOW_PRECISION, NO_ADDRESSES, Backend, StateColumn, Table, UpdateRule
 from fused_sam.backends.reference import Reference
 
-from .calls import Job, Scan, Update
+from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .grad_reader import make_reader
-from .layout import begun, fitting, fitting_step, is_alike, is_flat
+from .layout import init_state, is_dense, match_layout, match_scalar, same_layout
 from .masters import MASTER, Masters
 from .parameters import check_parameters, names_of
 from .sharding import Sharding, gradient_of, is_sharded, like, local
 
 # What a parameter's gradient is to the plan.
-ABSENT, ALIKE, WIDER, DISAGREEING = range(4)
+ABSENT, SAME_DTYPE, WIDER_GRAD, LAYOUT_MISMATCH = range(4)
 
-# Tables of as many patterns of present gradients are kept: enough for a few alternating losses or frozen stages.
+# Tables for as many patterns of present gradients are kept: enough for a few alternating losses or frozen stages.
 PATTERNS_KEPT = 16
 
-# Columns of a table, and the names of the optimizer state that they hold.
-_NAMES = {
-    "momenta": ("momentum_buffer", "exp_avg"),
-    "squares": ("exp_avg_sq",),
-    "largest": ("max_exp_avg_sq",),
-    "steps": ("step",),
-}
+State = dict[Tensor, dict[str, Any]]
+
+_PARAMS = operator.itemgetter("params")
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How bf16 and fp16 weights are kept: SAM's options of these names."""
+    """How bf16 and fp16 parameters are kept: SAM's options of these names."""
 
     master_weights: bool = False
     stochastic_rounding: bool = False
@@ -56,82 +52,104 @@ class Plan:
 
     Args:
         groups: the optimizer's param_groups.
-        backend: what runs the tables whose tensors agree.
-        precision: how bf16 and fp16 weights are kept.
+        backend: runs the tables whose tensors have one layout.
+        precision: how bf16 and fp16 parameters are kept.
+        rule: the fused base optimizer's update rule; None for a base optimizer that runs its own step.
+        scaled: returns True for a parameter that an adaptive perturbation scales; None: all.
 
     Raises:
         ValueError: parameters on several devices, or sharing memory.
         TypeError: complex or integer parameters.
     """
 
-    def __init__(self, groups: Sequence[dict[str, Any]], backend: Backend, precision: Precision) -> None:
+    def __init__(
+        self,
+        groups: Sequence[dict[str, Any]],
+        backend: Backend,
+        precision: Precision,
+        rule: UpdateRule | None = None,
+        scaled: Callable[[Tensor], bool] | None = None,
+    ) -> None:
         self.backend = backend
+        self.fallback = Reference()
         self._precision = precision
-        self.slow = Reference()
-        self.owners: list[Tensor] = [p for group in groups for p in group["params"]]  # what user and state know
-        self.params = [local(p) for p in self.owners]  # this process's part of them
-        self.group_of = [k for k, group in enumerate(groups) for _ in group["params"]]
+        self._rule = rule
+        self.params: list[Tensor] = [p for group in groups for p in group["params"]]  # as user and state have them
+        self.local_params = [local(p) for p in self.params]  # this process's parts of them
+        self.group_ids = [k for k, group in enumerate(groups) for _ in group["params"]]
         self._group_sizes = [len(group["params"]) for group in groups]
         self._names = names_of(groups)
-        spread = any(map(is_sharded, self.owners))
-        self.sharding = Sharding(self.owners, self._names) if spread else None
-        self.reader = make_reader(self.params)
-        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in self.params]
-        self.flat = [is_flat(p) for p in self.params]
-        self._served = [
-            flat and backend.serves(p.device, p.dtype, p.dtype) for p, flat in zip(self.params, self.flat, strict=True)
+        # Unscaled parameters of adaptive groups belong to a twin of their group, which is not adaptive.
+        unscaled = [] if scaled is None else [not scaled(p) for p in self.params]
+        self.has_twins = any(unscaled)
+        if self.has_twins:
+            n = len(groups)
+            self.group_ids = [k + n * twin for k, twin in zip(self.group_ids, unscaled, strict=True)]
+        sharded = any(map(is_sharded, self.params))
+        self.sharding = Sharding(self.params, self._names) if sharded else None
+        self.reader = make_reader(self.local_params)
+        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in self.local_params]
+        self.dense = [is_dense(p) for p in self.local_params]
+        self._supported = [
+            dense and backend.supports(p.device, p.dtype, p.dtype)
+            for p, dense in zip(self.local_params, self.dense, strict=True)
         ]
-        self._all_served = all(self._served) and not spread
-        self._all_alike = bytes([ALIKE]) * len(self.params)
-        self.nothing: list[Job] = []  # what an update undoes where nothing was perturbed
-        self._checked = False  # gradients against weights, shape by shape
+        self._all_supported = all(self._supported) and not sharded
+        self._all_same_dtype = bytes([SAME_DTYPE]) * len(self.params)
+        self.none_perturbed: list[KernelCall] = []  # what an update undoes if nothing was perturbed
+        self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
-        self.pairs: dict[Any, Any] = {}  # of vectors.py
-        self.masters = Masters(self.owners, self.params, wanted=precision.master_weights)
-        self._perturb: dict[Any, list[Job]] = {}
-        self._update: dict[Any, Update] = {}
-        check_parameters(self.params, self._names, self.flat)
+        self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see vectors.py
+        self.masters = Masters(self.params, self.local_params, wanted=precision.master_weights)
+        self._perturb: dict[Any, list[KernelCall]] = {}
+        self._update: dict[Any, UpdatePlan] = {}
+        check_parameters(self.local_params, self._names, self.dense)
 
-    # ---- what the plan stands on --------------------------------------------------------------------------
+    # ---- the parameters the plan was made for ---------------------------------------------------------------
 
     def name(self, i: int) -> str:
-        """What errors call parameter i."""
+        """Return what errors call parameter i."""
         return self._names[i]
 
-    def holds(self, groups: Sequence[dict[str, Any]]) -> bool:
-        """Whether the parameters are still those planned for, where they were."""
+    def matches(self, groups: Sequence[dict[str, Any]]) -> bool:
+        """Return True if the groups hold the parameters that the plan was made for, at the same addresses."""
         params = [p for group in groups for p in group["params"]]
         return (
             [len(group["params"]) for group in groups] == self._group_sizes
-            and all(map(operator.is_, params, self.owners))
+            and all(map(operator.is_, params, self.params))
             and [(p.data_ptr(), p.dtype, p.shape) for p in map(local, params)] == self._places
         )
 
-    # ---- reading gradients --------------------------------------------------------------------------------
+    # ---- reading gradients ----------------------------------------------------------------------------------
 
-    def scan(self, groups: Sequence[dict[str, Any]]) -> Scan | None:
-        """The gradients as they are now; None where `groups` are not what this plan was made for.
+    def snapshot(self, groups: Sequence[dict[str, Any]]) -> GradSnapshot | None:
+        """Return the gradients as they are now; None if `groups` are not those that the plan was made for.
 
         Raises:
-            RuntimeError: a sparse gradient.
+            RuntimeError: a sparse gradient, or one of another shape or device than its parameter.
         """
-        members = [group["params"] for group in groups]
-        if self._checked and self._all_served and list(map(len, members)) == self._group_sizes:
-            # The common case: what p.grad's setter guarantees was checked once, what it does not is read each time.
+        members = list(map(_PARAMS, groups))
+        if self._checked and self._all_supported and list(map(len, members)) == self._group_sizes:
+            # The usual case. What the setter of p.grad guarantees was checked once; the rest is read every time.
             try:
                 reading = self.reader.read(members)
             except RuntimeError:  # a sparse gradient
                 reading = None
             if reading is not None:
-                return Scan(reading[0], self._all_alike, array("q", reading[1]))  # type: ignore[arg-type]
-        if not self.holds(groups):
+                return GradSnapshot(reading[0], self._all_same_dtype, array("q", reading[1]))  # type: ignore[arg-type]
+        if not self.matches(groups):
             return None
-        gradients = [self._gradient(p, i) for i, p in enumerate(self.owners)]
-        codes = bytes(self._code(i, g) for i, g in enumerate(gradients))
+        grads = [self._grad(p, i) for i, p in enumerate(self.params)]
+        codes = bytes(self._code(i, g) for i, g in enumerate(grads))
         self._checked = True
-        return Scan(gradients, codes)
+        return GradSnapshot(grads, codes)
 
-    def _gradient(self, p: Tensor, i: int) -> Tensor | None:
+    def snapshot_of(self, vector: Iterable[Tensor | None]) -> GradSnapshot:
+        """Return a snapshot of another vector than the gradients, such as momentum: a tensor or None per parameter."""
+        tensors = list(vector)
+        return GradSnapshot(tensors, bytes(self._code(i, v) for i, v in enumerate(tensors)))
+
+    def _grad(self, p: Tensor, i: int) -> Tensor | None:
         g = gradient_of(p)
         if g is not None and is_sharded(p) and not is_sharded(g):
             raise RuntimeError(
@@ -147,241 +165,262 @@ class Plan:
                 f"{self.name(i)} has a sparse gradient, which SAM does not support: "
                 "its norm and perturbation are dense (for nn.Embedding, use sparse=False)"
             )
-        p = self.params[i]
+        p = self.local_params[i]
         if g.shape != p.shape or g.device != p.device:
             raise RuntimeError(
                 f"{self.name(i)} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}: "
-                "zero the gradients and run the backward pass again after moving or reshaping weights"
+                "zero the gradients and run the backward pass again after moving or reshaping parameters"
             )
-        if not self.flat[i] or not is_alike(p, g) or not self.backend.serves(p.device, p.dtype, g.dtype):
-            return DISAGREEING
-        return ALIKE if g.dtype is p.dtype else WIDER
+        if not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
+            return LAYOUT_MISMATCH
+        return SAME_DTYPE if g.dtype is p.dtype else WIDER_GRAD
 
-    def scan_of(self, vector: Sequence[Tensor | None]) -> Scan:
-        """A scan of another vector than the gradients, such as momentum: one tensor, or None, for each weight."""
-        return Scan(list(vector), bytes(self._code(i, v) for i, v in enumerate(vector)))
+    @staticmethod
+    def attach(calls: list[KernelCall], snapshot: GradSnapshot) -> None:
+        """Put the gradients into the tables; `detach` lets go of them after the primitives have run."""
+        for call in calls:
+            table, grads, addresses, rows = call.table, snapshot.grads, snapshot.addresses, call.rows
+            if len(rows) != len(grads):
+                grads = [grads[i] for i in rows]
+                if addresses is not None:
+                    addresses = array("q", [addresses[i] for i in rows])
+            table.grads = grads  # type: ignore[assignment]
+            if table.same_layout:
+                table.grad_addresses = addresses or array("q", [g.data_ptr() for g in grads])  # type: ignore[union-attr]
 
-    # ---- tables -------------------------------------------------------------------------------------------
+    @staticmethod
+    def detach(calls: list[KernelCall]) -> None:
+        """Drop the gradients from the tables, so that they can be freed."""
+        for call in calls:
+            call.table.grads = []
+            call.table.grad_addresses = NO_ADDRESSES
 
-    def perturbation(
-        self, scan: Scan, perturbed: Sequence[bool], state: dict[Tensor, dict[str, Any]]
-    ) -> list[Job]:
-        """Jobs over all weights that have a gradient and whose group is perturbed."""
-        self.follow(state, self.nothing)
-        key = (scan.codes, tuple(perturbed))
-        jobs = self._perturb.get(key)
-        if jobs is None:
-            rows = [i for i, code in enumerate(scan.codes) if code and perturbed[self.group_of[i]]]
-            jobs = self._jobs(rows, scan.codes, self._save_here)
-            _remember(self._perturb, key, jobs)
-        return jobs
+    # ---- tables ---------------------------------------------------------------------------------------------
 
-    def update(
-        self,
-        scan: Scan,
-        perturbed: list[Job],
-        needs: tuple[tuple[str, ...], ...],
-        state: dict[Tensor, dict[str, Any]],
-    ) -> Update:
-        """Jobs over all weights that have a gradient, and those that undo `perturbed` where there is none any more.
+    def perturb_calls(self, snapshot: GradSnapshot, perturbed: Sequence[bool], state: State) -> list[KernelCall]:
+        """Return calls over all parameters that have a gradient and whose group is perturbed."""
+        if self.masters.any_needed:
+            self.sync_masters(state, self.none_perturbed)
+        key = (snapshot.codes, tuple(perturbed))
+        calls = self._perturb.get(key)
+        if calls is None:
+            n = len(perturbed)
+            rows = [i for i, code in enumerate(snapshot.codes) if code and perturbed[self.group_ids[i] % n]]
+            calls = self._calls(rows, snapshot.codes, self._add_backups)
+            _remember(self._perturb, key, calls)
+        return calls
 
-        `needs`: for each group the names of the state that the update reads and writes.
+    def update_plan(
+        self, snapshot: GradSnapshot, perturbed: list[KernelCall], names: tuple[tuple[str, ...], ...], state: State
+    ) -> UpdatePlan:
+        """Return calls over all parameters with a gradient, and calls that undo `perturbed` where there is none now.
+
+        Args:
+            names: for each group, the state that the update reads and writes.
         """
-        self.follow(state, perturbed)
-        key = (scan.codes, id(perturbed), needs)
+        if self.masters.any_needed:
+            self.sync_masters(state, perturbed)
+        key = (snapshot.codes, id(perturbed), names)
         found = self._update.get(key)
-        if found is None or found.perturbed is not perturbed or not found.stands_on(state, self.reader):
-            found = self._new_update(scan.codes, perturbed, needs, state)
+        if (
+            found is None
+            or found.perturbed is not perturbed
+            or found.spent
+            or not self.reader.unchanged(state, found.all_entries, found.entries, found.names, found.columns)
+            or (found.new and any(name in state.get(p, ()) for p, name, _ in found.new))
+        ):
+            found = self._new_update(snapshot.codes, perturbed, names, state)
             _remember(self._update, key, found)
         return found
 
     def forget_state(self) -> None:
-        """Let go of optimizer state that has been replaced."""
+        """Drop tables of optimizer state that has been replaced."""
         self._update.clear()
         if self.masters.forget():
             self._perturb.clear()
 
-    def follow(self, state: dict[Tensor, dict[str, Any]], perturbed: list[Job]) -> None:
-        """Have the masters agree with the state and with their weights, but those that `perturbed` will restore."""
-        if self.masters.any_due and sum(len(job.rows) for job in perturbed) < len(self.params):
-            undone = {i for job in perturbed for i in job.rows}
-            self.masters.follow(state, self._fit, self._perturb.clear, undone)
+    def sync_masters(self, state: State, perturbed: list[KernelCall]) -> None:
+        """Make the masters agree with state and parameters, except for parameters that undoing `perturbed` writes."""
+        if self.masters.any_needed and sum(len(call.rows) for call in perturbed) < len(self.params):
+            rows = {i for call in perturbed for i in call.rows}
+            self.masters.sync(state, self._match, self._perturb.clear, rows)
 
     def _new_update(
-        self,
-        codes: bytes,
-        perturbed: list[Job],
-        needs: tuple[tuple[str, ...], ...],
-        state: dict[Tensor, dict[str, Any]],
-    ) -> Update:
-        every_name = {*itertools.chain(*needs), *([MASTER] if self.masters.any_due else [])}
-        update = Update(perturbed, held={name: [] for name in sorted(every_name)})
-        saved = {i for job in perturbed for i in job.rows}
+        self, codes: bytes, perturbed: list[KernelCall], names: tuple[tuple[str, ...], ...], state: State
+    ) -> UpdatePlan:
+        all_names = {*itertools.chain(*names), *([MASTER] if self.masters.any_needed else [])}
+        update = UpdatePlan(perturbed, found={name: [] for name in sorted(all_names)})
+        saved = {i for call in perturbed for i in call.rows}
+        declared = {column.name: column for column in self._rule.columns} if self._rule else {}
+        n = len(names)
 
-        def found(i: int, name: str) -> Tensor:
-            """This process's part of the state of that name, begun where there is none."""
-            p, owner = self.params[i], self.owners[i]
-            entry = state.get(owner, {})
+        def find(i: int, name: str) -> Tensor:
+            """Return this process's part of the state of that name, started if there is none."""
+            part_of_param, p = self.local_params[i], self.params[i]
+            entry = state.get(p, {})
             value = entry.get(name)
+            scalar = name != MASTER and declared[name].scalar
             if value is None:
-                part = self.masters[i] if name == MASTER else begun(name, p)
-                update.new.append((owner, name, part if name == "step" else like(part, owner)))
+                part = self.masters[i] if name == MASTER else init_state(declared[name], part_of_param)
+                update.new.append((p, name, part if scalar else like(part, p)))
                 return part
             if name == MASTER:
                 part = self.masters[i]
             else:
-                part = fitting_step(value, p) if name == "step" else self._fit(i, name, value)
+                part = match_scalar(value, part_of_param) if scalar else self._match(i, name, value)
             if part is not local(value):
-                entry[name] = value = part if name == "step" else like(part, owner)
-            update.held[name][-1] = value
+                entry[name] = value = part if scalar else like(part, p)
+            update.found[name][-1] = value
             return part
 
         def state_of(i: int) -> dict[str, Tensor]:
-            names = needs[self.group_of[i]]
-            if self.owners[i] in state:
-                update.entries.append(state[self.owners[i]])
-                for column in update.held.values():
+            wanted = names[self.group_ids[i] % n]
+            if self.params[i] in state:
+                update.entries.append(state[self.params[i]])
+                for column in update.found.values():
                     column.append(None)
-            return {name: found(i, name) for name in (*names, MASTER) if name != MASTER or self.masters.due[i]}
+            every = (*wanted, MASTER)
+            return {name: find(i, name) for name in every if name != MASTER or self.masters.needed[i]}
 
-        def columns(table: Table, rows: list[int]) -> None:
-            if not table.models:
-                table.backups = [self._backups[i] if i in saved else self.params[i] for i in rows]
+        def add_columns(table: Table, rows: list[int]) -> None:
+            if not table.masters:
+                table.backups = [self._backups[i] if i in saved else self.local_params[i] for i in rows]
             parts = [state_of(i) for i in rows]
-            for column, names in _NAMES.items():
-                values = [next((part[n] for n in names if n in part), None) for part in parts]
-                if column == "momenta" or any(v is not None for v in values):
-                    setattr(table, column, values)
+            table.rule = self._rule
+            for name in declared:
+                table.state[name] = [part.get(name) for part in parts]
 
         present = [i for i, code in enumerate(codes) if code]
-        update.jobs = self._jobs(present, codes, columns)
+        update.calls = self._calls(present, codes, add_columns)
         for i in present:
-            if not self.params[i].numel():  # torch gives state to empty weights as well, though no table has them
-                update.idle_steps += [value for name, value in state_of(i).items() if name == "step"]
-        update.restore = self._jobs([i for i in sorted(saved) if not codes[i]], self._own_codes(), self._save_here)
+            if not self.local_params[i].numel():  # torch gives state to empty parameters too, which no table has
+                update.empty_steps += [value for name, value in state_of(i).items() if name == "step"]
+        update.restore = self._calls([i for i in sorted(saved) if not codes[i]], self._own_codes(), self._add_backups)
         update.all_entries = list(state.values())
+        update.names, update.columns = tuple(update.found), list(update.found.values())
         return update
 
-    def state_part(
-        self, state: dict[Tensor, dict[str, Any]], i: int, name: str, *, begin: bool
-    ) -> Tensor | None:
-        """This process's part of a method's own state of parameter i: in the arithmetic's dtype and the weight's shape.
+    def state_part(self, state: State, i: int, name: str, *, init: bool) -> Tensor | None:
+        """Return this process's part of a method's own state of parameter i, in the dtype of the arithmetic.
 
-        begin: where there is none, zeros that enter the state; else None.
+        Args:
+            init: True puts zeros into the state if there is none; False returns None then.
         """
-        p, owner = self.params[i], self.owners[i]
-        value = state.get(owner, {}).get(name)
+        part_of_param, p = self.local_params[i], self.params[i]
+        value = state.get(p, {}).get(name)
         if value is None:
-            if not begin:
+            if not init:
                 return None
-            part = begun(name, p)
-            state[owner][name] = like(part, owner)
-            return local(state[owner][name])
-        part = self._fit(i, name, value)
+            part = init_state(StateColumn(name), part_of_param)
+            state[p][name] = like(part, p)
+            return local(state[p][name])
+        part = self._match(i, name, value)
         if part is not local(value):
-            state[owner][name] = like(part, owner)
+            state[p][name] = like(part, p)
         return part
 
-    def _fit(self, i: int, name: str, value: Tensor) -> Tensor:
-        """This process's part of a weight's state, spread, shaped and laid out as the weight is.
+    def _match(self, i: int, name: str, value: Tensor) -> Tensor:
+        """Return this process's part of a parameter's state, sharded, shaped and laid out as the parameter is.
 
         Raises:
-            RuntimeError: it is of another shape, or whole where the weight is sharded.
+            RuntimeError: it has another shape, or is whole while the parameter is sharded.
         """
-        owner, p = self.owners[i], self.params[i]
-        if is_sharded(owner) != is_sharded(value):
+        p = self.params[i]
+        if is_sharded(p) != is_sharded(value):
             raise RuntimeError(
                 f"{self.name(i)} and its {name!r} must both be sharded or both be whole: load the state of sharded "
                 "weights with torch.distributed.checkpoint.state_dict.set_optimizer_state_dict"
             )
-        if is_sharded(owner) and (value.placements, value.device_mesh) != (owner.placements, owner.device_mesh):  # type: ignore[attr-defined]
-            value = value.redistribute(owner.device_mesh, owner.placements)  # type: ignore[attr-defined]
-        if local(value).shape != p.shape:
+        if is_sharded(p) and (value.placements, value.device_mesh) != (p.placements, p.device_mesh):  # type: ignore[attr-defined]
+            value = value.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
+        if local(value).shape != self.local_params[i].shape:
             raise RuntimeError(
-                f"{self.name(i)} has a {name!r} of shape {tuple(value.shape)}: a weight that changes its shape needs "
-                "new state, delete optimizer.state[weight]"
+                f"{self.name(i)} has a {name!r} of shape {tuple(value.shape)}: a parameter that changes its shape needs "
+                "new state, delete optimizer.state[parameter]"
             )
-        return fitting(local(value), p)
+        return match_layout(local(value), self.local_params[i])
 
     def inherit(self, old: Plan) -> None:
-        """Take over another plan's master weights, where the parameters are the same."""
-        self.masters.inherit(old.masters, {id(p): i for i, p in enumerate(self.owners)})
+        """Take over another plan's masters, where the parameters are the same."""
+        self.masters.inherit(old.masters, {id(p): i for i, p in enumerate(self.params)})
         if self.sharding is not None and old.sharding is not None:
             self.sharding.inherit(old.sharding)
 
-    def adopt(self, old: Plan, perturbed: list[Job]) -> list[Job]:
-        """Take over what another plan perturbed: jobs that restore the same weights where they are now.
+    def take_over(self, old: Plan, perturbed: list[KernelCall]) -> list[KernelCall]:
+        """Return calls that restore what another plan perturbed, for the same parameters at their places here.
 
         Raises:
-            RuntimeError: a perturbed weight has left the optimizer or changed its shape.
+            RuntimeError: a perturbed parameter has left the optimizer or changed its shape.
         """
-        index = {id(p): i for i, p in enumerate(self.owners)}
+        index = {id(p): i for i, p in enumerate(self.params)}
         rows = []
-        for j in (row for job in perturbed for row in job.rows):
-            i = index.get(id(old.owners[j]))
-            kept = old.masters[j] if old.masters.due[j] else old._backups[j]
-            if i is None or kept.shape != self.params[i].shape:
+        for j in (row for call in perturbed for row in call.rows):
+            i = index.get(id(old.params[j]))
+            clean = old.masters[j] if old.masters.needed[j] else old._backups[j]
+            if i is None or clean.shape != self.local_params[i].shape:
                 raise RuntimeError(
                     f"{old.name(j)} was perturbed and has been removed or reshaped since: "
-                    "call second_step() or restore() before changing weights"
+                    "call second_step() or restore() before changing parameters"
                 )
-            if self.masters.due[i]:
-                self.masters.take(i, kept)
+            if self.masters.needed[i]:
+                self.masters.set(i, clean)
             else:
-                self._backups[i] = torch.empty_like(self.params[i], requires_grad=False).copy_(kept)
+                self._backups[i] = torch.empty_like(self.local_params[i], requires_grad=False).copy_(clean)
             rows.append(i)
-        self.masters.begin()
-        return self._jobs(rows, self._own_codes(), self._save_here)
+        self.masters.init_missing()
+        return self._calls(rows, self._own_codes(), self._add_backups)
 
     def _own_codes(self) -> bytes:
-        """Codes for copying between weights and backups, where no gradient matters."""
+        """Return codes for copying between parameters and backups, where no gradient matters."""
         return bytes(
-            ALIKE if served and (i not in self._backups or is_alike(p, self._backups[i])) else DISAGREEING
-            for i, (p, served) in enumerate(zip(self.params, self._served, strict=True))
+            SAME_DTYPE
+            if supported and (i not in self._backups or same_layout(p, self._backups[i]))
+            else LAYOUT_MISMATCH
+            for i, (p, supported) in enumerate(zip(self.local_params, self._supported, strict=True))
         )
 
-    def _jobs(self, rows: list[int], codes: bytes, columns: Callable[[Table, list[int]], None]) -> list[Job]:
-        """One job for each combination of dtypes and agreement, in a fixed order; empty tensors are left out."""
+    def _calls(
+        self, rows: list[int], codes: bytes, add_columns: Callable[[Table, list[int]], None]
+    ) -> list[KernelCall]:
+        """Return one call per combination of dtypes and layout, in a fixed order. Empty tensors are left out."""
         buckets: dict[tuple[torch.dtype, int, float], list[int]] = {}
         for i in rows:
-            if self.params[i].numel():
-                share = 1.0 if self.sharding is None else self.sharding.shares[i]
-                buckets.setdefault((self.params[i].dtype, codes[i], share), []).append(i)
-        jobs = []
-        for (dtype, code, share), chosen in buckets.items():
-            agreeing = code != DISAGREEING
+            if self.local_params[i].numel():
+                fraction = 1.0 if self.sharding is None else self.sharding.fractions[i]
+                buckets.setdefault((self.local_params[i].dtype, codes[i], fraction), []).append(i)
+        calls = []
+        for (dtype, code, fraction), members in buckets.items():
+            agree = code != LAYOUT_MISMATCH
             low = dtype in LOW_PRECISION
-            mastered = low and self._precision.master_weights
-            weights = [self.params[i] for i in chosen]
             table = Table(
-                weights=[self.masters[i] for i in chosen] if mastered else weights,
-                groups=[self.group_of[i] for i in chosen],
-                gradient_dtype=torch.float32 if code == WIDER else dtype,
-                agreeing=agreeing,
-                models=weights if mastered else [],
-                stochastic=low and self._precision.stochastic_rounding,
+                params=[self.local_params[i] for i in members],
+                group_ids=[self.group_ids[i] for i in members],
+                grad_dtype=torch.float32 if code == WIDER_GRAD else dtype,
+                same_layout=agree,
+                masters=[self.masters[i] for i in members] if low and self._precision.master_weights else [],
+                stochastic_rounding=low and self._precision.stochastic_rounding,
                 seed=self._precision.seed,
-                streams=[self._stream(i) for i in chosen],
+                rng_streams=[self._rng_stream(i) for i in members],
             )
-            columns(table, chosen)
-            jobs.append(Job(self.backend if agreeing else self.slow, table, chosen, share))
-        return jobs
+            add_columns(table, members)
+            calls.append(KernelCall(self.backend if agree else self.fallback, table, members, fraction))
+        return calls
 
-    def _stream(self, i: int) -> int:
-        """The number of parameter i's stream of random numbers: parts of it that differ draw differently."""
-        p, part = self.owners[i], 0
+    def _rng_stream(self, i: int) -> int:
+        """Return the number of parameter i's stream of random numbers. Different parts of it draw different numbers."""
+        p, part = self.params[i], 0
         if is_sharded(p):
             for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
                 if not placement.is_replicate():
                     part = part * p.device_mesh.size(dim) + p.device_mesh.get_local_rank(dim)  # type: ignore[attr-defined]
         return (i + 65_537 * part) & 0x7FFFFFFF
 
-    def _save_here(self, table: Table, chosen: list[int]) -> None:
-        if table.models:  # the masters are the backup
+    def _add_backups(self, table: Table, rows: list[int]) -> None:
+        if table.masters:  # they are the backup
             return
-        for i in chosen:
+        for i in rows:
             if i not in self._backups:
-                self._backups[i] = torch.empty_like(self.params[i], requires_grad=False)
+                self._backups[i] = torch.empty_like(self.local_params[i], requires_grad=False)
             table.backups.append(self._backups[i])
 
 

@@ -66,7 +66,7 @@ class Sharding:
         meshes = [p.device_mesh for p in params if is_sharded(p)]  # type: ignore[attr-defined]
         self._span = max(meshes, key=lambda mesh: mesh.size())
         ranks = self._span.mesh.flatten().tolist()
-        self.shares: list[float] = []  # of each parameter's local sum of squares in the global one
+        self.fractions: list[float] = []  # of each parameter's local sum of squares in the global one
         for p, name in zip(params, names, strict=True):
             parts = 1
             if is_sharded(p):
@@ -79,7 +79,7 @@ class Sharding:
                     if placement.is_partial():
                         raise ValueError(f"{name} is in partial sums: redistribute it before giving it to SAM")
                     parts *= 1 if placement.is_replicate() else mesh.size(dim)
-            self.shares.append(parts / len(ranks))
+            self.fractions.append(parts / len(ranks))
         self._groups = self._reducing_groups()
         self._described = "; ".join(
             f"{name} {p.dtype} {getattr(p, 'placements', '')}" for p, name in zip(params, names, strict=True)
@@ -98,12 +98,12 @@ class Sharding:
             return [torch.distributed.group.WORLD]
         return [self._span.get_group(dim) for dim in range(self._span.ndim)]
 
-    def add_up(self, numbers: Tensor) -> None:
+    def all_reduce(self, numbers: Tensor) -> None:
         """Sum over all processes, in place."""
         for group in self._groups:
             torch.distributed.all_reduce(numbers, group=group)
 
-    def reduce(self, status: Tensor, pattern: bytes) -> None:
+    def reduce_norm(self, status: Tensor, pattern: bytes) -> None:
         """Add status[SUM] up over all processes, and set status[SKIP] where one of them has it.
 
         `pattern`: which gradients this process has; all must have the same.
@@ -117,7 +117,7 @@ class Sharding:
         h = float(zlib.crc32(pattern) % _PATTERNS[status.dtype])
         skip = (status[SKIP : SKIP + 1] != 0).to(status.dtype)
         numbers = torch.cat([status[SUM : SUM + 1], skip, status.new_tensor([h, h * h])])
-        self.add_up(numbers)
+        self.all_reduce(numbers)
         n = self._span.size()
         first, second = numbers[2:].double()
         same = n * second - first**2 <= 0.5 + (1e-6 * n * second if n > 266 else 0)  # 0 only where all are equal
@@ -125,11 +125,11 @@ class Sharding:
             if not bool(same):
                 raise RuntimeError(_DISAGREE)
         else:
-            self._look_later(same)
+            self._check_later(same)
         status[SUM] = torch.where(same, numbers[0], torch.full_like(numbers[0], torch.nan))
         status[SKIP] = numbers[1]
 
-    def _look_later(self, same: Tensor) -> None:
+    def _check_later(self, same: Tensor) -> None:
         on_host = same.to("cpu", non_blocking=True)
         event = torch.get_device_module(same.device).Event()
         event.record()

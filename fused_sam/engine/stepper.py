@@ -1,414 +1,528 @@
-"""What a SAM optimizer does beneath its public face: plan, status, norms, climbing, judging, updating.
+"""The stepper: runs the two halves of a SAM step for an optimizer, by calls of primitives.
 
-fused_sam/sam.py is the face; the methods of the family fill in the hooks that are declared there.
+    perturb()   snapshot of the gradients, ascent hook, norm, radius hook, perturb
+    update()    snapshot of the gradients, descent hook, finite check, undo and base update in one pass, updated hook
+
+fused_sam/sam.py is the facade. The hooks are those of a method (fused_sam/methods), and get a Step (fused_sam/step.py).
 """
 
 from __future__ import annotations
 
 import math
-from array import array
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_sam import backends
-from fused_sam.backends.contract import (
-    DRAWS,
-    LOW_PRECISION,
-    SKIP,
-    STATUS_SIZE,
-    SUM,
-    Backend,
-    Group,
-    status_dtype,
-)
-from fused_sam.schedule import Schedule
+from fused_sam.backends.contract import LOW_PRECISION, RNG_OFFSET, SKIP, SUM, UPDATE_NORM, PerturbGroup, Status
 
-from .base_optimizers import Base
-from .calls import Job, Scan, attached
-from .options import check_options
+from .base_optimizers import WrappedBase, fused_names, make_base
+from .calls import GradSnapshot, KernelCall
+from .displacement import Displacement
+from .options import check_group
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
-from .sharding import local
-from .stale_grads import mark_used
+from .stale_grads import MARK, MARKED
 from .user_warnings import warn_of_plain_step
 
 
-class Engine(Optimizer):
-    """The part of SAM that calls primitives. Not for use by itself."""
+_PERTURB = itemgetter("perturb")
 
-    # Set by SAM's constructor.
-    _backend: Backend
-    _base: Base
-    _base_class: type[Optimizer]
-    _base_options: dict[str, Any]
-    _backend_name: str
-    _check_update: bool
-    _eps: float
-    _max_norm: float
-    _own_options: tuple[str, ...]
-    _precision: Precision
-    _schedule: Schedule | None
 
-    @property
-    def perturbs(self) -> bool:
-        raise NotImplementedError
+@dataclass(frozen=True)
+class Settings:
+    """SAM's options that are the same for all groups."""
 
+    base_class: type[Optimizer]
+    base_options: dict[str, Any]
+    backend: str
+    eps: float
+    max_norm: float  # inf: no clipping
+    check_update: bool
+    precision: Precision
+    schedule: Any  # a fused_sam.schedule.Schedule, or None
+
+
+class Context(Protocol):
+    """What the stepper calls during a step: fused_sam.step.Step, which calls the method's hooks."""
+
+    def ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+        """Run the ascent hook, before the norm."""
+
+    def radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
+        """Run the radius hook, between norm and perturb; return the groups with their new rho."""
+
+    def descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+        """Run the descent hook, before the finite check and the update."""
+
+    def updated(self) -> None:
+        """Run the updated hook, after the update."""
+
+    def wants_perturbation(self) -> bool:
+        """Ask the schedule and the method whether this step perturbs."""
+
+    def replanned(self, old: Plan, new: Plan) -> None:
+        """Sort what is kept by parameter number for the new plan."""
+
+    def end(self) -> None:
+        """Let go of what is kept for one step."""
+
+
+class Stepper:
+    """Perturbs, restores and updates an optimizer's parameters.
+
+    Args:
+        optimizer: whose param_groups and state are worked on.
+        settings: its options.
+
+    Attributes:
+        perturbed: the kernel calls that perturbed the parameters, None if they are not perturbed.
+        status: the numbers that the primitives left.
+        context: the Step that hooks get; SAM sets it.
+    """
+
+    context: Context
+    _displacement: Displacement | None = None
+
+    def __init__(self, optimizer: Any, settings: Settings) -> None:
+        self.optimizer = optimizer
+        self.settings = settings
+        self.schedule = settings.schedule
+        self.backend = backends.choose(settings.backend, self.device())
+        self.base = make_base(settings.base_class, optimizer, settings.base_options)
+        self.status = Status(self.device())
+        self.perturbed: list[KernelCall] | None = None
+        self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
+        self.plain_step_is_meant = False  # True once two steps or needs_second_pass were used, or a warning was given
+        self.suspended = False  # True inside `with unperturbed()`
+        self.took_update_norm = False
+        self.changed_update = False  # True if the descent hook has changed the gradients of the update
+        self.grad_scale: Tensor | None = None  # that the last update's gradients had
+        self.skip_process_group: Any = None  # of processes whose perturbations differ and which must skip together
+        self._had_gradients = False
+        self._perturb_drew = False  # True if the last perturbation drew random numbers
+        cls = type(optimizer)
+        hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
+        self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(_overridden(cls, h) for h in hooks)
+        self._is_scaled = optimizer.is_scaled if _overridden(cls, "is_scaled") else None
+        # True if primitives draw random numbers: for a mask or for stochastic rounding.
+        self._random = settings.precision.stochastic_rounding or optimizer.mask_prob < 1
+        self._check_precision()
+        self.plan = self.new_plan()
+        self._load_rng_offset()
+
+    # ---- the first half -------------------------------------------------------------------------------------
+
+    def perturb_groups(self) -> list[PerturbGroup]:
+        """Return each parameter group's numbers for norm and perturb.
+
+        Raises:
+            TypeError, ValueError: one of SAM's options in a group is of a wrong type or out of range.
+        """
+        found = []
+        mask_prob = self.optimizer.mask_prob
+        for k, group in enumerate(self.optimizer.param_groups):
+            try:
+                rho, eta = float(group["rho"]), float(group["eta"])
+            except (TypeError, ValueError, RuntimeError):
+                check_group(group, k)
+                raise
+            if not (0 <= rho < math.inf and 0 <= eta < math.inf):
+                check_group(group, k)
+            found.append(PerturbGroup(rho, bool(group["adaptive"]), eta, mask_prob))
+        return found
+
+    def any_perturbed(self, groups: Sequence[PerturbGroup]) -> bool:
+        """Return True if a group has rho above 0 and takes part in the perturbation."""
+        for numbers, group in zip(groups, self.optimizer.param_groups, strict=True):
+            if numbers.rho > 0 and group["perturb"]:
+                return True
+        return False
+
+    def decide(self, groups: list[PerturbGroup] | None = None) -> bool:
+        """Return True if this step perturbs: asked once per step, then remembered."""
+        if self.decision is None:
+            groups = self.perturb_groups() if groups is None else groups
+            self.decision = self.any_perturbed(groups) and (not self._has_hooks or self.wants_perturbation())
+        return self.decision
+
+    def wants_perturbation(self) -> bool:
+        """Ask schedule and method whether the coming step perturbs."""
+        return not self._has_hooks or self.context.wants_perturbation()
+
+    def perturb(self, *, keep_skip: bool = False) -> bool:
+        """Save the parameters and add e = rho * g / (||g|| + eps), if this step perturbs; return True if it does.
+
+        Args:
+            keep_skip: True keeps the skip flag of the last perturbation, which was of the same step.
+        """
+        groups = self.perturb_groups()
+        if not self.decide(groups):
+            self.status.values[:RNG_OFFSET].zero_()
+            self.perturbed = self.current_plan().none_perturbed
+            return False
+        plan, snapshot = self.snapshot()
+        status = self.status
+        calls = plan.perturb_calls(snapshot, tuple(map(_PERTURB, self.optimizer.param_groups)), self.optimizer.state)
+        if plan.has_twins:
+            groups = with_twins(groups)
+        plan.attach(calls, snapshot)
+        try:
+            if self._has_hooks:
+                self.context.ascent(plan, snapshot)
+            self.norm(plan, calls, snapshot, groups, status, keep_skip)
+            if self._has_hooks:
+                groups = self.context.radius(groups)
+            for call in calls:
+                call.backend.perturb(call.table, groups, status)
+        finally:
+            plan.detach(calls)
+        self.perturbed = calls
+        if self._random or plan.masters.any_needed:
+            self.after_write(perturbed=True)
+        return True
+
+    def perturb_flags(self) -> tuple[bool, ...]:
+        """Return for each group True if it is perturbed and counts in the norm."""
+        return tuple(map(_PERTURB, self.optimizer.param_groups))
+
+    def norm(
+        self,
+        plan: Plan,
+        calls: list[KernelCall],
+        snapshot: GradSnapshot,
+        groups: list[PerturbGroup] | None,
+        status: Status,
+        keep_skip: bool,
+    ) -> None:
+        """Take the norm over all tables and, if parameters are sharded, over all processes.
+
+        Args:
+            groups: for the norm of T_w g that perturbs; None for that of the update's gradients.
+        """
+        eps = self.settings.eps
+        if plan.sharding is not None:
+            self._sharded_norm(plan, calls, snapshot, groups, status, keep_skip)
+        elif len(calls) == 1:
+            calls[0].backend.norm((calls[0].table,), groups, status, keep_skip=keep_skip, eps=eps)
+        elif calls and all(call.backend is calls[0].backend for call in calls):
+            calls[0].backend.norm([call.table for call in calls], groups, status, keep_skip=keep_skip, eps=eps)
+        else:
+            status.values[SUM] = 0
+            for call in calls:
+                call.backend.accumulate_norm(call.table, groups, status)
+            self.backend.finish_norm(status, ascent=groups is not None, keep_skip=keep_skip, eps=eps)
+
+    def _sharded_norm(
+        self,
+        plan: Plan,
+        calls: list[KernelCall],
+        snapshot: GradSnapshot,
+        groups: list[PerturbGroup] | None,
+        status: Status,
+        keep_skip: bool,
+    ) -> None:
+        assert plan.sharding is not None
+        if not keep_skip:
+            status.values[SKIP] = 0
+        total = status.values.new_zeros(())
+        for call in calls:
+            status.values[SUM] = 0
+            call.backend.accumulate_norm(call.table, groups, status)
+            total += status.sum_of_squares * call.fraction
+        status.values[SUM] = total
+        plan.sharding.reduce_norm(status.values, snapshot.pattern())
+        self.backend.finish_norm(status, ascent=groups is not None, keep_skip=True, eps=self.settings.eps)
+
+    # ---- the second half ------------------------------------------------------------------------------------
+
+    def update(self, *, divisor: int = 1) -> None:
+        """Undo the perturbation, if there is one, and update with the gradients as they are.
+
+        Args:
+            divisor: the gradients are a sum of as many, whose mean is meant.
+        """
+        optimizer, status = self.optimizer, self.status
+        perturbed = self.perturbed
+        try:
+            self.perturb_groups()  # its checks
+            groups, names = self.base.numbers(optimizer.param_groups)
+            plan, snapshot = self.snapshot()
+            if plan.has_twins:
+                groups = groups * 2
+            if perturbed is None and not self.plain_step_is_meant:
+                self._warn_of_plain_step()
+            undo = self.perturbed if self.perturbed else plan.none_perturbed  # a new plan has calls of its own
+            update = plan.update_plan(snapshot, undo, names, optimizer.state)
+            scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+            self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
+            self.changed_update = False
+            if self._has_hooks:
+                self.context.descent(plan, snapshot)
+            plan.attach(update.calls, snapshot)
+            try:
+                self._check_finite(plan, update.calls, snapshot, keep_skip=perturbed is not None)
+                self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
+            finally:
+                plan.detach(update.calls)
+            if update.new and not self.known_skip():
+                update.commit(optimizer.state)
+        except BaseException:
+            optimizer.restore()
+            raise
+        self.perturbed = None
+        if self._random or plan.masters.any_needed:
+            self.after_write(perturbed=False)
+        grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
+        for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
+            if not g.is_inference():
+                setattr(g, MARK, g._version)
+        if self.schedule is not None:
+            self.schedule.stepped(self.context)
+        if self._has_hooks:
+            self.context.updated()
+        self.decision = None
+
+    def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
+        """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
+        values = self.status.values
+        count = torch.full((), float(divisor), dtype=values.dtype, device=values.device)
+        return count if scale is None else count * scale.to(count)
+
+    def _check_finite(
+        self, plan: Plan, calls: list[KernelCall], snapshot: GradSnapshot, *, keep_skip: bool
+    ) -> None:
+        """Set the skip flag if the gradients of the update are not finite; keep_skip: or if the first ones were not."""
+        status, settings = self.status, self.settings
+        keep_skip = keep_skip and self.optimizer.skips_with_ascent
+        found_inf = getattr(self.optimizer, "found_inf", None)
+        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients at all is a plain 0
+            found_inf = None
+        if found_inf is not None:  # GradScaler has checked every gradient; never negative, and not 0 skips
+            skip = status.values[SKIP : SKIP + 1]
+            if not keep_skip:
+                skip.fill_(0)
+            skip.add_(found_inf.reshape(1).to(skip, non_blocking=True))
+            keep_skip = True
+        unchecked = found_inf is None or self.changed_update or self.optimizer.combines_grads
+        self.took_update_norm = settings.max_norm < math.inf or (settings.check_update and unchecked)
+        if self.took_update_norm:
+            self.norm(plan, calls, snapshot, None, status, keep_skip)
+        elif not keep_skip:
+            status.values[SKIP] = 0
+        elif plan.sharding is not None and found_inf is not None:
+            status.values[SUM] = 0
+            plan.sharding.reduce_norm(status.values, snapshot.pattern())
+        if self.skip_process_group is not None:
+            skip = status.values[SKIP : SKIP + 1]
+            torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX, group=self.skip_process_group)
+
+    def _warn_of_plain_step(self) -> None:
+        """Warn once if the first update of all is a plain step.
+
+        A learning rate of 0 gives no warning: frameworks take such a step only to create the state.
+        """
+        rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
+        moves = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
+        if moves and self.any_perturbed(self.perturb_groups()):
+            self.plain_step_is_meant = True
+            warn_of_plain_step(type(self.optimizer).__name__, self.settings.base_class.__name__)
+
+    # ---- undoing --------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
     def restore(self) -> None:
-        raise NotImplementedError
+        """Undo the perturbation, bit for bit, without an update. The step is decided again after that."""
+        self.decision = None
+        if self.perturbed is None:
+            return
+        self.undo()
+        self.context.end()
 
-    # ---- what the methods of the family (fused_sam/methods) say about themselves --------------------------
+    @torch.no_grad()
+    def undo(self) -> None:
+        """Undo the perturbation and keep everything else of the step: its decision and its kept gradients."""
+        plan = self.current_plan()
+        calls = self.perturbed or []
+        plan.sync_masters(self.optimizer.state, calls)
+        for call in calls:
+            call.backend.restore(call.table)
+        self.perturbed = None
+        plan.masters.record_versions()
 
-    # Attributes that a copy of the optimizer has, beside state and groups.
-    _copied: tuple[str, ...] = (
-        "_eps", "_max_norm", "_precision", "_schedule", "_backend_name", "_check_update", "_base_class",
-        "_base_options", "_own_options",
-    )  # fmt: skip
-
-    # Whether the first gradients are needed after the second pass. Then first_step() takes them from the parameters,
-    # and `_kept` has them for `_descent`: one tensor for each of the plan's parameters, or None.
-    _keeps_gradients = False
-
-    # Whether the update is skipped where the climb was: not where no climb goes with it.
-    _carries_skip = True
-
-    # Whether the update's gradients are others than those that GradScaler looked through: then they are judged as well.
-    _recombines = False
-
-    # Whether this climb is skipped where the one before it was: of the same step, on another micro-batch.
-    _climbs_on = False
-
-    # What the first gradients were multiplied by, for methods and schedules that compare gradients of different steps.
-    # Set it for each step, before `perturbs` is asked, where needs_scale says so and a GradScaler is used:
-    # scaler.get_scale(). An update forgets it.
-    loss_scale: Tensor | float | None = None
+    @contextmanager
+    def unperturbed(self) -> Iterator[None]:
+        """Restore the clean parameters inside `with`, and the perturbed ones, bit for bit, after it."""
+        if self.perturbed is None:
+            yield
+            return
+        plan, calls = self.current_plan(), self.perturbed
+        copies = [[p.detach().clone() for p in call.table.params] for call in calls]
+        with torch.no_grad():
+            for call in calls:
+                call.backend.restore(call.table)
+        self.perturbed, self.suspended = None, True
+        try:
+            yield
+        finally:
+            self.perturbed, self.suspended = calls, False
+            with torch.no_grad():
+                plan.sync_masters(self.optimizer.state, calls)
+                for call, values in zip(calls, copies, strict=True):
+                    torch._foreach_copy_(call.table.params, values)
+            plan.masters.record_versions()
 
     @property
-    def needs_scale(self) -> bool:
-        """Whether `loss_scale` must be told under a GradScaler."""
-        return self._schedule is not None and self._schedule.needs_scale
+    def displacement(self) -> Displacement:
+        """Displaces the parameters between steps, for one-pass methods."""
+        if self._displacement is None:
+            self._displacement = Displacement(self)
+        return self._displacement
 
-    # Set by fused_sam.training.local_perturbation: processes whose perturbations differ, and which must skip together.
-    process_group_of_skip: Any = None
+    # ---- plan and gradients ---------------------------------------------------------------------------------
 
-    def _own_defaults(self) -> dict[str, Any]:
-        """Options and counters of the method, which every group gets and a state_dict carries."""
-        own: dict[str, Any] = {"draws": 0} if self._precision.stochastic_rounding else {}
-        return own if self._schedule is None else {**own, **self._schedule.memory()}
-
-    def _may_perturb(self) -> bool:
-        """Whether this step perturbs as far as is known before there are gradients."""
-        if self._schedule is not None and not self._schedule.needs_gradients:
-            return self.perturbs
-        return self._perturbs(self._groups())
-
-    def _due(self) -> bool:
-        """Whether the method wants this step to perturb; asked once a step, where rho is not 0."""
-        return self._schedule is None or self._schedule.due(self)
-
-    def _first_pass(self) -> AbstractContextManager[None]:
-        """What step(closure) wraps its first evaluation in."""
-        return nullcontext()
-
-    def _ascent(self, plan: Plan, scan: Scan, groups: list[Group]) -> None:
-        """Change the first gradients in place, before their norm is taken."""
-
-    def _descent(self, plan: Plan, scan: Scan, groups: list[Group], *, perturbed: bool) -> None:
-        """Change the gradients of the update, in place or for others of the same layout, before they are judged."""
-
-    def _updated(self, plan: Plan, scan: Scan, groups: list[Group]) -> None:
-        """The update has happened (or was skipped, which only the status knows)."""
-
-    def _divisor(self) -> Tensor | None:
-        """What the gradients of the update are to be divided by: the loss scale under GradScaler."""
-        return getattr(self, "grad_scale", None)
-
-    # ---- within -------------------------------------------------------------------------------------------
-
-    _plan: Plan | None = None
-    _perturbed: list[Job] | None = None  # what first_step() perturbed; None: it was not called
-    _kept: list[Tensor | None] | None = None
-    _decision: bool | None = None  # whether this step perturbs; None: not asked yet
-    _lent = False  # inside `with unperturbed()`
-    _knows_two_steps = False  # first_step() was called or `perturbs` asked, or a warning given that neither was
-    _took_update_norm = False
-    _had_gradients = False
-    _scale: Tensor | None = None  # that the last update's gradients had
-    _numbers: Tensor | None = None
-    _host_numbers: array[float] | None = None  # the same memory, where it is the host's: read without a call into torch
-
-    def _forget(self) -> None:
-        self._perturbed = self._decision = self._kept = self._scale = None
-        self._numbers = None
-        self._host_numbers = None
-
-    def _new_plan(self) -> Plan:
-        return Plan(self.param_groups, self._backend, self._precision)
-
-    def _check_precision(self) -> None:
-        """Options for bf16 and fp16 weights against the weights there are."""
-        low = [p for p in self._parameters() if p.dtype in LOW_PRECISION]
-        for name in ("master_weights", "stochastic_rounding"):
-            if getattr(self._precision, name) and not low:
-                raise ValueError(f"{name}=True is for bf16 and fp16 weights, and there are none: leave it out")
-            if getattr(self._precision, name) and not self._base.fused:
-                raise ValueError(
-                    f"{name} needs a fused base optimizer (SGD, Adam or AdamW), not {self._base_class.__name__}"
-                )
-        if low and not (self._precision.master_weights or self._precision.stochastic_rounding):
-            warn_of_rounding(self.param_groups)
-
-    def _random(self, groups: Sequence[Group]) -> bool:
-        return self._precision.stochastic_rounding or any(g.share < 1 for g in groups[:1])  # ESAM's, alike in all
-
-    def _drew(self, groups: Sequence[Group]) -> None:
-        """A primitive has drawn random numbers: the next one draws others."""
-        if self._random(groups):
-            self._status()[DRAWS].add_(1).remainder_(2**24)  # fp32 counts no further
-
-    def _count_draws(self) -> None:
-        """Note in the groups how often random numbers were drawn, for who saves them."""
-        if self._numbers is not None and "draws" in self._own_options:
-            for group in self.param_groups:
-                group["draws"] = int(self._numbers[DRAWS])
-
-    def _wrote(self) -> None:
-        if self._plan is not None:
-            self._plan.masters.wrote()
-
-    def _parameters(self) -> list[Tensor]:
-        return [p for group in self.param_groups for p in group["params"]]
-
-    def _device(self) -> torch.device:
-        for group in self.param_groups:
+    def device(self) -> torch.device:
+        """Return the parameters' device."""
+        for group in self.optimizer.param_groups:
             for p in group["params"]:
-                return p.device
+                return torch.device(p.device)
         return torch.device("cpu")
 
-    def _status(self) -> Tensor:
-        """What the primitives leave for each other: backends/contract.py names its places."""
-        device = self._device()
-        if self._numbers is None or self._numbers.device != device:
-            self._count_draws()
-            if device.type == "cpu":
-                self._host_numbers = array("d", bytes(8 * STATUS_SIZE))
-                self._numbers = torch.frombuffer(self._host_numbers, dtype=status_dtype(device))
-            else:
-                self._host_numbers = None
-                self._numbers = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
-            if self.param_groups and "draws" in self._own_options:
-                self._numbers[DRAWS] = self.param_groups[0].get("draws", 0)
-        return self._numbers
+    def new_plan(self) -> Plan:
+        """Return a plan for the parameters as they are now."""
+        return Plan(
+            self.optimizer.param_groups,
+            self.backend,
+            self.settings.precision,
+            self.base.rule,
+            self._is_scaled,
+        )
 
-    def _known_skip(self) -> bool:
-        """Whether the host knows that this step is skipped; on an accelerator only the kernels do."""
-        return self._host_numbers is not None and self._host_numbers[SKIP] != 0
-
-    def _groups(self) -> list[Group]:
-        return [self._group_numbers(group, k) for k, group in enumerate(self.param_groups)]
-
-    def _group_numbers(self, group: dict[str, Any], k: int) -> Group:
-        try:
-            numbers = self._base.numbers(group)
-        except (TypeError, ValueError, RuntimeError):
-            check_options(group, k)
-            raise
-        if not (0 <= numbers.rho < math.inf and 0 <= numbers.eta < math.inf):
-            check_options(group, k)
-        return numbers
-
-    def _takes_part(self) -> list[bool]:
-        """For each of `_groups()` whether it is perturbed and counted in the norm."""
-        return [group["perturb"] for group in self.param_groups]
-
-    def _perturbs(self, groups: list[Group]) -> bool:
-        return any(g.rho > 0 and part for g, part in zip(groups, self._takes_part(), strict=True))
-
-    def _planned(self) -> Plan:
-        """The plan, made anew if parameters were added, exchanged or moved."""
-        plan = self._plan
-        if plan is None or not plan.holds(self.param_groups):
-            device = self._device()
-            if plan is not None and plan.params and plan.params[0].device != device:
-                self._backend = backends.choose(self._backend_name, device)
-            fresh = self._new_plan()
-            if plan is not None:
-                fresh.inherit(plan)
-                if self._kept is not None:
-                    kept = dict(zip(plan.owners, self._kept, strict=True))
-                    self._kept = [kept.get(p) for p in fresh.owners]
-                if self._perturbed is not None:
-                    self._perturbed = fresh.adopt(plan, self._perturbed)
-            self._plan = plan = fresh
+    def current_plan(self) -> Plan:
+        """Return the plan, made again if parameters were added, replaced or moved."""
+        plan = self.plan
+        if not plan.matches(self.optimizer.param_groups):
+            device = self.device()
+            if device != self.status.device:
+                self.backend = backends.choose(self.settings.backend, device)
+                self.save_rng_offset()
+                self.status = Status(device)
+                self._load_rng_offset()
+            new = self.new_plan()
+            new.inherit(plan)
+            if self.perturbed is not None:
+                self.perturbed = new.take_over(plan, self.perturbed)
+            self.context.replanned(plan, new)
+            self.plan = plan = new
         return plan
 
-    def _scan(self) -> tuple[Plan, Scan]:
-        """The gradients as they are now, and the plan for them."""
-        plan = self._plan
-        scan = plan.scan(self.param_groups) if plan is not None else None
-        if plan is None or scan is None:
-            plan = self._planned()
-            scan = plan.scan(self.param_groups)
-            assert scan is not None  # the plan was made from these groups
+    def snapshot(self) -> tuple[Plan, GradSnapshot]:
+        """Return the gradients as they are now, and the plan for them."""
+        plan = self.plan
+        snapshot = plan.snapshot(self.optimizer.param_groups)
+        if snapshot is None:
+            plan = self.current_plan()
+            snapshot = plan.snapshot(self.optimizer.param_groups)
+            assert snapshot is not None  # the plan was made from these groups
         if not self._had_gradients:
-            self._had_gradients = any(scan.codes) or plan.sharding is not None
+            self._had_gradients = any(snapshot.codes) or plan.sharding is not None
             if not self._had_gradients and _is_distributed():
                 raise RuntimeError(
                     "none of the optimizer's parameters has ever had a gradient: if the model was sharded or replaced "
                     "(fully_shard, parallelize_module, .to()) after the optimizer was built, build the optimizer over "
                     "the model's parameters after that; else run backward() first"
                 )
-        return plan, scan
+        return plan, snapshot
 
-    def _climb(self, groups: list[Group]) -> None:
-        """Perturb the weights along the gradients as they are."""
-        plan, scan = self._scan()
-        jobs = plan.perturbation(scan, self._takes_part(), self.state)
-        with attached(jobs, scan):
-            self._ascent(plan, scan, groups)
-            self._norm(plan, jobs, scan, groups, scaled=True, carry=self._climbs_on)
-            for job in jobs:
-                job.backend.perturb(job.table, groups, self._status())
-        self._perturbed = jobs
-        self._kept = self._take_gradients(scan) if self._keeps_gradients else None
-        self._drew(groups)
-        self._wrote()
+    def forget_state(self) -> None:
+        """Drop what depends on optimizer state and counters, which have been replaced."""
+        self.plan.forget_state()
+        self.status = Status(self.device())
+        self._load_rng_offset()
+        self.decision = None
 
-    def _take_gradients(self, scan: Scan) -> list[Tensor | None]:
-        """The gradients, which the parameters let go of: backward() then makes new ones beside them."""
-        kept = [None if g is None else standalone(g) for g in scan.gradients]
-        for p in self._parameters():
-            p.grad = None
-        return kept
+    # ---- numbers that stay on the device --------------------------------------------------------------------
 
-    def _norm(
-        self,
-        plan: Plan,
-        jobs: list[Job],
-        scan: Scan,
-        groups: list[Group],
-        *,
-        scaled: bool,
-        carry: bool,
-        status: Tensor | None = None,
-    ) -> None:
-        """P1 over all tables and, where weights are spread over processes, over all of these."""
-        status = self._status() if status is None else status
-        if plan.sharding is not None:
-            if not carry:
-                status[SKIP] = 0
-            total = status.new_zeros(())
-            for job in jobs:
-                job.backend.norm(
-                    job.table, groups, status, scaled=scaled, carry=True, begin=True, finish=False, eps=self._eps
+    def known_skip(self) -> bool:
+        """Return True if the host knows that this step is skipped. On an accelerator only the kernels do."""
+        host = self.status.host
+        return host is not None and host[SKIP] != 0
+
+    def update_norm(self) -> Tensor:
+        """Return the norm of the last update's gradients without the loss scale; NaN if no pass took it."""
+        norm = self.status.update_norm.clone()
+        if self.grad_scale is not None:
+            norm = norm / self.grad_scale.to(norm)
+        return norm if self.took_update_norm else torch.full_like(norm, math.nan)
+
+    def clip_factor(self) -> Tensor | float:
+        """Return what the last update multiplied its gradients by to clip them, loss scale apart."""
+        max_norm = self.settings.max_norm
+        if max_norm == math.inf:
+            return 1.0
+        norm = self.status.values[UPDATE_NORM]
+        if self.grad_scale is not None:
+            norm = norm / self.grad_scale.to(norm)
+        return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+    # ---- random numbers -------------------------------------------------------------------------------------
+
+    def after_write(self, *, perturbed: bool) -> None:
+        """Note that a perturbation or an update has written parameters and, if one draws random numbers, count that."""
+        if self._random:
+            self._perturb_drew = perturbed
+            self.status.rng_offset.add_(1).remainder_(2**24)  # fp32 counts no further
+        if self.plan.masters.any_needed:
+            self.plan.masters.record_versions()
+
+    def rewind_rng(self) -> None:
+        """Make the next primitive draw the numbers that the last one drew."""
+        self.status.rng_offset.sub_(1).remainder_(2**24)
+
+    def save_rng_offset(self) -> None:
+        """Write the offset into the parameter groups, from which a state_dict takes it."""
+        for group in self.optimizer.param_groups:
+            if "rng_offset" in group:
+                # Saved between the passes of a step, the step starts over, and draws the same numbers then.
+                started = self.suspended and self._perturb_drew
+                group["rng_offset"] = (int(self.status.rng_offset) - started) % 2**24
+
+    def _load_rng_offset(self) -> None:
+        groups = self.optimizer.param_groups
+        if groups and "rng_offset" in groups[0]:
+            self.status.values[RNG_OFFSET] = groups[0]["rng_offset"]
+
+    # ---- checks ---------------------------------------------------------------------------------------------
+
+    def _check_precision(self) -> None:
+        """Check the options for bf16 and fp16 parameters against the parameters."""
+        precision, groups = self.settings.precision, self.optimizer.param_groups
+        low = [p for group in groups for p in group["params"] if p.dtype in LOW_PRECISION]
+        for name in ("master_weights", "stochastic_rounding"):
+            if getattr(precision, name) and not low:
+                raise ValueError(f"{name}=True is for bf16 and fp16 weights, and there are none: leave it out")
+            if getattr(precision, name) and isinstance(self.base, WrappedBase):
+                raise ValueError(
+                    f"{name} needs a fused base optimizer ({fused_names()}), not {self.settings.base_class.__name__}"
                 )
-                total += status[SUM] * job.share
-            status[SUM] = total
-            plan.sharding.reduce(status, scan.pattern())
-            self._backend.finish(status, scaled=scaled, carry=True, eps=self._eps)
-            return
-        if not jobs:
-            status[SUM] = 0
-            self._backend.finish(status, scaled=scaled, carry=carry, eps=self._eps)
-        for i, job in enumerate(jobs):
-            first, last = i == 0, i == len(jobs) - 1
-            job.backend.norm(
-                job.table, groups, status, scaled=scaled, carry=carry, begin=first, finish=last, eps=self._eps
-            )
-
-    def _step(self) -> None:
-        """Update with the gradients as they are, undoing the perturbation if there is one."""
-        self._refuse_misuse("a step")
-        try:
-            groups = self._groups()
-            plan, scan = self._scan()
-            perturbed = self._perturbed is not None
-            if not (perturbed or self._knows_two_steps):
-                self._tell_of_plain_step(groups)
-            undo = plan.nothing if self._perturbed is None else self._perturbed
-            update = plan.update(scan, undo, self._base.needs(groups), self.state)
-            self._scale = self._divisor()
-            self._descent(plan, scan, groups, perturbed=perturbed)
-            with attached(update.jobs, scan):
-                self._judge(plan, update.jobs, scan, groups, carry=perturbed and self._carries_skip)
-                self._base.step(update, scan, groups, self._status(), self._scale)
-            if not self._known_skip():
-                update.commit(self.state)
-        except BaseException:
-            self.restore()
-            raise
-        self._perturbed = None
-        self._drew(groups)
-        self._wrote()
-        mark_used(scan.present())
-        if self._schedule is not None:
-            self._schedule.stepped(self)
-        self._updated(plan, scan, groups)
-        self._decision = self._kept = self.loss_scale = None
-
-    def _tell_of_plain_step(self, groups: list[Group]) -> None:
-        """Once, where the first update of all is a plain step: not where its rate is 0, as a framework's is that only
-        wants state to be there."""
-        rates = [group.get("lr", 1.0) for group in self.param_groups]
-        moves = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
-        if moves and self._perturbs(groups):
-            self._knows_two_steps = True
-            warn_of_plain_step(type(self).__name__, self._base_class.__name__)
-
-    def _judge(self, plan: Plan, jobs: list[Job], scan: Scan, groups: list[Group], *, carry: bool) -> None:
-        """Set SKIP where this update's gradients are not finite; carry: or where the first ones were not."""
-        found_inf = getattr(self, "found_inf", None)
-        if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients at all is a plain 0
-            found_inf = None
-        skip = self._status()[SKIP : SKIP + 1]
-        if found_inf is not None:  # GradScaler has looked at every gradient; never negative, and not 0 skips
-            if not carry:
-                skip.fill_(0)
-            skip.add_(found_inf.reshape(1).to(skip, non_blocking=True))
-            carry = True
-        clips = self._max_norm < math.inf
-        self._took_update_norm = clips or (self._check_update and (found_inf is None or self._recombines))
-        if self._took_update_norm:
-            self._norm(plan, jobs, scan, groups, scaled=False, carry=carry)
-        elif not carry:
-            skip.fill_(0)
-        elif plan.sharding is not None and found_inf is not None:
-            self._status()[SUM] = 0
-            plan.sharding.reduce(self._status(), scan.pattern())
-        if self.process_group_of_skip is not None:
-            torch.distributed.all_reduce(skip, torch.distributed.ReduceOp.MAX, group=self.process_group_of_skip)
-
-    def _refuse_misuse(self, what: str) -> None:
-        if "_backend" not in self.__dict__:
-            raise RuntimeError(
-                f"{what} was called on a wrapper around the optimizer: "
-                "call it on the SAM optimizer itself, which Lightning and accelerate keep as `.optimizer`"
-            )
-        if self._lent:
-            raise RuntimeError(
-                f"{what} inside `with optimizer.unperturbed():`, after which the weights are perturbed again: "
-                "leave it first"
-            )
-
-    def _refuse_perturbed(self, what: str) -> None:
-        if self._perturbed is not None:
-            raise RuntimeError(
-                f"{what} between first_step() and second_step(), where the weights are perturbed: "
-                "call second_step() to finish the step, restore() to undo it, or do this "
-                "inside `with optimizer.unperturbed():`"
-            )
+        if low and not (precision.master_weights or precision.stochastic_rounding):
+            warn_of_rounding(groups)
 
 
-def standalone(g: Tensor) -> Tensor:
-    """The gradient, copied where it is part of something larger: backward() writes DistributedDataParallel's buckets
-    again."""
-    part = local(g)
-    whole = part.untyped_storage().nbytes() == part.numel() * part.element_size()
-    return g if whole else g.clone(memory_format=torch.preserve_format)
+def with_twins(groups: list[PerturbGroup]) -> list[PerturbGroup]:
+    """Return the groups and, after them, a twin of each that is not adaptive, for unscaled parameters."""
+    return groups + [group._replace(adaptive=False) for group in groups]
+
+
+def _overridden(cls: type, name: str) -> bool:
+    """Return True if a method has its own form of a hook of SAM."""
+    return not getattr(getattr(cls, name), "is_default", False)
 
 
 def _is_distributed() -> bool:

@@ -16,7 +16,7 @@ def warn_of_plain_step(name: str, base: str) -> None:
     warnings.warn(
         f"step() without first_step() is a plain {base} step: this loop trains without {name}. Call first_step() after "
         "the first backward() and second_step() after the second, or step(closure), or fused_sam.training.sam_step(). "
-        "Where plain steps are meant, ask `optimizer.perturbs` before them, or pass rho=0",
+        "Where plain steps are meant, ask `optimizer.needs_second_pass` before them, or pass rho=0",
         PlainStepWarning,
         stacklevel=_users_level(),
     )

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fused_sam.sam import SAM
-from fused_sam.training import ReplayedRNG, frozen_batch_norm, tell_loss_scale
+from fused_sam.training import ReplayedRNG, frozen_batch_norm, set_ascent_grad_scale
 
 try:
     from accelerate import Accelerator
@@ -95,8 +95,8 @@ class AcceleratedSAM:
         try:
             loss = self._pass(batch)
             if self._accelerator.sync_gradients:
-                tell_loss_scale(self._sam, self._accelerator.scaler)
-                if self._sam.perturbs:
+                set_ascent_grad_scale(self._sam, self._accelerator.scaler)
+                if self._sam.needs_second_pass:
                     self._sam.first_step(zero_grad=True)
                     self._second_pass()
                 self._optimizer.step()

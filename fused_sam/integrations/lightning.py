@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fused_sam.sam import SAM
-from fused_sam.training import paired_closure, tell_loss_scale
+from fused_sam.training import paired_closure, set_ascent_grad_scale
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -90,8 +90,8 @@ def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closur
     # With a scaler Lightning runs the closure once and steps without it: the first pass has to come before.
     sam.zero_grad()
     loss = closure()
-    tell_loss_scale(sam, scaler)
-    if not sam.perturbs:
+    set_ascent_grad_scale(sam, scaler)
+    if not sam.needs_second_pass:
         return optimizer.step(closure=lambda: loss)
     sam.first_step(zero_grad=True)
     try:

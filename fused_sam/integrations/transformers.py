@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fused_sam.training import ReplayedRNG, frozen_batch_norm, tell_loss_scale
+from fused_sam.training import ReplayedRNG, frozen_batch_norm, set_ascent_grad_scale
 
 try:
     from transformers import Trainer
@@ -51,8 +51,8 @@ class SAMTrainerMixin:
         if not trainer.accelerator.sync_gradients:
             return loss
         seen, self._seen = self._seen, []
-        tell_loss_scale(sam, trainer.accelerator.scaler)
-        if not sam.perturbs:
+        set_ascent_grad_scale(sam, trainer.accelerator.scaler)
+        if not sam.needs_second_pass:
             return loss
         sam.first_step(zero_grad=True)
         try:

@@ -1,29 +1,23 @@
-"""The SAM family: each method is SAM with a few hooks filled in, over the same primitives.
+"""The SAM family: each method is a subclass of SAM that overrides hooks, over the same primitives.
 
-A method of this folder takes SAM's own options beside its own, runs on every backend, and keeps what it remembers in
-the optimizer's state and groups, so that a state_dict resumes it to the bit.
+A method takes SAM's own options as well as its own, runs on every backend, and keeps what it remembers in the
+optimizer's state and groups, so that a state_dict resumes it to the bit. This file is the registry: a method is
+imported here, and METHODS, the package's exports, the tests, the benchmarks and the documentation follow.
 """
 
-from .asam import ASAM
-from .esam import ESAM
-from .friendly_sam import FriendlySAM
-from .gcsam import GCSAM
-from .gsam import GSAM
-from .looksam import LookSAM
-from .microbatch_sam import MicrobatchSAM
-from .momentum_sam import MomentumSAM
-from .norm_only import norm_only_groups
-from .wsam import WSAM
+from fused_sam.sam import SAM as SAM
 
-__all__ = [
-    "ASAM",
-    "ESAM",
-    "GCSAM",
-    "GSAM",
-    "WSAM",
-    "FriendlySAM",
-    "LookSAM",
-    "MicrobatchSAM",
-    "MomentumSAM",
-    "norm_only_groups",
-]
+from .asam import ASAM as ASAM
+from .esam import ESAM as ESAM
+from .friendly_sam import FriendlySAM as FriendlySAM
+from .gcsam import GCSAM as GCSAM
+from .gsam import GSAM as GSAM
+from .looksam import LookSAM as LookSAM
+from .microbatch_sam import MicrobatchSAM as MicrobatchSAM
+from .momentum_sam import MomentumSAM as MomentumSAM
+from .norm_only import norm_only_groups as norm_only_groups
+from .wsam import WSAM as WSAM
+
+METHODS: dict[str, type[SAM]] = {
+    name: value for name, value in dict(globals()).items() if isinstance(value, type) and issubclass(value, SAM)
+}

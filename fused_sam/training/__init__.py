@@ -7,7 +7,7 @@ from .batch_norm import frozen_batch_norm
 from .closure import paired_closure
 from .local import local_perturbation
 from .rng import ReplayedRNG
-from .scale import tell_loss_scale
+from .scale import set_ascent_grad_scale
 from .selection import select_sharp
 from .step import StepResult, sam_step
 
@@ -19,5 +19,5 @@ __all__ = [
     "paired_closure",
     "sam_step",
     "select_sharp",
-    "tell_loss_scale",
+    "set_ascent_grad_scale",
 ]

@@ -38,18 +38,18 @@ def local_perturbation(model: nn.Module, optimizer: SAM) -> Iterator[None]:
             f"local_perturbation() needs a model in DistributedDataParallel, not {type(model).__name__}: "
             "one process alone has no part of its own"
         )
-    if optimizer._keeps_gradients:
-        use = "updates the weights with the first gradient too" if optimizer._recombines else "averages first gradients"
+    if optimizer.keeps_ascent_grad:
+        use = "updates the weights with the first gradient too" if optimizer.combines_grads else "averages first gradients"
         raise ValueError(
             f"{type(optimizer).__name__} {use}, which a local perturbation leaves different on each process: "
             "perturb by the averaged gradient (local=False)"
         )
-    schedule = optimizer._schedule
+    schedule = optimizer.schedule
     if schedule is not None and schedule.needs_gradients:
         raise ValueError(
             f"{type(schedule).__name__} decides by the first gradient, which a local perturbation leaves different on "
             "each process: take a schedule that counts steps, or perturb by the averaged gradient (local=False)"
         )
-    optimizer.process_group_of_skip = wrapped.process_group
-    with wrapped.no_sync() if optimizer.perturbs else nullcontext():
+    optimizer.stepper.skip_process_group = wrapped.process_group
+    with wrapped.no_sync() if optimizer.needs_second_pass else nullcontext():
         yield

@@ -22,7 +22,7 @@ from .batch_norm import frozen_batch_norm
 from .batches import Piece, chosen, known_size, leading, pieces_of
 from .local import local_perturbation
 from .rng import ReplayedRNG
-from .scale import tell_loss_scale
+from .scale import set_ascent_grad_scale
 from .selection import select_sharp
 
 LossFn = Callable[[nn.Module, Any], Tensor]
@@ -99,12 +99,12 @@ def sam_step(
     if share is not None:
         for piece in pieces:
             known_size(piece.batch, "data selection")
-    partial_ascent = ascent_fraction < 1 and optimizer.perturbs
+    partial_ascent = ascent_fraction < 1 and optimizer.needs_second_pass
     ascent = leading(pieces, ascent_fraction) if partial_ascent else pieces
     passes = _Passes(model, loss_fn, scaler, autocast, per_sample=share is not None)
 
     optimizer.zero_grad()
-    tell_loss_scale(optimizer, scaler)
+    set_ascent_grad_scale(optimizer, scaler)
     frozen = partial(frozen_batch_norm, model) if freeze_batch_norm else nullcontext
     replayed = partial(ReplayedRNG.of, model) if replay_rng and not partial_ascent else nullcontext
     averaged = partial(local_perturbation, model, optimizer) if local else nullcontext
@@ -113,10 +113,10 @@ def sam_step(
             loss, perturbed_loss = _microbatches(optimizer, passes, pieces, frozen, replayed, averaged)
         else:
             rng: AbstractContextManager[Any] = replayed()
-            with optimizer._first_pass(), averaged():
+            with optimizer.first_pass(), averaged():
                 loss, before = passes.gradient(ascent)
             perturbed_loss = None
-            if optimizer.perturbs:
+            if optimizer.needs_second_pass:
                 optimizer.first_step(zero_grad=True)
                 with frozen():
                     if share is not None:
@@ -172,7 +172,7 @@ def _microbatches(
         rng = replayed()
         with averaged():
             first.append(passes.gradient(whole)[0])
-        if optimizer.perturbs:
+        if optimizer.needs_second_pass:
             optimizer.first_step()
             with frozen(), rng:
                 second.append(passes.gradient(whole)[0])
@@ -194,14 +194,14 @@ def _check(optimizer: Any, ascent_fraction: float) -> None:
         )
     if not 0 < ascent_fraction <= 1:
         raise ValueError(f"ascent_fraction must be above 0 and at most 1, not {ascent_fraction!r}")
-    if ascent_fraction < 1 and optimizer._keeps_gradients and optimizer._recombines:
+    if ascent_fraction < 1 and optimizer.keeps_ascent_grad and optimizer.combines_grads:
         raise ValueError(
             f"{type(optimizer).__name__} updates the weights with the first gradient too, which ascent_fraction would "
             "leave to a part of the batch: ascent_fraction must be 1"
         )
-    if ascent_fraction < 1 and optimizer._schedule is not None and optimizer._schedule.needs_gradients:
+    if ascent_fraction < 1 and optimizer.schedule is not None and optimizer.schedule.needs_gradients:
         raise ValueError(
-            f"{type(optimizer._schedule).__name__} decides by the first gradient, and the update uses it on steps that "
+            f"{type(optimizer.schedule).__name__} decides by the first gradient, and the update uses it on steps that "
             "do not perturb: ascent_fraction must be 1"
         )
 

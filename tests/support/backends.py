@@ -1,7 +1,7 @@
-"""The backends under test: every one that this machine can run on CPU tensors.
+"""The backends under test: all that this machine can run on CPU tensors.
 
-The C++ one in each instruction set; the CUDA kernels' source where it can be compiled for the host; Triton's where its
-interpreter was asked for (TRITON_INTERPRET=1).
+The C++ backend runs in each instruction set, and the CUDA kernels' source if it can be compiled for the host. Triton runs
+in its interpreter if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from . import cuda_source
 
 @dataclass(frozen=True)
 class Variant:
-    """A backend's name and, for "cpu", the instruction set its kernels are to use."""
+    """A backend's name and, for "cpu", the instruction set of its kernels."""
 
     name: str
     instructions: str = ""
@@ -28,6 +28,7 @@ class Variant:
         return f"{self.name}-{self.instructions}" if self.instructions else self.name
 
     def active(self) -> AbstractContextManager[None]:
+        """Return a context in which the backend uses the instruction set."""
         return _instructions(self.instructions) if self.instructions else nullcontext()
 
 
@@ -65,5 +66,5 @@ def _variants() -> list[Variant]:
 NAMES = [name for name in fused_sam.backends.BACKENDS if _runs(name)]
 VARIANTS = _variants()
 
-# Backends whose sums are fp32, as on an accelerator: squares of 1e19 and above are inf to them.
+# Backends whose sums are fp32, as on an accelerator. There the square of 1e20 is inf.
 SUMS_IN_FP32 = ("cuda-source", "triton")

@@ -1,7 +1,7 @@
 """The CUDA kernels' real source as a backend for CPU tensors: csrc/cuda compiled by g++ against csrc/tests/cuda_shim.
 
-A test-only way to run the whole Python suite over the kernels on a machine without a GPU. It is slow, and says nothing
-about speed.
+With it the whole Python suite can run over the kernels on a machine without a GPU. It is for tests only: it is slow,
+and its times mean nothing.
 """
 
 from __future__ import annotations
@@ -13,17 +13,26 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fused_sam import backends
-from fused_sam.backends.contract import LOW_PRECISION, Lists, Table
+from fused_sam.backends.contract import (
+    LOW_PRECISION,
+    AdamGroup,
+    LionGroup,
+    PerturbGroup,
+    SGDGroup,
+    Status,
+    Table,
+    VectorPair,
+)
 from fused_sam.backends.cuda import Cuda
 
 NAME = "cuda-source"
@@ -33,69 +42,104 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hid
 
 
 class UnbuildableError(Exception):
-    """This machine lacks what the build needs."""
+    """This machine lacks something that the build needs."""
+
+
+class _Fp32Status(Status):
+    """An fp32 copy of a status on the CPU, which is fp64."""
+
+    __slots__ = ()
+
+    def __init__(self, wide: Status) -> None:
+        self.device, self.host, self.values = wide.device, None, wide.values.float()
+        self.address = self.values.data_ptr()
 
 
 class CudaSource(Cuda):
-    """The kernels on CPU tensors, whose status is fp64: it is narrowed before a call and widened after it."""
+    """The kernels on CPU tensors. Their fp64 status is narrowed before a call and widened after it."""
 
     name = NAME
 
     @classmethod
-    def missing(cls) -> str | None:
+    def unavailable_reason(cls) -> str | None:
         return None
 
-    def serves(self, device: torch.device, weight: torch.dtype, gradient: torch.dtype) -> bool:
-        known = weight in (torch.float32, *LOW_PRECISION)
-        wider = weight in LOW_PRECISION and gradient is torch.float32
-        return device.type == "cpu" and known and (gradient is weight or wider)
+    def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
+        known = dtype in (torch.float32, *LOW_PRECISION)
+        wider = dtype in LOW_PRECISION and grad_dtype is torch.float32
+        return device.type == "cpu" and known and (grad_dtype is dtype or wider)
 
     def _stream(self, device: torch.device) -> int:
         return 0
 
-    def norm(self, table: Table, groups: Any, status: Tensor, **flags: Any) -> None:
-        narrow = status.float()
-        super().norm(table, groups, narrow, **flags)
-        status.copy_(narrow)
+    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
+        narrow = _Fp32Status(status)
+        super().accumulate_norm(table, groups, narrow)
+        status.values.copy_(narrow.values)
 
-    def finish(self, status: Tensor, **flags: Any) -> None:
-        narrow = status.float()
-        super().finish(narrow, **flags)
-        status.copy_(narrow)
+    def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
+        narrow = _Fp32Status(status)
+        super().finish_norm(narrow, ascent=ascent, keep_skip=keep_skip, eps=eps)
+        status.values.copy_(narrow.values)
 
-    def perturb(self, table: Table, groups: Any, status: Tensor) -> None:
-        super().perturb(table, groups, status.float())
+    def norm(
+        self,
+        tables: Sequence[Table],
+        groups: Sequence[PerturbGroup] | None,
+        status: Status,
+        *,
+        keep_skip: bool,
+        eps: float,
+    ) -> None:
+        narrow = _Fp32Status(status)
+        super().norm(tables, groups, narrow, keep_skip=keep_skip, eps=eps)
+        status.values.copy_(narrow.values)
 
-    def sgd(self, table: Table, groups: Any, status: Tensor, grad_scale: Tensor | None) -> None:
-        super().sgd(table, groups, status.float(), _narrow(grad_scale))
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+        super().perturb(table, groups, _Fp32Status(status))
 
-    def adam(self, table: Table, groups: Any, status: Tensor, grad_scale: Tensor | None) -> None:
-        super().adam(table, groups, status.float(), _narrow(grad_scale))
+    def sgd(
+        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        super().sgd(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
 
-    def dots(self, lists: Lists, sums: Tensor, *, begin: bool) -> None:
-        if self._lists(lists) is None:
-            return super().dots(lists, sums, begin=begin)
+    def adam(
+        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        super().adam(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
+
+    def lion(
+        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    ) -> None:
+        super().lion(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
+
+    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
+        if self._pair(pair) is None:
+            return super().dot(pair, sums, reset=reset)
         narrow = sums.float()
-        super().dots(lists, narrow, begin=begin)
+        super().dot(pair, narrow, reset=reset)
         sums.copy_(narrow)
         return None
 
-    def combine(self, lists: Lists, out: list[Tensor], coefficients: Tensor, status: Tensor | None = None) -> None:
-        served = self._lists(lists) is not None
-        super().combine(
-            lists, out, coefficients.float() if served else coefficients, _narrow(status) if served else status
-        )
+    def axpby(
+        self,
+        pair: VectorPair,
+        out: list[Tensor],
+        coefficients: Tensor | tuple[float, float],
+        status: Status | None = None,
+    ) -> None:
+        if self._pair(pair) is not None:
+            coefficients = coefficients.float() if isinstance(coefficients, Tensor) else coefficients
+            status = None if status is None else _Fp32Status(status)
+        super().axpby(pair, out, coefficients, status)
 
-    def average(self, lists: Lists, decay: float, status: Tensor | None = None) -> None:
-        super().average(lists, decay, _narrow(status) if self._lists(lists) is not None else status)
 
-
-def _narrow(numbers: Tensor | None) -> Tensor | None:
+def _fp32(numbers: Tensor | None) -> Tensor | None:
     return None if numbers is None else numbers.float()
 
 
 def register() -> str | None:
-    """Make the backend known as "cuda-source"; None, or why it cannot be built on this machine."""
+    """Register the backend as "cuda-source". Return why it cannot be built on this machine; None if it can."""
     try:
         CudaSource.module = module()
     except UnbuildableError as error:
@@ -106,7 +150,7 @@ def register() -> str | None:
 
 @cache
 def module() -> ModuleType:
-    """fused_sam's CUDA bindings over the shim, built once for each state of the sources."""
+    """Return fused_sam's CUDA bindings over the shim, built once per state of the sources."""
     path = build()
     spec = importlib.util.spec_from_file_location("_cuda_shim", path)
     assert spec is not None and spec.loader is not None
@@ -116,6 +160,7 @@ def module() -> ModuleType:
 
 
 def build() -> Path:
+    """Compile the module, unless it is there, and return its path."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise UnbuildableError("there is no C++ compiler (apt install g++)")
@@ -125,8 +170,8 @@ def build() -> Path:
         raise UnbuildableError("pybind11 is missing (pip install pybind11)") from error
     csrc = ROOT / "csrc"
     state = hashlib.sha256(repr((compiler, FLAGS, pybind11.__version__)).encode())
-    for folder in ("core", "cuda", "bindings", "tests/cuda_shim"):
-        for file in sorted((csrc / folder).iterdir()):
+    for sources in ("core", "cuda", "bindings", "tests/cuda_shim"):
+        for file in sorted((csrc / sources).iterdir()):
             state.update(file.read_bytes())
     folder = ROOT / "build" / "cuda-source"
     target = folder / f"_cuda_shim-{state.hexdigest()[:16]}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -147,7 +192,7 @@ def build() -> Path:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, commands))
         run([*compiler.split(), "-shared", *objects, "-o", f"{scratch}/module"])
-        os.replace(f"{scratch}/module", target)  # whole or not at all, whoever else is building
+        os.replace(f"{scratch}/module", target)  # atomic, for processes that build at the same time
     return target
 
 

@@ -15,7 +15,7 @@ ODD_SHAPES: list[tuple[int, ...]] = [
 
 
 def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Standard normal numbers that `dtype` holds exactly, drawn alike for every dtype."""
+    """Return standard normal numbers, the same for every dtype except for the rounding to `dtype`."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
@@ -25,11 +25,11 @@ def weights(shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int = 0) 
 
 
 def doubled(params: Sequence[Tensor]) -> list[nn.Parameter]:
-    """The same numbers in float64, contiguous."""
+    """Return the same numbers in float64, contiguous."""
     return [nn.Parameter(p.detach().clone(memory_format=torch.contiguous_format).double()) for p in params]
 
 
-# Layouts of a weight; each takes the numbers it is to hold.
+# Layouts of a weight, as functions of its values.
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
@@ -39,13 +39,14 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _in_gaps(x: Tensor) -> Tensor:
+    """Return a view of x's values in every second element of a larger tensor."""
     wide = torch.full((*x.shape[:-1], 2 * x.shape[-1] + 1), 7.0, dtype=x.dtype)
     wide[..., 1::2] = x
     return wide[..., 1::2]
 
 
 def set_gradients(params: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
-    """Gradients of the weight's dtype, or as given where they carry another layout."""
+    """Set each gradient, converted to the weight's dtype."""
     for p, g in zip(params, gradients, strict=True):
         p.grad = None if g is None else g.to(p.dtype)
 
@@ -54,7 +55,7 @@ Pass = Sequence[Tensor | None]
 
 
 def draw_passes(params: Sequence[Tensor], steps: int, seed: int = 100) -> list[tuple[list[Tensor], list[Tensor]]]:
-    """For each step the first and the second gradient of every parameter, in the parameters' dtypes."""
+    """Return for each step the first and the second gradients of all parameters, in the parameters' dtypes."""
     drawn = []
     for step in range(steps):
         both = [
@@ -66,7 +67,7 @@ def draw_passes(params: Sequence[Tensor], steps: int, seed: int = 100) -> list[t
 
 
 def drive(optimizer: Optimizer, params: Sequence[Tensor], passes: Sequence[tuple[Pass, Pass]]) -> list[list[Tensor]]:
-    """Steps with the given gradients; returns the weights at the perturbed point of each step."""
+    """Take steps with the given gradients. Return the perturbed weights of each step."""
     seen = []
     for first, second in passes:
         set_gradients(params, first)

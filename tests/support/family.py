@@ -142,7 +142,7 @@ def train(model: nn.Module, optimizer: Any, steps: range) -> None:
     for step in steps:
         optimizer.zero_grad()
         nets.loss_of(model, step).backward()
-        if optimizer.perturbs:
+        if optimizer.needs_second_pass:
             optimizer.first_step(zero_grad=True)
             nets.loss_of(model, step).backward()
         optimizer.step()

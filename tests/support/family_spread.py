@@ -37,7 +37,7 @@ def train(rank: int, method: str, way: str | None) -> tuple[list[Tensor], list[A
         part = spread.part_of(batch, rank, parts) if way else batch
         optimizer.zero_grad()
         spread.loss_of(model, part).backward()
-        perturbed.append(optimizer.perturbs)
+        perturbed.append(optimizer.needs_second_pass)
         if perturbed[-1]:
             optimizer.first_step(zero_grad=True)
             spread.loss_of(model, part).backward()

@@ -159,7 +159,7 @@ class Life:
         self.saved = {
             i: p.detach().clone()
             for i, p in enumerate(self.params)
-            if p.grad is not None and options[id(p)]["perturb"] and self.optimizer.perturbs
+            if p.grad is not None and options[id(p)]["perturb"] and self.optimizer.needs_second_pass
         }
 
     def assert_clean(self) -> None:

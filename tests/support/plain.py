@@ -40,7 +40,7 @@ class PlainSAM:
         return self._saved is not None
 
     @property
-    def perturbs(self) -> bool:
+    def needs_second_pass(self) -> bool:
         return any(group["rho"] > 0 and group["perturb"] for group in self.param_groups)
 
     def add_param_group(self, group: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Triton kernels compiled ahead of time, for GPUs that are not there, and what their code shows."""
+"""Triton kernels compiled ahead of time for GPUs that this machine does not have, and numbers of their machine code."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_sam.backends.triton import passes, updates, vectors
+from fused_sam.backends.triton.kernels import KERNELS as FUNCTIONS
 
 BLOCK = 2048
 THREADS = 256
 
 TYPES = {
-    **dict.fromkeys(("rows", "gradients", "rates", "xs", "ys", "outs"), "*i64"),
-    **dict.fromkeys(("owner", "counter"), "*i32"),
-    **dict.fromkeys(("hyper", "status", "scale", "slots", "sums", "coefficients"), "*fp32"),
-    **dict.fromkeys(("blocks", "flags", "fresh", "tensors"), "i32"),
-    **dict.fromkeys(("eps", "decay", "rest"), "fp32"),
+    **dict.fromkeys(("rows_ptr", "grads_ptr", "lrs_ptr", "x_ptr", "y_ptr", "out_ptr"), "*i64"),
+    **dict.fromkeys(("block_row_ptr", "ticket_ptr"), "*i32"),
+    **dict.fromkeys(
+        ("groups_ptr", "status_ptr", "grad_scale_ptr", "slots_ptr", "sums_ptr", "coefficients_ptr"), "*fp32"
+    ),
+    **dict.fromkeys(("blocks", "flags", "reset", "rows"), "i32"),
+    **dict.fromkeys(("eps", "max_norm", "a", "b"), "fp32"),
 }
 
-
-# What decides on a variant of a kernel, where a case does not name it.
-PLAIN = {"M": None, "ROUND": False, "CHOOSE": False, "LARGE": False, "GUARDED": False}
+# The constants that choose a variant of a kernel, where a case does not name them.
+PLAIN = {"MASTERS": False, "ROUND": False, "MASKED": False, "WITH_AMSGRAD": False, "HOST": False, "GUARDED": False}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel and the columns that it reads and writes.
+    """A kernel, and the columns that it reads and writes.
 
-    w and g (or x, y, out) are in the case's dtypes, m in fp32, and 2 in 16 bits.
+    p is a column of params, g of gradients (or x, y, out of vectors), f of fp32 numbers.
     """
 
     name: str
@@ -45,8 +46,8 @@ class Kernel:
 
     @property
     def reads_always(self) -> bool:
-        """Whether some column is read whatever the numbers on the device say."""
-        return self.name not in ("combine", "average") and not (self.name == "perturb" and self.constant("M"))
+        """True if a column is read for all numbers that the device may hold."""
+        return self.name != "axpby" and not (self.name == "perturb" and self.constant("MASTERS"))
 
     def constant(self, name: str) -> Any:
         return {**PLAIN, **dict(self.constants)}.get(name)
@@ -56,40 +57,41 @@ class Kernel:
 
 
 KERNELS = [
-    Kernel("norm", "wg", constants=(("SCALED", True),)),
-    Kernel("norm", "g", constants=(("SCALED", False),)),
-    Kernel("perturb", "wg", "ww"),
-    Kernel("perturb", "wg", "ww", (("CHOOSE", True),)),
-    Kernel("sgd", "wgm", "wm"),
-    Kernel("adam", "wgmm", "wmm"),
-    Kernel("adam", "wgmmm", "wmmm", (("LARGE", True),)),
-    Kernel("restore", "w", "w"),
-    Kernel("dots", "wg"),
-    Kernel("combine", "wg", "w"),
-    Kernel("average", "wg", "w"),
-    Kernel("average", "wg", "w", (("GUARDED", True),)),
+    Kernel("norm", "pg", constants=(("ASCENT", True),)),
+    Kernel("norm", "g", constants=(("ASCENT", False),)),
+    Kernel("perturb", "pg", "pp"),
+    Kernel("perturb", "pg", "pp", (("MASKED", True),)),
+    Kernel("sgd", "pgf", "pf"),
+    Kernel("adam", "pgff", "pff"),
+    Kernel("adam", "pgfff", "pfff", (("WITH_AMSGRAD", True),)),
+    Kernel("lion", "pgf", "pf"),
+    Kernel("restore", "p", "p"),
+    Kernel("dot", "pg"),
+    Kernel("axpby", "pg", "p"),
+    Kernel("axpby", "pg", "p", (("HOST", True),)),
+    Kernel("axpby", "pg", "p", (("HOST", True), ("GUARDED", True))),
 ]
 MASTERS = [
-    Kernel(name, reads, writes, (("M", model),))
-    for model in (tl.bfloat16, tl.float16)
+    Kernel(name, reads, writes, (("MASTERS", True),))
     for name, reads, writes in (
-        ("perturb", "wg", "2"), ("sgd", "wgm", "wm2"), ("adam", "wgmm", "wmm2"), ("restore", "w", "2"),
+        ("norm", "fg", ""), ("perturb", "fg", "p"), ("sgd", "fgf", "ffp"), ("adam", "fgff", "fffp"),
+        ("lion", "fgf", "ffp"), ("restore", "f", "p"),
     )
 ]  # fmt: skip
 ROUNDING = [
-    Kernel("perturb", "wg", "ww", (("ROUND", True),)),
-    Kernel("perturb", "wg", "ww", (("ROUND", True), ("CHOOSE", True))),
-    Kernel("sgd", "wgm", "wm", (("ROUND", True),)),
-    Kernel("adam", "wgmm", "wmm", (("ROUND", True),)),
+    Kernel("perturb", "pg", "pp", (("ROUND", True),)),
+    Kernel("perturb", "pg", "pp", (("ROUND", True), ("MASKED", True))),
+    Kernel("sgd", "pgf", "pf", (("ROUND", True),)),
+    Kernel("adam", "pgff", "pff", (("ROUND", True),)),
+    Kernel("lion", "pgf", "pf", (("ROUND", True),)),
 ]
 
 
-def compiled(kernel: Kernel, weight: tl.dtype, gradient: tl.dtype, target: GPUTarget) -> Any:
-    """The kernel for columns w, x and out of `weight` and g, y of `gradient`."""
-    modules = (passes, updates, vectors)
-    function = next(getattr(m, kernel.name) for m in modules if hasattr(m, kernel.name))
-    constants = {"W": weight, "X": weight, "OUT": weight, "G": gradient, "Y": gradient, "BLOCK": BLOCK, "SLOTS": 2048}
-    every = {**PLAIN, **constants, **dict(kernel.constants)}
+def compiled(kernel: Kernel, param: tl.dtype, grad: tl.dtype, target: GPUTarget) -> Any:
+    """Compile a kernel for params, x and out of dtype `param`, and gradients and y of dtype `grad`."""
+    function = FUNCTIONS[kernel.name]
+    dtypes = {"P": param, "X": param, "OUT": param, "G": grad, "Y": grad}
+    every = {**PLAIN, "ASCENT": True, **dtypes, "BLOCK": BLOCK, "SLOTS": 2048, **dict(kernel.constants)}
     constants = {k: v for k, v in every.items() if k in function.arg_names}
     signature = {n: "constexpr" if n in constants else TYPES[n] for n in function.arg_names}
     options = {"num_warps": THREADS // target.warp_size, "enable_fp_fusion": True}
@@ -97,17 +99,17 @@ def compiled(kernel: Kernel, weight: tl.dtype, gradient: tl.dtype, target: GPUTa
 
 
 def wide_accesses(ptx: str) -> dict[str, int]:
-    """How many 16-byte loads and stores of global memory there are."""
+    """Return how many 16-byte loads and stores of global memory there are."""
     return {kind: len(re.findall(rf"\b{kind}\.global\S*\.v4\.b32", ptx)) for kind in ("ld", "st")}
 
 
 def unmasked_loads(ptx: str) -> int:
-    """How many of the 16-byte loads stand without a predicate."""
+    """Return how many of the 16-byte loads have no predicate."""
     return len(re.findall(r"^\s*ld\.global\S*\.v4\.b32", ptx, re.MULTILINE))
 
 
 def resources(cubin: bytes, folder: Path) -> dict[str, int]:
-    """Registers, and bytes of stack and local memory, of the only kernel in a cubin."""
+    """Return the registers, and the bytes of stack and local memory, of the only kernel in a cubin."""
     path = folder / "kernel.cubin"
     path.write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

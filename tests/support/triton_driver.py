@@ -1,4 +1,4 @@
-"""A Triton driver without a GPU: kernels compile for sm_90, and launches are noted down instead of run."""
+"""A Triton driver that needs no GPU: kernels compile for sm_90, and launches are recorded instead of run."""
 
 from __future__ import annotations
 
@@ -12,17 +12,20 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_sam.backends.triton import passes, updates, vectors
+from fused_sam.backends.triton import adam, blocks, kernels, lion, norm, perturb, rng, sgd, update, vectors
+
+MODULES = (adam, blocks, kernels, lion, norm, perturb, rng, sgd, update, vectors)
 
 
 @dataclass
 class Launch:
+    kernel: str
     programs: int
     arguments: tuple[Any, ...]  # of the kernel; a tensor where the driver would take its address
 
 
 @dataclass
-class NotingDriver:
+class RecordingDriver:
     launches: list[Launch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -46,17 +49,17 @@ class NotingDriver:
         return GPUTarget("cuda", 90, 32)
 
     def launcher_cls(self, source: Any, _: Any) -> Any:
-        count = len(source.fn.arg_names)
+        count, name = len(source.fn.arg_names), source.fn.__name__
 
         def launch(programs: int, *rest: Any) -> None:
-            self.launches.append(Launch(programs, rest[-count:]))
+            self.launches.append(Launch(name, programs, rest[-count:]))
 
         return launch
 
 
 @contextmanager
-def noting_driver() -> Iterator[NotingDriver]:
-    driver = NotingDriver()
+def recording_driver() -> Iterator[RecordingDriver]:
+    driver = RecordingDriver()
     config = triton.runtime.driver
     before = getattr(config, "_active", None)
     _forget_compiled()
@@ -69,9 +72,9 @@ def noting_driver() -> Iterator[NotingDriver]:
 
 
 def _forget_compiled() -> None:
-    """A compiled kernel keeps to the driver that it was first launched with."""
-    for module in (passes, updates, vectors):
+    """Drop compiled kernels: each keeps using the driver of its first launch."""
+    for module in MODULES:
         for kernel in vars(module).values():
             if isinstance(kernel, triton.JITFunction):
                 kernel.device_caches.clear()
-    gc.collect()  # a kernel that goes asks the driver of that moment to unload it
+    gc.collect()  # a kernel that is freed asks the driver of that moment to unload it

@@ -1,7 +1,7 @@
-// A stand-in for CUDA's header that lets g++ compile and run csrc/cuda on a machine without a GPU. Tests only.
+// A replacement of CUDA's header, with which g++ compiles csrc/cuda for a machine without a GPU. Tests only.
 //
 // A kernel's blocks run one after another; the threads of a block are fibers (fibers.h), switched at barriers and
-// shuffles. Shared memory is static storage. What a test needs to pretend stands in cuda_shim::machine().
+// shuffles. Shared memory is static storage. Tests set the state of the machine in cuda_shim::machine().
 #pragma once
 
 #include <cstdint>
@@ -69,8 +69,8 @@ struct Machine {
   int capability = 9;
   cudaError_t device_count_error = cudaSuccess;
   cudaError_t kernel_image = cudaSuccess;
-  cudaError_t next_launch = cudaSuccess;  // what the next launch answers, once
-  uintptr_t freed_stream = 0;             // a stream that no launch takes
+  cudaError_t next_launch = cudaSuccess;  // the result of the next launch, once
+  uintptr_t freed_stream = 0;             // a stream on which every launch fails
   int launches = 0;
   std::map<uintptr_t, cudaPointerAttributes> memory;  // addresses that are not memory of device 0
 };
@@ -96,7 +96,7 @@ inline const char* cudaGetErrorName(cudaError_t error) {
   }
   return "unknown";
 }
-inline const char* cudaGetErrorString(cudaError_t) { return "said by the stand-in for CUDA"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "an error of cuda_shim"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaRuntimeGetVersion(int* version) { return *version = CUDART_VERSION, cudaSuccess; }
 inline cudaError_t cudaDriverGetVersion(int* version) { return *version = cuda_shim::machine().driver, cudaSuccess; }
@@ -132,8 +132,8 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   cuda_shim::Machine& machine = cuda_shim::machine();
   ++machine.launches;
-  const cudaError_t answer = std::exchange(machine.next_launch, cudaSuccess);
-  if (answer != cudaSuccess) return answer;
+  const cudaError_t error = std::exchange(machine.next_launch, cudaSuccess);
+  if (error != cudaSuccess) return error;
   if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
     return cudaErrorInvalidResourceHandle;
   gridDim = config->gridDim;
@@ -146,7 +146,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return cudaSuccess;
 }
 
-// ---- what a kernel calls ----------------------------------------------------------------------------------
+// ---- the device's functions --------------------------------------------------------------------------------
 
 inline void __syncthreads() { cuda_shim::wait_for_block(); }
 inline void __threadfence() {}
@@ -161,7 +161,7 @@ inline T __shfl_xor_sync(unsigned mask, T value, int lanes) {
   return cuda_shim::exchange(mask, value, cuda_shim::current_thread() % 32 ^ lanes);
 }
 
-// Cache hints change nothing; a misaligned vector access is an error on a GPU, and the sanitizer's here.
+// Cache hints change nothing. A misaligned vector access is an error on a GPU, and the sanitizer reports it here.
 template <class T>
 inline T __ldcs(const T* from) { return *from; }
 template <class T>

@@ -8,8 +8,8 @@
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/common_interface_defs.h>
 
-// Looking for uses of a stack after its function's return gives every fiber a second stack, and takes fifty times the
-// time. gcc 13 and newer do so unless told otherwise.
+// Without this option gcc 13 and newer check for uses of a stack after its function's return. The check gives every
+// fiber a second stack and takes fifty times the time.
 extern "C" __attribute__((visibility("default"))) const char* __asan_default_options() {
   return "detect_stack_use_after_return=0";
 }
@@ -27,7 +27,8 @@ constexpr size_t kStack = 256 * 1024;  // the address sanitizer pads every frame
 
 #if defined(__x86_64__)
 
-// Saves what a call must preserve on the present stack, leaves its address in *from, and goes on at `to`.
+// Saves the registers that a call must preserve on the present stack, stores the stack's address in *from, and
+// continues at `to`.
 extern "C" void cuda_shim_switch(void** from, void* to);
 asm(R"(
 .text
@@ -58,7 +59,7 @@ struct Context {
 
   void prepare(char* stack, void (*entry)()) {
     void** top = reinterpret_cast<void**>(stack + kStack) - 1;
-    *top = nullptr;                                // entry's return address; it never returns, and rsp is then as after a call
+    *top = nullptr;  // entry's return address: entry never returns, and rsp is then as after a call
     *--top = reinterpret_cast<void*>(entry);
     for (int saved = 0; saved < 6; ++saved) *--top = nullptr;
     stack_pointer = top;
@@ -92,7 +93,7 @@ struct Fiber {
   char* stack = nullptr;
   State state = State::done;
   uint64_t slot = 0;
-  void* fake_stack = nullptr;  // the sanitizer's, while the fiber does not run
+  void* fake_stack = nullptr;  // the sanitizer's, for a fiber that does not run
 };
 
 struct Scheduler {
@@ -106,7 +107,7 @@ struct Scheduler {
 };
 
 Scheduler& scheduler() {
-  static Scheduler* the_scheduler = new Scheduler;  // its stacks stay until the program ends
+  static Scheduler* the_scheduler = new Scheduler;  // never freed: its stacks stay until the program ends
   return *the_scheduler;
 }
 
@@ -158,7 +159,7 @@ void wait(State barrier) {
   leave(false);
 }
 
-// Lets the threads first .. end - 1 go on if all of them stand at `barrier`.
+// Makes the threads first .. end - 1 ready and returns true if all of them wait at `barrier`.
 bool release(int first, int end, State barrier) {
   std::vector<Fiber>& fibers = scheduler().fibers;
   for (int t = first; t < end; ++t)
@@ -185,8 +186,8 @@ void run_block(int threads, const std::function<void()>& body) {
     fiber.state = State::ready;
     fiber.fake_stack = nullptr;
   }
-  // A warp runs until the block's next barrier, and every other block begins with its last warp, so that a barrier
-  // that is missing shows.
+  // A warp runs until the block's next barrier. Every other block begins with its last warp, so that a missing barrier
+  // changes results.
   static bool backwards = false;
   backwards = !backwards;
   const int warps = (threads + 31) / 32;

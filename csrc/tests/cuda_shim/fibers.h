@@ -1,7 +1,7 @@
-// The threads of a CUDA block as fibers on one thread of the host: each runs until a barrier, then the next one does.
+// The threads of a CUDA block as fibers on one thread of the host: each runs until a barrier, then the next one runs.
 //
-// A switch is a few instructions on x86-64 and swapcontext() elsewhere; the address sanitizer is told of each. A barrier
-// that not every thread reaches, which on a GPU hangs or worse, ends the program with a message.
+// A switch is a few instructions on x86-64 and swapcontext() elsewhere; every switch is announced to the address
+// sanitizer. If not every thread reaches a barrier, a GPU may hang, and this program ends with a message.
 #pragma once
 
 #include <cstdint>
@@ -16,20 +16,20 @@ namespace cuda_shim {
 void run_block(int threads, const std::function<void()>& body);
 
 int current_thread();
-void wait_for_block();                // until every thread of the block has come here
-void wait_for_warp();                 // the same for the 32 threads of a warp
-uint64_t& lane_slot(int thread);      // what a thread shows to the others of its warp
+void wait_for_block();            // until every thread of the block waits here
+void wait_for_warp();             // until the 32 threads of the warp wait here
+uint64_t& lane_slot(int thread);  // the value that a thread passes to the others of its warp
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "cuda_shim: %s\n", what);
   std::abort();
 }
 
-// The value that lane `from` of the same warp brings to the same call.
+// Return the value that lane `from` of the same warp passes to the same call.
 template <class T>
 T exchange(unsigned mask, T value, int from) {
   static_assert(sizeof(T) <= sizeof(uint64_t), "a shuffle moves 8 bytes at most");
-  if (mask != 0xffffffffu) fail("only shuffles of whole warps are known here");
+  if (mask != 0xffffffffu) fail("only shuffles of whole warps are implemented");
   const int thread = current_thread(), warp = thread / 32 * 32;
   std::memcpy(&lane_slot(thread), &value, sizeof(T));
   wait_for_warp();

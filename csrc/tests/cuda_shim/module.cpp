@@ -1,4 +1,4 @@
-// The CUDA bindings compiled against the shim: Python module _cuda_shim, with what a test needs to pretend.
+// The CUDA bindings compiled against the shim: the Python module _cuda_shim, which can also set the machine's state.
 #include "cuda_runtime.h"
 
 #define FUSED_SAM_CUDA_MODULE _cuda_shim
@@ -26,7 +26,7 @@ static void add_pretences(pybind11::module_& m) {
       pybind11::kw_only(), pybind11::arg("driver") = 13000, pybind11::arg("devices") = 2,
       pybind11::arg("device_count_error") = "", pybind11::arg("kernel_image") = true,
       pybind11::arg("launch_fails") = false, pybind11::arg("freed_stream") = 0,
-      "Set the machine's state; what is not named is as on a healthy one.");
+      "Set the machine's state; the defaults are those of a healthy machine.");
   m.def(
       "pretend_memory",
       [](uintptr_t address, int device) {

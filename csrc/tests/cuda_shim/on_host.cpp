@@ -1,8 +1,9 @@
-// The CUDA backend's own source, compiled by the host's compiler against the stand-in for cuda_runtime.h beside this file.
+// The CUDA backend's own source, compiled by the host's compiler against this folder's cuda_runtime.h.
 #include "cuda/norm.cu"
-#include "cuda/move.cu"
+#include "cuda/perturb.cu"
 #include "cuda/sgd.cu"
 #include "cuda/adam.cu"
-#include "cuda/lists.cu"
+#include "cuda/lion.cu"
+#include "cuda/vectors.cu"
 #include "cuda/device.cu"
 #include "cuda/table.cu"

@@ -1,102 +1,127 @@
-"""What all Triton kernels share: how a program finds its block of a table, and how it reads and writes one.
+"""What all Triton kernels share: how a program finds its block of a table, and how it accesses the elements.
 
-A block is BLOCK neighbouring elements of one tensor; blocks of all tensors are numbered through. A table is
+A block is BLOCK adjacent elements of one tensor. The blocks of all tensors have one numbering. A table is
 
-    owner  int32 (blocks)   the row that owns a block
-    rows   int64 (rows, 16) addresses (0: none), elements, first block, parameter group, number of its random stream
+    block_row  int32 (blocks)     the row of each block
+    rows       int64 (rows, 16)   addresses and sizes, at the places in layout.py
 
-Each block takes one of three paths, for the compiler forms 16-byte accesses only where it knows that it may: WHOLE, the
-tensor fills the block and all addresses are multiples of 16; EVEN, a tail that is as well aligned and a multiple of
-16 elements, under a mask; ODD, anything else, one element at a time under a mask.
+The compiler forms 16-byte accesses only if it can prove them aligned. A block therefore takes one of three paths:
+
+    WHOLE  the tensor fills the block, and all addresses are multiples of 16
+    EVEN   a tail of a multiple of 16 elements, as well aligned, under a mask
+    ODD    all others: one element at a time, under a mask
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
 from . import layout
 
-WEIGHT = tl.constexpr(layout.WEIGHT)
-BACKUP = tl.constexpr(layout.BACKUP)
 SIZE = tl.constexpr(layout.SIZE)
-FIRST = tl.constexpr(layout.FIRST)
-GROUP = tl.constexpr(layout.GROUP)
-MODEL = tl.constexpr(layout.MODEL)
+FIRST_BLOCK = tl.constexpr(layout.FIRST_BLOCK)
 ROW = tl.constexpr(layout.ROW)
 
 ODD = tl.constexpr(0)
 EVEN = tl.constexpr(1)
 WHOLE = tl.constexpr(2)
 
-# A kernel compiled once must fit every call: nothing in it may depend on the alignment of these arguments.
+# A kernel is compiled once for all calls, and so must not depend on the alignment of these arguments.
 POINTERS = [
-    *("owner", "rows", "gradients", "hyper", "rates", "status", "scale", "slots", "counter"),
-    *("xs", "ys", "outs", "sums", "coefficients"),
+    *("block_row_ptr", "rows_ptr", "grads_ptr", "groups_ptr", "lrs_ptr", "status_ptr", "grad_scale_ptr"),
+    *("slots_ptr", "ticket_ptr", "x_ptr", "y_ptr", "out_ptr", "sums_ptr", "coefficients_ptr"),
 ]  # fmt: skip
 
 
-@triton.jit
-def is_set(x):
-    """Whether a scalar is not 0: the comparison as a bool, which in Triton's interpreter has the operands' type."""
-    return tl.where(x != 0, True, False)
+class Block(NamedTuple):
+    """A block of a table."""
+
+    row: Any  # number of its row
+    row_ptr: Any  # the row's numbers
+    begin: Any  # first element
+    count: Any  # elements: BLOCK, or fewer at the tensor's end
 
 
 @triton.jit
-def find(owner, rows, block, BLOCK: tl.constexpr):
-    """A block's row, the row's place, the block's first element and how many elements the tensor has of it."""
-    row = tl.load(owner + block)
-    entry = rows + row * ROW
-    begin = (block - tl.load(entry + FIRST)) * BLOCK
-    return row, entry, begin, tl.minimum(tl.load(entry + SIZE) - begin, BLOCK).to(tl.int32)
+def find_block(block_row_ptr, rows_ptr, number, BLOCK: tl.constexpr):
+    """Return block `number` of a table."""
+    row = tl.load(block_row_ptr + number)
+    row_ptr = rows_ptr + row * ROW
+    begin = (number - tl.load(row_ptr + FIRST_BLOCK)) * BLOCK
+    return Block(row, row_ptr, begin, tl.minimum(tl.load(row_ptr + SIZE) - begin, BLOCK).to(tl.int32))
 
 
 @triton.jit
-def from_the_end():
-    """This program's block where the norm ran just before: its end is what the cache still holds."""
+def number_from_the_end():
+    """Return this program's block, counted from the end: the L2 cache still holds the end of what the norm has read."""
     return tl.num_programs(0) - 1 - tl.program_id(0)
 
 
 @triton.jit
-def path_of(addresses, count, BLOCK: tl.constexpr):
-    """The path of a block; `addresses` are joined by a bitwise or."""
-    even = ((addresses & 15) == 0) & ((count & 15) == 0)
-    return tl.where(even, tl.where(count == BLOCK, WHOLE, EVEN), ODD)
+def load_pointer(address_ptr, T: tl.constexpr):
+    """Load an address as a pointer to elements of type T."""
+    return tl.load(address_ptr).to(tl.pointer_type(T))
 
 
 @triton.jit
-def lanes(address, begin, T: tl.constexpr, BLOCK: tl.constexpr, PATH: tl.constexpr):
-    """Pointers to a block's elements."""
-    start = address.to(tl.pointer_type(T)) + begin
+def address(ptr):
+    """Return a pointer as an integer."""
+    return ptr.to(tl.int64)
+
+
+@triton.jit
+def is_set(x):
+    """Return True if a scalar is not 0, as a bool: in Triton's interpreter a comparison has the operands' type."""
+    return tl.where(x != 0, True, False)
+
+
+@triton.jit
+def path_of(addresses, block, BLOCK: tl.constexpr):
+    """Return the path of a block.
+
+    Args:
+        addresses: of all its tensors, joined by a bitwise or.
+    """
+    even = ((addresses & 15) == 0) & ((block.count & 15) == 0)
+    return tl.where(even, tl.where(block.count == BLOCK, WHOLE, EVEN), ODD)
+
+
+@triton.jit
+def elements(tensor_ptr, block, BLOCK: tl.constexpr, PATH: tl.constexpr):
+    """Return pointers to a block's elements of a tensor."""
+    first = tensor_ptr + block.begin
     if PATH != ODD:
-        start = tl.multiple_of(start, 16)
-    return start + tl.arange(0, BLOCK)
+        first = tl.multiple_of(first, 16)
+    return first + tl.arange(0, BLOCK)
 
 
 @triton.jit
-def inside(count, wanted, BLOCK: tl.constexpr, PATH: tl.constexpr):
-    """Mask of the elements to touch: those that the tensor has, and none unless `wanted`, a scalar."""
+def mask_if(wanted, block, BLOCK: tl.constexpr, PATH: tl.constexpr):
+    """Return the mask of a block's elements if the scalar `wanted` is True, else an empty mask."""
     if PATH == WHOLE:
         mask = tl.full([BLOCK], True, tl.int1)
     elif PATH == EVEN:
-        mask = tl.arange(0, BLOCK) < count // 16 * 16  # which is count; now the compiler sees a multiple
+        mask = tl.arange(0, BLOCK) < block.count // 16 * 16  # the count itself, now a multiple for the compiler
     else:
-        mask = tl.arange(0, BLOCK) < count
+        mask = tl.arange(0, BLOCK) < block.count
     return mask & wanted
 
 
 @triton.jit
-def is_last(counter):
-    """Whether this program is the last of its launch to come here; it then sees what the others wrote before."""
-    last = tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(0) - 1
+def is_last(ticket_ptr):
+    """Return True in the last program of a launch that calls this; what the others wrote before is visible to it."""
+    last = tl.atomic_add(ticket_ptr, 1, sem="acq_rel") == tl.num_programs(0) - 1
     if last:
-        tl.store(counter, 0)
+        tl.store(ticket_ptr, 0)
     return last
 
 
 @triton.jit
-def sum_slots(slots, SLOTS: tl.constexpr):
-    """The sum of one number a program, in an order that only their count decides."""
-    lane = tl.arange(0, SLOTS)
-    return tl.sum(tl.load(slots + lane, lane < tl.num_programs(0), 0, cache_modifier=".cg"))
+def sum_slots(slots_ptr, SLOTS: tl.constexpr):
+    """Return the sum of one number per program, in an order that depends on their count alone."""
+    slot = tl.arange(0, SLOTS)
+    return tl.sum(tl.load(slots_ptr + slot, slot < tl.num_programs(0), 0, cache_modifier=".cg"))

@@ -1,7 +1,7 @@
-"""Device memory for the Triton backend's tables: arrays in one piece of it, and pinned memory to fill it from.
+"""Device memory of the Triton backend's tables, and the host memory that fills it.
 
-A CUDA graph replays its copies from the host's memory as that is at the replay. So what a capture copies from is pinned
-memory that is never written again, taken from a reserve that was set aside before.
+The replay of a CUDA graph copies from host memory as it is at the replay. A capture therefore copies from pinned memory
+that is not written after the capture. It comes from a reserve that was allocated earlier.
 """
 
 from __future__ import annotations
@@ -18,92 +18,103 @@ from fused_sam.backends.contract import status_dtype
 
 WORD = 8  # bytes; sizes and offsets are in words
 
+_DTYPES = {"block_row": torch.int32, "ticket": torch.int32, "groups": torch.float32, "one": torch.float32}
+
 
 class Memory:
-    """Named arrays in one piece of device memory, and their picture on the host.
+    """Named arrays in one piece of device memory, and their image on the host.
 
     Args:
         changing: words of each array that is sent again when it has changed.
         fixed: words of each array that is sent once.
-        unsent: words of each array that only kernels write.
+        slots: words of the array "slots", which only kernels write.
     """
 
-    def __init__(self, device: torch.device, changing: dict[str, int], fixed: dict[str, int], unsent: int) -> None:
-        sizes = {**changing, **fixed, "slots": unsent}
+    def __init__(self, device: torch.device, changing: dict[str, int], fixed: dict[str, int], slots: int) -> None:
+        sizes = {**changing, **fixed, "slots": slots}
         ends = list(accumulate(sizes.values()))
         self._sizes = sizes
-        self._place = dict(zip(sizes, [0, *ends], strict=False))
+        self._start = dict(zip(sizes, [0, *ends], strict=False))
         self.changing = sum(changing.values())
         self.sent = self.changing + sum(fixed.values())
-        self.chooses = False  # whether a group's share is below 1
+        self.masked = False  # True if a group's mask_prob is below 1
         self.words = torch.empty(ends[-1], dtype=torch.int64, device=device)
-        self.picture = array("q", bytes(self.sent * WORD))
-        self._bytes = memoryview(self.picture).cast("B")
-        self.addresses = {name: self.words.data_ptr() + place * WORD for name, place in self._place.items()}
-        self._dtypes = {
-            **dict.fromkeys(("owner", "counter"), torch.int32),
-            **dict.fromkeys(("hyper", "unit"), torch.float32),
-            "slots": status_dtype(device),
-        }
+        self.image = array("q", bytes(self.sent * WORD))
+        self._bytes = memoryview(self.image).cast("B")
+        self._pinned: Tensor | None = None  # what a captured copy reads
+        self.addresses = {name: self.words.data_ptr() + start * WORD for name, start in self._start.items()}
 
     def tensor(self, name: str) -> Tensor:
-        """An array on the device."""
-        start = self._place[name]
-        return self.words[start : start + self._sizes[name]].view(self._dtypes.get(name, torch.int64))
+        """Return an array on the device."""
+        start = self._start[name]
+        dtype = status_dtype(self.words.device) if name == "slots" else _DTYPES.get(name, torch.int64)
+        return self.words[start : start + self._sizes[name]].view(dtype)
 
     def write(self, name: str, words: array[int]) -> None:
-        """Into the picture, from the array's beginning."""
+        """Write words into the image, at the array's beginning."""
         assert len(words) <= self._sizes[name]
-        start = self._place[name]
-        self.picture[start : start + len(words)] = words
+        start = self._start[name]
+        self.image[start : start + len(words)] = words
 
-    def write_packed(self, name: str, offset: int, layout: str, *values: float) -> None:
-        """Into the picture, `offset` words behind the array's beginning; `layout` as in the module struct."""
+    def write_packed(self, name: str, offset: int, form: str, *values: float) -> None:
+        """Write values into the image, `offset` words behind the array's beginning.
+
+        Args:
+            form: as in the module struct.
+        """
         assert 0 <= offset < self._sizes[name]
-        struct.pack_into(layout, self._bytes, (self._place[name] + offset) * WORD, *values)
+        struct.pack_into(form, self._bytes, (self._start[name] + offset) * WORD, *values)
 
     def send(self, words: int) -> None:
-        """Copy the first `words` of the picture to the device."""
-        source = torch.frombuffer(self.picture, dtype=torch.int64, count=words)
+        """Copy the first `words` of the image to the device."""
+        source = torch.frombuffer(self.image, dtype=torch.int64, count=words)
         if self.words.device.type != "cpu":
             source = source.pin_memory()  # torch's allocator reuses it only when the copy is done
         self.words[:words].copy_(source, non_blocking=True)
 
-    def send_in_graph(self, pinned: Tensor) -> None:
-        """The same of all that is sent, out of memory that stays as it is; while a graph is captured."""
-        pinned.copy_(torch.frombuffer(self.picture, dtype=torch.int64))
+    def capture_send(self, pinned: Tensor) -> None:
+        """Capture a copy of the whole image to the device, which reads `pinned` at each replay."""
+        self._pinned = pinned
+        self.update_capture()
         self.words[: self.sent].copy_(pinned, non_blocking=True)
+
+    def update_capture(self) -> None:
+        """Let the captured copy send what the image holds now; only before the capture ends."""
+        assert self._pinned is not None
+        self._pinned.copy_(torch.frombuffer(self.image, dtype=torch.int64))
 
 
 class Reserve:
-    """Pinned memory for captures, set aside before: none can be had from the driver while a graph is captured."""
+    """Pinned memory for captures, allocated earlier: the driver allocates none while a graph is captured."""
 
     def __init__(self) -> None:
         self._piece: Tensor | None = None
         self._used = 0
-        self._drawn = False
-        self._kept: list[Any] = []  # what graphs use: it lives as long as the optimizer
+        self._taken = False  # True if something was taken since the last `stock`
+        self._kept: list[Any] = []  # what graphs use; it lives as long as the optimizer
 
     def keep(self, used: Any) -> None:
+        """Keep an object alive for the graphs that use it."""
         self._kept.append(used)
 
-    def stock(self, memory: Memory, *, fresh: bool) -> None:
-        """Outside captures: set aside enough for four tables like this one, if it is new or something was taken."""
-        if not (fresh or self._drawn) or memory.words.device.type != "cuda":
+    def stock(self, memory: Memory, *, new: bool) -> None:
+        """Allocate enough for four tables of this size if the table is new or something was taken; not in a capture."""
+        if not (new or self._taken) or memory.words.device.type != "cuda":
             return
-        words, self._drawn = memory.sent, False
+        words, self._taken = memory.sent, False
         if self._piece is None or self._piece.numel() - self._used < 4 * words:
             self._piece = torch.empty(max(8 * words, 1 << 14), dtype=torch.int64, pin_memory=True)
             self._used = 0
 
     def take(self, words: int) -> Tensor:
+        """Return so much of the reserve, for one captured copy."""
         if self._piece is None or self._piece.numel() - self._used < words:
             raise RuntimeError(
-                "a CUDA graph of a step is captured before any step has run as it is: "
+                "a CUDA graph of a step is captured before a step has run in the same way: "
                 "run one step with gradients for the same parameters first, then capture"
             )
         piece = self._piece[self._used : self._used + words]
         self._used += words
-        self._drawn = True
+        self._taken = True
         self.keep(piece)
         return piece

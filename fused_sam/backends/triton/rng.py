@@ -1,6 +1,6 @@
-"""Random numbers in Triton kernels, and how they choose elements and round: what backends/rng.py specifies.
+"""Random numbers in Triton kernels, masks and stochastic rounding: what backends/rng.py specifies.
 
-Words are uint32, so that shifts bring in zeros and sums and products are modulo 2^32.
+Words are uint32: shifts bring in zeros, and sums and products are modulo 2^32.
 """
 
 # mypy: allow-untyped-defs, allow-incomplete-defs, allow-untyped-decorators
@@ -13,9 +13,9 @@ from fused_sam.backends import contract
 
 from . import layout
 
-DRAWS = tl.constexpr(contract.DRAWS)
+RNG_OFFSET = tl.constexpr(contract.RNG_OFFSET)
 SEED = tl.constexpr(layout.SEED)
-STREAM = tl.constexpr(layout.STREAM)
+RNG_STREAM = tl.constexpr(layout.RNG_STREAM)
 
 
 @triton.jit
@@ -28,23 +28,23 @@ def _mix(x):
 
 
 @triton.jit
-def words(group, entry, status, begin, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
-    """The words of a block's elements in the stream of a row and a purpose."""
-    seed = tl.load((group + SEED).to(tl.pointer_type(tl.uint64)))
-    stream = tl.load(entry + STREAM).to(tl.uint32)
-    draw = tl.load(status + DRAWS).to(tl.uint32)
+def random_words(block, group_ptr, status_ptr, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Return one word per element of a block, from the stream of its row and a purpose."""
+    seed = tl.load((group_ptr + SEED).to(tl.pointer_type(tl.uint64)))
+    stream = tl.load(block.row_ptr + RNG_STREAM).to(tl.uint32)
+    draw = tl.load(status_ptr + RNG_OFFSET).to(tl.uint32)
     a = _mix(_mix(seed.to(tl.uint32) + draw * 0x9E3779B9) + stream * 0x85EBCA6B + PURPOSE * 0xC2B2AE35 % 0x100000000)
     b = _mix(_mix((seed >> 32).to(tl.uint32) ^ a) + 0x27D4EB2F)
-    # A block begins at a multiple of its size, a power of 2: all its elements have the same upper half.
-    upper = (begin >> 32).to(tl.uint32)
-    lower = begin.to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
+    # A block begins at a multiple of its size, which is a power of 2: its elements have one upper half.
+    upper = (block.begin >> 32).to(tl.uint32)
+    lower = block.begin.to(tl.uint32) + tl.arange(0, BLOCK).to(tl.uint32)
     return _mix(_mix(lower + a) ^ (b + upper * 0x9E3779B9))
 
 
 @triton.jit
-def chosen(word, share):
-    """Whether an element is one of the share that moves, in steps of 2^-24."""
-    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08 < share
+def in_mask(word, mask_prob):
+    """Return True with probability `mask_prob`, in steps of 2^-24."""
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08 < mask_prob
 
 
 @triton.jit
@@ -67,12 +67,12 @@ def _to_f16(x, word):
 
 
 @triton.jit
-def rounded_to(x, group, entry, status, begin, PURPOSE: tl.constexpr, T: tl.constexpr, BLOCK: tl.constexpr):
-    """fp32 to T; to nearest where PURPOSE is None, else up or down with probabilities that make the mean x."""
+def rounded_to(T: tl.constexpr, x, block, group_ptr, status_ptr, PURPOSE: tl.constexpr, BLOCK: tl.constexpr):
+    """Round fp32 numbers to T: stochastically, or to nearest where PURPOSE is None."""
     if PURPOSE is None:
         y = x.to(T)
     elif tl.bfloat16 == T:
-        y = _to_bf16(x, words(group, entry, status, begin, PURPOSE, BLOCK))
+        y = _to_bf16(x, random_words(block, group_ptr, status_ptr, PURPOSE, BLOCK))
     else:
-        y = _to_f16(x, words(group, entry, status, begin, PURPOSE, BLOCK))
+        y = _to_f16(x, random_words(block, group_ptr, status_ptr, PURPOSE, BLOCK))
     return y

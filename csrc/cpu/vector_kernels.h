@@ -1,4 +1,5 @@
-// The kernels of P4 to P6, on columns whose dtypes are known at run time. A part of kernels.cpp, with internal linkage.
+// The kernels of dot, axpby and ema, on arrays whose dtypes are known at run time. Part of kernels.cpp, with internal
+// linkage.
 #pragma once
 
 #include "cpu/tiles.h"
@@ -26,9 +27,9 @@ inline void narrowed_any(Dtype, const double* from, void* to, int64_t at, int64_
   memcpy(static_cast<double*>(to) + at, from, size_t(n) * sizeof(double));
 }
 
-// P4: <x, y>, <x, x>, <y, y>, in double like sum_squares.
+// Writes <x, y>, <x, x>, <y, y> into sums, added up in double as in sum_squares.
 template <class R>
-void dots(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t n) {
+void dot(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t n) {
   constexpr int kLanes = 16;
   double xy[kLanes] = {}, xx[kLanes] = {}, yy[kLanes] = {};
   R x_tile[kTile], y_tile[kTile];
@@ -53,10 +54,10 @@ void dots(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sum
   for (int k = 0; k < kLanes; ++k) sums[0] += xy[k], sums[1] += xx[k], sums[2] += yy[k];
 }
 
-// P5 and, with a = decay, b = 1 - decay and out = x, P6.
+// ema is this with a = decay, b = 1 - decay and out = x.
 template <class R>
-void combine(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a, double b,
-             int64_t begin, int64_t n) {
+void axpby_tiles(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
+                 double b, int64_t begin, int64_t n) {
   const R p = R(a), q = R(b);
   R x_tile[kTile], y_tile[kTile], out_tile[kTile];
   for (int64_t at = 0; at < n; at += kTile) {
@@ -64,20 +65,20 @@ void combine(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype o
     const R* u = widened_any(x_dtype, x, begin + at, x_tile, m);
     const R* v = widened_any(y_dtype, y, begin + at, y_tile, m);
 #pragma omp simd
-    for (int64_t i = 0; i < m; ++i) out_tile[i] = combined<R>(p, u[i], q, v[i]);
+    for (int64_t i = 0; i < m; ++i) out_tile[i] = axpby<R>(p, u[i], q, v[i]);
     narrowed_any(out_dtype, out_tile, out, begin + at, m);
   }
 }
 
-void dots_of(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t n) {
-  x_dtype == Dtype::f64 ? dots<double>(x_dtype, x, y_dtype, y, sums, begin, n)
-                        : dots<float>(x_dtype, x, y_dtype, y, sums, begin, n);
+void dot_of(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, double sums[3], int64_t begin, int64_t n) {
+  x_dtype == Dtype::f64 ? dot<double>(x_dtype, x, y_dtype, y, sums, begin, n)
+                        : dot<float>(x_dtype, x, y_dtype, y, sums, begin, n);
 }
 
-void combine_of(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
-                double b, int64_t begin, int64_t n) {
-  x_dtype == Dtype::f64 ? combine<double>(x_dtype, x, y_dtype, y, out_dtype, out, a, b, begin, n)
-                        : combine<float>(x_dtype, x, y_dtype, y, out_dtype, out, a, b, begin, n);
+void axpby_of(Dtype x_dtype, const void* x, Dtype y_dtype, const void* y, Dtype out_dtype, void* out, double a,
+              double b, int64_t begin, int64_t n) {
+  x_dtype == Dtype::f64 ? axpby_tiles<double>(x_dtype, x, y_dtype, y, out_dtype, out, a, b, begin, n)
+                        : axpby_tiles<float>(x_dtype, x, y_dtype, y, out_dtype, out, a, b, begin, n);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// P4 to P6 in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// dot and axpby in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
 #include <cmath>
 #include <utility>
 
@@ -10,7 +10,7 @@ using namespace fused_sam_test;
 
 namespace {
 
-void test_lists() {
+void test_vectors() {
   const Sizes sizes = {33333, 0, 555, 1, 4096};
   for (int64_t chunk : {int64_t(333), int64_t(0)})
     for (const auto& [dx, dy] : std::vector<std::pair<Dtype, Dtype>>{{Dtype::f32, Dtype::f32},
@@ -30,12 +30,12 @@ void test_lists() {
           xy += a * b, xx += a * a, yy += b * b;
         }
       }
-      CudaLists lists(dx, dy, 0, sizes, chunk);
-      std::vector<char> workspace(size_t(lists.workspace_bytes()) + 64);
+      CudaVectorPair pair(dx, dy, 0, sizes, chunk);
+      std::vector<char> workspace(size_t(pair.workspace_bytes()) + 64);
       const uintptr_t scratch = (reinterpret_cast<uintptr_t>(workspace.data()) + 63) / 64 * 64;
       float sums[3] = {1, 2, 3};
-      lists.dots(addresses(x), addresses(y), reinterpret_cast<uintptr_t>(sums), true, scratch, 0);
-      lists.dots(addresses(x), addresses(y), reinterpret_cast<uintptr_t>(sums), false, scratch, 0);
+      pair.dot(addresses(x), addresses(y), reinterpret_cast<uintptr_t>(sums), true, scratch, 0);
+      pair.dot(addresses(x), addresses(y), reinterpret_cast<uintptr_t>(sums), false, scratch, 0);
       const double loose = 1e-5 * std::sqrt(xx * yy);
       CHECK(std::fabs(sums[0] - 2 * xy) <= 2 * loose && std::fabs(sums[1] - 2 * xx) <= 1e-5 * 2 * xx &&
             std::fabs(sums[2] - 2 * yy) <= 1e-5 * 2 * yy);
@@ -51,8 +51,8 @@ void test_lists() {
             for (int64_t i = 0; i < sizes[t]; ++i) expected.back().push_back(0.75 * x[t].get(i) - 2.5 * y[t].get(i));
           }
           const float coefficients[2] = {0.75f, -2.5f};
-          lists.combine(addresses(x), addresses(y), out_dtype, addresses(out),
-                        in_place ? 0 : reinterpret_cast<uintptr_t>(coefficients), 0.75, -2.5, 0, 0);
+          pair.axpby(addresses(x), addresses(y), out_dtype, addresses(out),
+                     in_place ? 0 : reinterpret_cast<uintptr_t>(coefficients), 0.75, -2.5, 0, 0);
           bool good = true;
           for (size_t t = 0; t < sizes.size(); ++t)
             for (int64_t i = 0; i < sizes[t]; ++i)
@@ -68,19 +68,19 @@ void test_lists() {
   // A column whose coefficient is 0 counts for nothing, even where it is not finite.
   Arrays x = arrays(Dtype::f32, {3}, 0), y = arrays(Dtype::f32, {3}, 0);
   for (int64_t i = 0; i < 3; ++i) x[0].set(i, float(i)), y[0].set(i, i == 1 ? kNan : kInf);
-  CudaLists lists(Dtype::f32, Dtype::f32, 0, {3}, 0);
+  CudaVectorPair pair(Dtype::f32, Dtype::f32, 0, {3}, 0);
   StatusOf<float> status{};
   status.skip = 1;
   const uintptr_t skipping = reinterpret_cast<uintptr_t>(&status);
-  lists.combine(addresses(x), addresses(y), Dtype::f32, addresses(y), 0, 2, 0, skipping, 0);
+  pair.axpby(addresses(x), addresses(y), Dtype::f32, addresses(y), 0, 2, 0, skipping, 0);
   CHECK(y[0].get(0) == kInf);
-  lists.combine(addresses(x), addresses(y), Dtype::f32, addresses(y), 0, 2, 0, 0, 0);
+  pair.axpby(addresses(x), addresses(y), Dtype::f32, addresses(y), 0, 2, 0, 0, 0);
   for (int64_t i = 0; i < 3; ++i) CHECK(y[0].get(i) == 2 * float(i));
 }
 
 }  // namespace
 
 int main() {
-  test_lists();
+  test_vectors();
   return fused_sam_test::result();
 }

@@ -1,0 +1,112 @@
+// Reads a tensor's address, dtype, device and layout without a Python object per number and without torch's headers.
+//
+// torch exports C functions for this, with a stable interface (torch/csrc/inductor/aoti_torch/c/shim.h). Their handle is
+// a pointer to an at::Tensor. Every Python tensor contains one, which is a pointer to the tensor's implementation, and
+// the attribute `_cdata` gives the same pointer: so its place in the Python object is found once, by comparison.
+#pragma once
+
+#include <dlfcn.h>
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+
+namespace fused_sam {
+
+// The numbers of one tensor, valid while it lives and is not changed.
+struct TensorView {
+  void* data;
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dim;
+  int32_t dtype, device_type, device_index;
+
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(data); }
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int64_t i = 0; i < dim; ++i) count *= sizes[i];
+    return count;
+  }
+
+  // Returns a hash of everything but the address.
+  uint64_t form() const {
+    uint64_t hash = uint64_t(uint32_t(dtype)) << 32 ^ uint64_t(uint32_t(device_type)) << 16 ^ uint32_t(device_index);
+    const auto mix = [&hash](int64_t x) { hash = (hash ^ uint64_t(x)) * 0x9e3779b97f4a7c15u + (hash >> 29); };
+    for (int64_t i = 0; i < dim; ++i) mix(sizes[i]), mix(strides[i]);
+    mix(dim);
+    return hash;
+  }
+};
+
+// Returns true if two tensors have one dtype, device and shape, and their elements have one order in memory.
+inline bool same_form(const TensorView& a, const TensorView& b) {
+  if (a.dtype != b.dtype || a.device_type != b.device_type || a.device_index != b.device_index || a.dim != b.dim)
+    return false;
+  for (int64_t i = 0; i < a.dim; ++i)
+    if (a.sizes[i] != b.sizes[i] || (a.sizes[i] > 1 && a.strides[i] != b.strides[i])) return false;
+  return true;
+}
+
+class TensorViewer {
+ public:
+  // A viewer that is not usable, until it has found its place in a tensor.
+  TensorViewer() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
+    if (torch == nullptr) return;
+    const auto find = [&](const char* name, auto& function) {
+      function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(torch, name));
+      return function != nullptr;
+    };
+    int32_t (*strided)() = nullptr;
+    found_ = find("aoti_torch_get_data_ptr", data_ptr_) && find("aoti_torch_get_sizes", sizes_) &&
+             find("aoti_torch_get_strides", strides_) && find("aoti_torch_get_dim", dim_) &&
+             find("aoti_torch_get_dtype", dtype_) && find("aoti_torch_get_device_type", device_type_) &&
+             find("aoti_torch_get_device_index", device_index_) && find("aoti_torch_get_layout", layout_) &&
+             find("aoti_torch_layout_strided", strided);
+    if (found_) strided_ = strided();
+    dlclose(torch);  // torch itself keeps it loaded
+  }
+
+  bool usable() const { return place_ != 0; }
+
+  // Finds the at::Tensor in a tensor. All tensors have it in one place, whatever their Python class.
+  void locate(pybind11::handle tensor) {
+    if (!found_) return;
+    const auto implementation = tensor.attr("_cdata").cast<uintptr_t>();
+    const auto* words = reinterpret_cast<const uintptr_t*>(tensor.ptr());
+    const size_t end = size_t(Py_TYPE(tensor.ptr())->tp_basicsize) / sizeof(uintptr_t);
+    for (size_t i = sizeof(PyObject) / sizeof(uintptr_t); i < end && !usable(); ++i)
+      if (words[i] == implementation) place_ = i;
+  }
+
+  // Throws std::runtime_error if the tensor's elements are not one strided array: it is sparse, for example.
+  TensorView operator()(pybind11::handle tensor) const {
+    void* handle = reinterpret_cast<uintptr_t*>(tensor.ptr()) + place_;
+    TensorView out;
+    int32_t layout;
+    if (layout_(handle, &layout) != 0 || layout != strided_ || data_ptr_(handle, &out.data) != 0)
+      throw std::runtime_error("the tensor has no memory of its own");
+    int64_t *sizes, *strides;
+    if (sizes_(handle, &sizes) | strides_(handle, &strides) | dim_(handle, &out.dim) | dtype_(handle, &out.dtype) |
+        device_type_(handle, &out.device_type) | device_index_(handle, &out.device_index))
+      throw std::runtime_error("torch's C interface failed on a tensor");
+    out.sizes = sizes, out.strides = strides;
+    return out;
+  }
+
+ private:
+  bool found_ = false;
+  size_t place_ = 0;  // in words from the beginning of the Python object; 0: unknown
+  int32_t strided_ = 0;
+  int32_t (*data_ptr_)(void*, void**) = nullptr;
+  int32_t (*sizes_)(void*, int64_t**) = nullptr;
+  int32_t (*strides_)(void*, int64_t**) = nullptr;
+  int32_t (*dim_)(void*, int64_t*) = nullptr;
+  int32_t (*dtype_)(void*, int32_t*) = nullptr;
+  int32_t (*device_type_)(void*, int32_t*) = nullptr;
+  int32_t (*device_index_)(void*, int32_t*) = nullptr;
+  int32_t (*layout_)(void*, int32_t*) = nullptr;
+};
+
+}  // namespace fused_sam

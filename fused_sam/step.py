@@ -1,0 +1,670 @@
+"""What a method of the SAM family sees of a step: `Step`, and vectors over all parameters, `TensorVector`.
+
+A method is a subclass of SAM that overrides hooks. Each gets the step and touches nothing that begins with an
+underscore; docs/writing-a-method.md teaches it.
+
+    class StableSAM(SAM):                                     # d = (||g|| / ||g_s||) g_s   (arXiv 2401.07250)
+        def descent(self, step):
+            step.grad.scale_(step.ascent_norm / step.grad.norm())
+
+Numbers are 0-dim tensors on the device or Python numbers; nothing here makes the host wait for the device. Gradients
+count without the loss scale of a GradScaler, and norms and dot products are global under sharding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .backends.contract import SKIP, XX, XY, YY, PerturbGroup
+from .engine import vectors
+from .engine.calls import GradSnapshot
+from .engine.extra_state import ExtraState
+from .engine.layout import owned
+from .engine.options import REQUIRED, Option, is_number, option
+from .engine.plan import Plan
+from .engine.sharding import like
+from .engine.stepper import Stepper
+
+__all__ = ["REQUIRED", "Combination", "Option", "Step", "TensorVector", "option"]
+
+Number = Tensor | float
+
+
+class Products(NamedTuple):
+    """Sums over two vectors: 0-dim tensors on the device, fp64 on the CPU, fp32 elsewhere."""
+
+    xy: Tensor
+    xx: Tensor
+    yy: Tensor
+
+
+class TensorVector:
+    """A vector over all parameters: one tensor per parameter, or None where it has none, which counts as zero.
+
+    Operations run as one kernel launch over all tensors. Those that end in an underscore write in place and return the
+    vector. Vectors of one step can be combined; their values count without the loss scale.
+    """
+
+    def __init__(
+        self, step: Step, tensors: list[Tensor | None], scale: Number | None = 1.0, role: str = "", name: str = ""
+    ) -> None:
+        self.name = name  # of a state
+        self._step = step
+        self._tensors = tensors
+        self._scale = scale  # the tensors are the vector times this; None: not known
+        self._role = role
+        self._square: Tensor | None = None  # <tensors, tensors>, while it is known
+
+    # ---- reading --------------------------------------------------------------------------------------------
+
+    def products(self, other: TensorVector) -> Products:
+        """Return <x, y>, ||x||^2 and ||y||^2 of x = self and y = other, over parameters that both have, in one launch."""
+        self._check_other(other, "products()")
+        sums = vectors.dot(self._step._plan, self._tensors, other._tensors)
+        s, t = self._known_scale(), other._known_scale()
+        if self._pattern() == other._pattern():
+            self._square, other._square = sums[XX], sums[YY]
+        return Products(
+            _over(sums[XY], _times(s, t)), _over(sums[XX], _times(s, s)), _over(sums[YY], _times(t, t))
+        )
+
+    def dot(self, other: TensorVector) -> Tensor:
+        """Return <self, other>, summed over all parameters (of all processes): 0-dim, fp64 on the CPU, fp32 elsewhere.
+
+        The launch gives both squares as well: `x.dot(x)` and `y.norm()` read no memory after `x.dot(y)`.
+        """
+        if other is self and self._square is not None:
+            scale = self._known_scale()
+            return _over(self._square, _times(scale, scale))
+        return self.products(other).xy
+
+    def norm(self) -> Tensor:
+        """Return the global L2 norm: 0-dim, fp64 on the CPU, fp32 elsewhere."""
+        return self.dot(self).sqrt()
+
+    @property
+    def empty(self) -> bool:
+        """True if no parameter has a tensor, such as a state that has not begun."""
+        return all(t is None for t in self._tensors)
+
+    def items(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (parameter, tensor) pairs, for operations per tensor. DTensors if the parameters are sharded.
+
+        The tensors of gradients include the loss scale. Changing them in place is allowed where the vector may change.
+        """
+        self._square = None
+        if self._step._phase == "descent" and self._role == "grad":
+            self._step._stepper.changed_update = True
+        for p, t in zip(self._step._plan.params, self._tensors, strict=True):
+            if t is not None:
+                yield p, like(t, p)
+
+    def group(self, k: int) -> TensorVector:
+        """Return the part of the vector that belongs to parameter group k, on the same memory."""
+        plan = self._step._plan
+        n = len(self._step.groups)
+        tensors = [t if j % n == k else None for t, j in zip(self._tensors, plan.group_ids, strict=True)]
+        return TensorVector(self._step, tensors, self._scale, self._role)
+
+    # ---- writing in place -----------------------------------------------------------------------------------
+
+    def scale_(self, a: Number) -> TensorVector:
+        """self = a * self."""
+        return self._write(self, a, 0.0, "scale_()")
+
+    def axpby_(self, a: Number, b: Number, other: TensorVector, *, first: Number | None = None) -> TensorVector:
+        """self = a * self + b * other.
+
+        Args:
+            first: for a state that a parameter does not have yet, self = first * other; None: b * other.
+        """
+        self._check_other(other, "axpby_()")
+        return self._write(other, a, b, "axpby_()", first)
+
+    def lerp_(self, other: TensorVector, weight: float) -> TensorVector:
+        """self = (1 - weight) * self + weight * other: an exponential moving average of `other`."""
+        self._check_other(other, "lerp_()")
+        return self._write(other, 1 - weight, weight, "lerp_()")
+
+    def copy_(self, source: TensorVector | Combination) -> TensorVector:
+        """self = source. A combination is written where both of its vectors have a tensor, in one launch."""
+        terms = _terms(source, "copy_()")
+        for _, x in terms:
+            self._check_other(x, "copy_()")
+        if len(terms) == 1:
+            return self._write(terms[0][1], 0.0, terms[0][0], "copy_()")
+        if len(terms) > 2:
+            raise ValueError(f"{self._step._where()}: copy_() takes two vectors; add the third by axpby_()")
+        (a, x), (b, y) = terms
+        both = [None if g is None or h is None else g for g, h in zip(x._tensors, y._tensors, strict=True)]
+        status = self._step._writable(self, both, "copy_()")
+        if status is not None and self._step._stepper.known_skip():
+            return self
+        a, b = (_times(c, _over(self._known_scale(), v._known_scale())) for c, v in terms)
+        vectors.axpby(self._step._plan, x._tensors, y._tensors, self._tensors, a, b, status)
+        self._square = None
+        self._step._wrote(self)
+        return self
+
+    def zeros_like(self) -> TensorVector:
+        """Return a new vector of zeros with the same tensors present, for this step alone."""
+        zeros = [None if t is None else torch.zeros_like(t, dtype=_wide(t)) for t in self._tensors]
+        return TensorVector(self._step, zeros)
+
+    # ---- combinations, which are read by what they are assigned to --------------------------------------------
+
+    def __mul__(self, a: Number) -> Combination:
+        return Combination([(a, self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, a: Number) -> Combination:
+        return Combination([(1 / a, self)])
+
+    def __neg__(self) -> Combination:
+        return Combination([(-1.0, self)])
+
+    def __add__(self, other: TensorVector | Combination) -> Combination:
+        return Combination([(1.0, self)]) + other
+
+    def __sub__(self, other: TensorVector | Combination) -> Combination:
+        return Combination([(1.0, self)]) - other
+
+    def __repr__(self) -> str:
+        present = sum(t is not None for t in self._tensors)
+        return f"TensorVector({self._role or 'temporary'}, {present} of {len(self._tensors)} parameters)"
+
+    # ---- within ---------------------------------------------------------------------------------------------
+
+    def _pattern(self) -> list[bool]:
+        return [t is None for t in self._tensors]
+
+    def _known_scale(self) -> Number:
+        if self._scale is None:
+            self._step._needed_scale = True  # found out by the update, if there is a GradScaler
+            return 1.0
+        return self._scale
+
+    def _check_other(self, other: Any, what: str) -> None:
+        if not isinstance(other, TensorVector):
+            raise TypeError(
+                f"{self._step._where()}: TensorVector.{what} takes a vector of this step, such as step.grad, "
+                f"not {type(other).__name__}"
+            )
+        if len(other._tensors) != len(self._tensors):
+            raise ValueError(
+                f"{self._step._where()}: the vectors have {len(self._tensors)} and {len(other._tensors)} parameters; "
+                "take both from the same step"
+            )
+
+    def _write(
+        self, other: TensorVector, a: Number, b: Number, what: str, first: Number | None = None
+    ) -> TensorVector:
+        """self = a * self + b * other, where a tensor that is missing in `other` counts as zero."""
+        step, plan = self._step, self._step._plan
+        old = list(self._tensors)
+        status = step._writable(self, other._tensors, what)
+        if status is not None and step._stepper.known_skip():
+            return self
+        if other is self:
+            vectors.axpby(plan, old, old, old, a + b, 0.0, status)
+        else:
+            if self._scale is not other._scale:
+                ratio = _over(self._known_scale(), other._known_scale())
+                b, first = _times(b, ratio), None if first is None else _times(first, ratio)
+            new: list[Tensor | None] = [t if o is None else None for t, o in zip(self._tensors, old, strict=True)]
+            if first is not None and any(t is not None for t in new):
+                vectors.axpby(plan, new, other._tensors, new, 0.0, first, status)
+                target = old
+            else:
+                target = self._tensors
+            vectors.axpby(plan, target, other._tensors, target, a, b, status)
+            if not _is_one(a):
+                alone = [x if y is None else None for x, y in zip(target, other._tensors, strict=True)]
+                if any(x is not None for x in alone):
+                    vectors.axpby(plan, alone, alone, alone, a, 0.0, status)
+        self._square = None
+        step._wrote(self)
+        return self
+
+
+class Combination:
+    """A sum of up to two vectors times numbers, such as `a * x + b * y`: assigned to something that reads it."""
+
+    def __init__(self, terms: list[tuple[Number, TensorVector]]) -> None:
+        self.terms = terms
+
+    def __mul__(self, a: Number) -> Combination:
+        return Combination([(_times(a, c), x) for c, x in self.terms])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Combination:
+        return self * -1.0
+
+    def __add__(self, other: TensorVector | Combination) -> Combination:
+        joined: dict[int, tuple[Number, TensorVector]] = {}
+        for c, x in [*self.terms, *_terms(other, "+")]:
+            joined[id(x)] = (_plus(joined[id(x)][0], c), x) if id(x) in joined else (c, x)
+        return Combination(list(joined.values()))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: TensorVector | Combination) -> Combination:
+        return self + _negative(other)
+
+
+class GroupRho:
+    """Each parameter group's rho times one factor, as `radius` may return it: `step.rho * step.ascent_norm`."""
+
+    def __init__(self, factor: Number = 1.0) -> None:
+        self.factor = factor
+
+    def __mul__(self, a: Number) -> GroupRho:
+        return GroupRho(_times(self.factor, a))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, a: Number) -> GroupRho:
+        return GroupRho(_over(self.factor, a))
+
+
+class Step:
+    """One step, as hooks see it. SAM makes one and hands it to every hook; take nothing of it beyond the step.
+
+    Attributes:
+        groups: the optimizer's param_groups: dicts with rho, lr and the other options.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        self._stepper = stepper
+        self._optimizer = stepper.optimizer
+        self._extra = ExtraState()
+        self._phase = ""
+        self._snapshot: GradSnapshot | None = None
+        self._vectors: dict[str, TensorVector] = {}
+        self._kept: list[Tensor | None] | None = None  # the ascent gradients, taken from the parameters
+        self._needed_scale = False  # True if the ascent used the absolute size of a gradient without knowing its scale
+        self._scheduled = False
+        self._was_perturbed = False
+        self._wrote_weights = False
+        self._update_scale: Tensor | None = None  # GradScaler's, of the update's gradients
+
+    # ---- what hooks read ------------------------------------------------------------------------------------
+
+    @property
+    def groups(self) -> list[dict[str, Any]]:
+        """The optimizer's param_groups."""
+        groups: list[dict[str, Any]] = self._optimizer.param_groups
+        return groups
+
+    @property
+    def grad(self) -> TensorVector:
+        """The gradients of this pass: of the first one in `ascent` and `radius`, of the second one afterwards.
+
+        Changing it in `ascent` changes the direction of the perturbation, changing it in `descent` the update.
+        """
+        return self._vector("grad")
+
+    @property
+    def ascent_grad(self) -> TensorVector:
+        """The gradients of the first pass as `ascent` left them. The class must set `keeps_ascent_grad = True`.
+
+        Raises:
+            RuntimeError: they are not kept, or this step has not perturbed.
+        """
+        return self._vector("ascent_grad")
+
+    @property
+    def weights(self) -> TensorVector:
+        """The parameters (their fp32 masters if there are any). A hook may write to them in `updated` only."""
+        return self._vector("weights")
+
+    def state(self, name: str) -> TensorVector:
+        """Return a vector that the optimizer's state keeps under that name: fp32, or fp64 for fp64 parameters.
+
+        It counts as zero until the `updated` hook writes to it. Only `updated` may write to it, and a skipped step
+        leaves it as it is. A state_dict carries it.
+
+        Raises:
+            ValueError: the base optimizer has state of that name.
+        """
+        rule = self._stepper.base.rule
+        if rule is not None and name in {column.name for column in rule.columns}:
+            raise ValueError(
+                f"{self._where()}: step.state({name!r}) is the base optimizer's own state; choose another name"
+            )
+        return self._vector("state", name)
+
+    @property
+    def ascent_norm(self) -> Tensor:
+        """||T_w g||, the global norm of the gradient that perturbs: 0-dim. Known from `radius` on."""
+        if self._phase == "ascent":
+            raise RuntimeError(f"{self._where()}: step.ascent_norm is not known before `radius`; use step.grad.norm()")
+        scale = self._ascent_scale if self._phase == "radius" else self._scale_of_ascent()
+        if scale is None:
+            self._needed_scale = True
+            scale = 1.0
+        return _over(self._stepper.status.ascent_norm.clone(), scale)
+
+    @property
+    def rho(self) -> GroupRho:
+        """Each group's rho, for `radius`: multiply or divide it by a number, and return it."""
+        return GroupRho()
+
+    @property
+    def perturbed(self) -> bool:
+        """True if this step has perturbed the parameters, so that `grad` is a gradient at w + e."""
+        return self._was_perturbed
+
+    @property
+    def scheduled(self) -> bool:
+        """True if the schedule lets the method act in this step, and a group has rho above 0."""
+        self._stepper.decide()
+        return self._scheduled
+
+    @property
+    def skipped(self) -> Tensor:
+        """True if a gradient was not finite, so that the step changes nothing: 0-dim bool on the device."""
+        return self._stepper.status.values[SKIP] != 0
+
+    @property
+    def grad_scale(self) -> Number | None:
+        """What the gradients of this pass are multiplied by; None if nothing is known of a scale."""
+        return self._ascent_scale if self._phase in ("ascent", "radius") else self._update_scale
+
+    @property
+    def _ascent_scale(self) -> Number | None:
+        """What the first gradients are multiplied by, if it was told."""
+        scale: Number | None = self._optimizer.ascent_grad_scale
+        return scale.to(self._stepper.status.values) if isinstance(scale, Tensor) else scale
+
+    @property
+    def clip_factor(self) -> Number:
+        """What max_norm multiplies the update's gradient by: 1 without clipping. Known in `updated`."""
+        return self._stepper.clip_factor()
+
+    # ---- what hooks set -------------------------------------------------------------------------------------
+
+    @property
+    def update_grad(self) -> TensorVector | Combination:
+        """The gradient that the base optimizer gets. Set it in `descent`, to a combination of grad and ascent_grad.
+
+        A parameter that has a gradient in the second pass only is updated with it as it is.
+        """
+        return self.grad
+
+    @update_grad.setter
+    def update_grad(self, value: TensorVector | Combination) -> None:
+        if self._phase != "descent":
+            raise RuntimeError(f"{self._where()}: step.update_grad is set in the hook `descent`, before the update")
+        grad, terms = self.grad, _terms(value, "step.update_grad")
+        self._stepper.changed_update = True
+        if len(terms) == 1 and terms[0][1] is not grad and terms[0][1]._role == "ascent_grad" and _is_one(terms[0][0]):
+            self._use_ascent_grad()
+            return
+        a = next((c for c, x in terms if x is grad), 0.0)
+        others = [(c, x) for c, x in terms if x is not grad]
+        if not others:
+            grad.scale_(a)
+            return
+        if len(others) > 1:
+            raise ValueError(
+                f"{self._where()}: step.update_grad takes step.grad and one other vector; "
+                "combine the others first, with axpby_() on a vector of zeros_like()"
+            )
+        b, other = others[0]
+        if grad._scale is not other._scale:
+            b = _times(b, _over(grad._known_scale(), other._known_scale()))
+        vectors.axpby(self._plan, grad._tensors, other._tensors, grad._tensors, a, b)
+        grad._square = None
+
+    def require_finite(self, vector: TensorVector) -> None:
+        """Skip the step if a number of the vector is not finite: for one that does not enter the update's gradient."""
+        if self._phase != "descent":
+            raise RuntimeError(f"{self._where()}: step.require_finite() is for the hook `descent`, before the update")
+        if self._stepper.settings.check_update:
+            self._stepper.status.skip.add_(~vectors.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
+
+    # ---- what the stepper calls -----------------------------------------------------------------------------
+
+    def ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+        """Run the method's ascent hook, and take the gradients from the parameters if the class keeps them."""
+        self._vectors.clear()
+        self._snapshot, self._kept = snapshot, None
+        with self._in("ascent"):
+            _check_none(self._optimizer.ascent(self), self)
+        if self._optimizer.keeps_ascent_grad:
+            self._kept = [None if g is None else owned(g) for g in snapshot.grads]
+            for p in plan.params:
+                p.grad = None
+
+    def radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
+        """Run the method's radius hook; return the groups with the lengths that it gave."""
+        with self._in("radius"):
+            length = self._optimizer.radius(self)
+        if length is None:
+            return groups
+        relative = isinstance(length, GroupRho)
+        factor: Any = length.factor if isinstance(length, GroupRho) else length
+        if not is_number(factor):
+            raise TypeError(
+                f"{self._where('radius')} must return the length of e: a number, a 0-dim tensor, step.rho times one of "
+                f"them, or None for each group's rho; not {length!r}"
+            )
+        # The kernels multiply a group's rho by the inverse norm.
+        if isinstance(factor, Tensor):
+            self._stepper.status.inverse_norm.mul_(factor.reshape(()))
+            return groups if relative else [g._replace(rho=1.0 if g.rho > 0 else 0.0) for g in groups]
+        if relative:
+            return [g._replace(rho=g.rho * float(factor)) for g in groups]
+        return [g._replace(rho=float(factor) if g.rho > 0 else 0.0) for g in groups]
+
+    def descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+        """Run the method's descent hook."""
+        self._snapshot = snapshot
+        self._vectors.clear()
+        self._was_perturbed = bool(self._stepper.perturbed)
+        scale = self._stepper.grad_scale
+        self._update_scale = None if scale is None else scale.to(self._stepper.status.values)
+        if self._needed_scale and getattr(self._optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} needs the loss scale of its first gradients, because it compares "
+                "gradients of different steps: call first_step(grad_scale=scaler.get_scale()), or set "
+                "optimizer.ascent_grad_scale, before each step"
+            )
+        with self._in("descent"):
+            _check_none(self._optimizer.descent(self), self)
+
+    def updated(self) -> None:
+        """Run the method's updated hook."""
+        with self._in("updated"):
+            _check_none(self._optimizer.updated(self), self)
+        if self._wrote_weights:
+            self._wrote_weights = False
+            with torch.no_grad():
+                self._plan.masters.write_params()
+            self._plan.masters.record_versions()
+        self.end()
+
+    def wants_perturbation(self) -> bool:
+        """Ask the schedule and the method whether this step perturbs."""
+        schedule = self._stepper.schedule
+        now, self._snapshot, self._vectors = (self._snapshot, self._vectors), None, {}
+        try:
+            with self._in("wants_perturbation"):
+                self._scheduled = schedule is None or bool(schedule.due(self))
+                return self._scheduled and bool(self._optimizer.wants_perturbation(self))
+        finally:
+            self._snapshot, self._vectors = now
+
+    def replanned(self, old: Plan, new: Plan) -> None:
+        """Sort the ascent gradients for the parameters of a new plan."""
+        self._vectors.clear()
+        if self._kept is not None:
+            by_param = dict(zip(old.params, self._kept, strict=True))
+            self._kept = [by_param.get(p) for p in new.params]
+
+    def end(self) -> None:
+        """Let go of the gradients, and of what is known of one step only."""
+        self._snapshot = self._kept = None
+        self._vectors.clear()
+        self._needed_scale = self._scheduled = self._was_perturbed = False
+        self._update_scale = None
+
+    def forget(self) -> None:
+        """Forget everything, because the state was replaced."""
+        self.end()
+        self._extra.forget()
+
+    def settle(self) -> None:
+        """Take state that a skipped update began out of the optimizer's state, before it is saved."""
+        self._extra.settle()
+
+    # ---- within ---------------------------------------------------------------------------------------------
+
+    @property
+    def _plan(self) -> Plan:
+        return self._stepper.plan
+
+    def _where(self, hook: str = "") -> str:
+        return f"{type(self._optimizer).__name__}.{hook or self._phase or 'step'}()"
+
+    @contextmanager
+    def _in(self, phase: str) -> Iterator[None]:
+        before, self._phase = self._phase, phase
+        grad = torch.is_grad_enabled()
+        torch._C._set_grad_enabled(False)
+        try:
+            yield
+        finally:
+            self._phase = before
+            torch._C._set_grad_enabled(grad)
+
+    def _scale_of_ascent(self) -> Number | None:
+        """Return the scale of the first gradients: as it was told, else GradScaler's, which has not changed since."""
+        told = self._ascent_scale
+        if told is None and self._update_scale is None and getattr(self._optimizer, "found_inf", None) is not None:
+            raise RuntimeError(
+                f"{type(self._optimizer).__name__} compares both gradients of a step, and scaler.unscale_() has "
+                "unscaled the second one only: call first_step(grad_scale=scaler.get_scale()), or leave unscale_() out and clip "
+                "by SAM's max_norm"
+            )
+        return told if told is not None else 1.0 if self._update_scale is None else self._update_scale
+
+    def _vector(self, role: str, name: str = "") -> TensorVector:
+        found = self._vectors.get(role + name)
+        if found is None:
+            found = self._vectors[role + name] = self._make(role, name)
+        return found
+
+    def _make(self, role: str, name: str) -> TensorVector:
+        first = self._phase in ("ascent", "radius", "wants_perturbation")
+        if role == "grad":
+            if self._snapshot is None:
+                self._snapshot = self._stepper.snapshot()[1]
+            scale = self._ascent_scale if first else 1.0 if self._update_scale is None else self._update_scale
+            return TensorVector(self, self._snapshot.grads, scale, role)
+        if role == "ascent_grad":
+            if self._kept is None:
+                raise RuntimeError(
+                    f"{self._where()}: step.ascent_grad is there after a perturbation, if the class sets "
+                    "keeps_ascent_grad = True; ask step.perturbed first"
+                )
+            return TensorVector(self, self._kept, self._scale_of_ascent(), role)
+        if role == "weights":
+            return TensorVector(self, list(self._plan.masters.updated_tensors()), 1.0, role)
+        tensors = self._extra.find(self._plan, self._optimizer.state, name)
+        return TensorVector(self, tensors, 1.0, "state", name)
+
+    def _writable(self, vector: TensorVector, other: list[Tensor | None], what: str) -> Any:
+        """Return the status if a skipped step must not write the vector, after checking that this hook may write it.
+
+        A state gets tensors of zeros where `other` and the gradient have one.
+        """
+        role, phase = vector._role, self._phase
+        allowed = {"grad": ("ascent", "descent"), "weights": ("updated",), "state": ("updated",), "ascent_grad": ()}
+        if role in allowed and phase not in allowed[role]:
+            hooks = " and ".join(f"`{hook}`" for hook in allowed[role]) or "no hook"
+            reason = ", so that a skipped step leaves it as it is" if allowed[role] == ("updated",) else ""
+            raise RuntimeError(f"{self._where()}: {what} would write to step.{role}, which {hooks} may change{reason}")
+        if role == "state" and not self._stepper.known_skip():
+            skip = None if self._stepper.status.host is not None else self._stepper.status.skip
+            grads = self.grad._tensors
+            wanted = [None if h is None else g for g, h in zip(grads, other, strict=True)]
+            vector._tensors[:] = self._extra.begin(self._plan, self._optimizer.state, vector.name, wanted, skip)
+        return self._stepper.status if role in ("state", "weights") else None
+
+    def _wrote(self, vector: TensorVector) -> None:
+        if vector._role == "grad" and self._phase == "descent":
+            self._stepper.changed_update = True
+        elif vector._role == "weights":
+            self._wrote_weights = True
+
+    def _use_ascent_grad(self) -> None:
+        """Give the first gradients to the base optimizer, in p.grad, and keep the second ones as step.grad."""
+        snapshot, kept = self._snapshot, self._kept
+        assert snapshot is not None and kept is not None
+        second = TensorVector(self, list(snapshot.grads), self.grad._scale, "grad")
+        for i, (h, g) in enumerate(zip(snapshot.grads, kept, strict=True)):
+            if h is None or g is None:
+                second._tensors[i] = kept[i] = None
+                continue
+            if g.dtype is not h.dtype or g.stride() != h.stride():
+                g = kept[i] = torch.empty_like(h).copy_(g)
+            snapshot.grads[i] = g
+            p = self._plan.params[i]
+            p.grad = like(g, p)
+        snapshot.addresses = None
+        self._vectors["grad"] = second
+
+
+# ---- numbers on the host or on the device ---------------------------------------------------------------------------
+
+
+def _is_one(a: Number) -> bool:
+    return not isinstance(a, Tensor) and a == 1
+
+
+def _is_zero(a: Number) -> bool:
+    return not isinstance(a, Tensor) and a == 0
+
+
+def _times(a: Number, b: Number) -> Number:
+    return b if _is_one(a) else a if _is_one(b) else a * b
+
+
+def _over(a: Any, b: Number) -> Any:
+    return a if _is_one(b) else a / b
+
+
+def _plus(a: Number, b: Number) -> Number:
+    return a + b
+
+
+def _wide(t: Tensor) -> torch.dtype:
+    return torch.float64 if t.dtype is torch.float64 else torch.float32
+
+
+def _terms(value: Any, what: str) -> list[tuple[Number, TensorVector]]:
+    if isinstance(value, TensorVector):
+        return [(1.0, value)]
+    if isinstance(value, Combination):
+        return value.terms
+    raise TypeError(f"{what} takes a vector of the step, or a combination such as a * x + b * y, not {value!r}")
+
+
+def _negative(value: TensorVector | Combination) -> Combination:
+    return Combination([(-c, x) for c, x in _terms(value, "-")])
+
+
+def _check_none(result: Any, step: Step) -> None:
+    if result is not None:
+        raise TypeError(
+            f"{step._where()} must return None, not {type(result).__name__}: hooks change the step's vectors in place"
+        )

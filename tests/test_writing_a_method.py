@@ -1,0 +1,214 @@
+"""Methods that a user writes over the public step: the examples against their formulas, and what a wrong one is told."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support import nets
+from support.bits import assert_same_bits
+from support.family import STEPS, Problem, Vector, assert_weights, dot, model_and_groups, options, sam_steps
+from torch import nn
+
+import fused_sam
+from examples.methods.le_sam import LESAM
+from examples.methods.stable_sam import StableSAM
+from examples.methods.unnormalised_sam import UnnormalisedSAM
+from examples.methods.vasso import VaSSO
+from fused_sam import SAM, Step, option
+
+DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
+
+
+def norm(v: Vector, p: Problem) -> float:
+    """Over the perturbed groups."""
+    return math.sqrt(sum(float(x.square().sum()) for x, on in zip(v, p.perturbed, strict=True) if on))
+
+
+# ---- the examples of examples/methods, each from its formula --------------------------------------------------------
+
+
+@DTYPES
+def test_stable_sam(backend: str, dtype: torch.dtype) -> None:
+    """arXiv 2401.07250: d = (||g|| / ||g_s||) g_s."""
+    model, groups = model_and_groups(dtype)
+    sam_steps(model, StableSAM(groups, backend=backend, **options()))
+    p = Problem()
+    for step in range(STEPS):
+        g = p.gradient(p.w, step)
+        g_s = p.gradient(p.climb(g), step)
+        p.descend([norm(g, p) / float(dot(g_s, g_s).sqrt()) * x for x in g_s])
+    assert_weights(model, p.w)
+
+
+@DTYPES
+def test_le_sam(backend: str, dtype: torch.dtype) -> None:
+    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max), sigma_t a cosine to 0; every perturbed group alike."""
+    model, groups = model_and_groups(dtype)
+    optimizer = LESAM(groups, sigma=0.03, rho_max=0.15, total=8, backend=backend, **options())
+    sam_steps(model, optimizer)
+    p, lengths = Problem(), []
+    for step in range(STEPS):
+        g = p.gradient(p.w, step)
+        sigma = 0.03 * (1 + math.cos(math.pi * min(1.0, step / 8))) / 2
+        lengths.append(min(sigma / norm(g, p), 0.15))
+        p.rho = [lengths[-1]] * len(p.rho)
+        p.descend(p.gradient(p.climb(g), step))
+    assert_weights(model, p.w)
+    assert lengths[0] < 0.15 and lengths[-1] < 1e-12, "both limits are met"
+
+
+@DTYPES
+def test_unnormalised_sam(backend: str, dtype: torch.dtype) -> None:
+    """arXiv 2206.06232: e = rho g, with each group's rho."""
+    model, groups = model_and_groups(dtype)
+    sam_steps(model, UnnormalisedSAM(groups, backend=backend, **options()))
+    p = Problem()
+    for step in range(STEPS):
+        g = p.gradient(p.w, step)
+        p.descend(p.gradient(p.climb(g, factor=norm(g, p)), step))
+    assert_weights(model, p.w)
+
+
+@DTYPES
+def test_vasso(backend: str, dtype: torch.dtype) -> None:
+    """arXiv 2308.11214: e = rho d / ||d||, d the running average of the ascent gradients."""
+    model, groups = model_and_groups(dtype)
+    optimizer = VaSSO(groups, theta=0.3, backend=backend, **options())
+    sam_steps(model, optimizer)
+    p = Problem()
+    d = [torch.zeros_like(w) for w in p.w]
+    for step in range(STEPS):
+        d = [0.7 * m + 0.3 * x for m, x in zip(d, p.gradient(p.w, step), strict=True)]
+        p.descend(p.gradient(p.climb(d), step))
+    assert_weights(model, p.w)
+    for q, m in zip(model.parameters(), d, strict=True):
+        torch.testing.assert_close(optimizer.state[q]["direction"].double(), m, rtol=0, atol=2e-6)
+
+
+# ---- what a method that is wrong is told; weights and state stay as they are --------------------------------------
+
+
+def broken(hook: Callable[[SAM, Step], Any], name: str, **attributes: Any) -> type[SAM]:
+    return type("Broken", (SAM,), {name: hook, **attributes})
+
+
+def other_vector(step: Step) -> Any:
+    p = nn.Parameter(torch.ones(2))
+    other = SAM([p], lr=0.1)
+    p.grad = torch.ones(2)
+    return other.stepper.context.grad  # type: ignore[attr-defined]
+
+
+WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
+    ("ascent", lambda self, step: step.grad, r"Broken.ascent\(\) must return None, not TensorVector", {}),
+    ("descent", lambda self, step: 1.0, r"Broken.descent\(\) must return None, not float", {}),
+    ("radius", lambda self, step: "long", r"Broken.radius\(\) must return the length of e", {}),
+    ("radius", lambda self, step: torch.ones(2), r"Broken.radius\(\) must return the length of e", {}),
+    ("ascent", lambda self, step: step.grad.axpby_(1, 1, 3.0), r"axpby_\(\) takes a vector of this step", {}),
+    ("ascent", lambda self, step: step.grad.axpby_(1, 1, other_vector(step)) and None, "have 6 and 1 parameters", {}),
+    ("ascent", lambda self, step: step.state("m").scale_(2) and None, "which `updated` may change", {}),
+    ("descent", lambda self, step: step.weights.scale_(2) and None, "which `updated` may change", {}),
+    ("descent", lambda self, step: step.ascent_grad and None, "keeps_ascent_grad = True", {}),
+    ("ascent", lambda self, step: step.state("momentum_buffer") and None, "the base optimizer's own state", {}),
+    ("ascent", lambda self, step: setattr(step, "update_grad", step.grad), "set in the hook `descent`", {}),
+    ("ascent", lambda self, step: step.ascent_norm and None, "not known before `radius`", {}),
+]
+
+
+@pytest.mark.parametrize(("name", "hook", "message", "attributes"), WRONG)
+def test_a_wrong_hook_is_told_and_changes_nothing(
+    backend: str, name: str, hook: Any, message: str, attributes: dict[str, Any]
+) -> None:
+    model, groups = model_and_groups(torch.float32)
+    optimizer = broken(hook, name, **attributes)(groups, backend=backend, **options())
+    before = [p.detach().clone() for p in model.parameters()]
+    nets.loss_of(model, 0).backward()
+    with pytest.raises((TypeError, ValueError, RuntimeError), match=message):
+        optimizer.first_step(zero_grad=True)
+        nets.loss_of(model, 0).backward()
+        optimizer.second_step()
+    optimizer.restore()
+    assert_same_bits(list(model.parameters()), before)
+    assert not any(optimizer.state.values()) and not optimizer.perturbed
+
+
+def test_an_exception_of_a_hook_leaves_everything_as_it_was(backend: str) -> None:
+    class Fails(SAM):
+        def descent(self, step: Step) -> None:
+            raise KeyError("mine")
+
+    model, groups = model_and_groups(torch.float32)
+    optimizer = Fails(groups, backend=backend, **options())
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(KeyError, match="mine"):
+        optimizer.step(nets.closure_for(model, 0))
+    assert_same_bits(list(model.parameters()), before)
+    assert not any(optimizer.state.values())
+
+
+def test_options_are_declared_once() -> None:
+    class Mine(SAM):
+        OPTIONS = {"strength": option(0.5, low=0, high=2, help="how much"), "fast": option(False)}  # noqa: RUF012
+
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Mine([p], strength=1.5, lr=0.1)
+    assert (optimizer.strength, optimizer.fast) == (1.5, False)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="Mine's option strength must be from 0 to 2, not 3"):
+        optimizer.strength = 3  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="Mine's option strength"):
+        Mine([p], strength=-1, lr=0.1)
+    with pytest.raises(TypeError, match="Mine's option fast must be True or False"):
+        Mine([p], fast="no", lr=0.1)
+    with pytest.raises(TypeError, match="weakness"):
+        Mine([p], weakness=1, lr=0.1)
+    with pytest.raises(ValueError, match="sets strength, which is one for all groups"):
+        Mine([{"params": [p], "strength": 1.0}], lr=0.1)
+    assert "strength" in str(Mine.__signature__)  # type: ignore[attr-defined]
+
+
+def test_a_wrong_declaration_is_refused_where_it_stands() -> None:
+    with pytest.raises(TypeError, match=r"Bad.OPTIONS\['strength'\] must be made by fused_sam.option"):
+        type("Bad", (SAM,), {"OPTIONS": {"strength": 0.5}})
+    with pytest.raises(TypeError, match=r"Bad.OPTIONS\['rho'\] is SAM's own; its default goes into DEFAULTS"):
+        type("Bad", (SAM,), {"OPTIONS": {"rho": option(0.5)}})
+
+
+def test_combinations_are_read_in_any_order(backend: str) -> None:
+    """update_grad = a x + b y, y x - b, and sums that meet a vector twice."""
+
+    class Mix(SAM):
+        keeps_ascent_grad = True
+
+        def descent(self, step: Step) -> None:
+            g_s, g = step.grad, step.ascent_grad
+            step.update_grad = 2 * (g - g_s) + g_s * 3 - g / 2  # g_s + 1.5 g
+
+    p = nn.Parameter(torch.zeros(3))
+    optimizer = Mix([p], rho=0.1, lr=1.0, backend=backend)
+    p.grad = torch.tensor([1.0, 2.0, 3.0])
+    optimizer.first_step()
+    p.grad = torch.tensor([3.0, 2.0, 1.0])
+    optimizer.second_step()
+    torch.testing.assert_close(p.detach(), -torch.tensor([4.5, 5.0, 5.5]))
+
+
+def test_unscaling_after_the_first_pass_is_found_out(backend: str) -> None:
+    """scaler.unscale_() before the update leaves g scaled and g_s not: refused, unless the scale was told."""
+    for told in (False, True):
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = fused_sam.WSAM([p], gamma=0.5, decouple=False, rho=0.1, lr=1.0, backend=backend)
+        p.grad = torch.tensor([8.0, 16.0])
+        optimizer.first_step(grad_scale=8.0 if told else None)
+        p.grad = torch.tensor([3.0, 5.0])
+        optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # as GradScaler sets them after unscale_()
+        if not told:
+            with pytest.raises(RuntimeError, match=r"unscale_\(\) has unscaled the second one only"):
+                optimizer.second_step()
+            assert torch.equal(p, torch.zeros(2))
+            continue
+        optimizer.second_step()
+        torch.testing.assert_close(p.detach(), -torch.tensor([3.0, 5.0]))  # gamma 0.5 is g_s alone
