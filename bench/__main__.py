@@ -1,4 +1,4 @@
-"""Command line of the benchmarks: `python -m bench` runs those of SAM with SGD, a sub-command any one of them."""
+"""Run the benchmarks: `python -m bench` runs those of SAM with SGD, and each sub-command runs one benchmark."""
 
 from __future__ import annotations
 
@@ -28,17 +28,18 @@ ADAMW_PEERS = ["per-tensor", "foreach-fused", "in-place", "ours-cpu"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-Shapes = Annotated[list[str], typer.Option("--shape", help=f"{', '.join(NETWORKS)} or COUNTxSIZE; may be repeated.")]
-Peers = Annotated[list[str], typer.Option("--peer", help=f"{', '.join(peers.PEERS)}; may be repeated.")]
-Device = Annotated[str, typer.Option(help="cpu or cuda.")]
-Threads = Annotated[int, typer.Option(min=0, help="CPU threads; 0 leaves torch's own choice.")]
-Out = Annotated[Path | None, typer.Option(help="Write JSON and plots into a folder in it, named after the machine.")]
-Seconds = Annotated[float, typer.Option(min=0.0, help="Time for a network's rounds; COUNTxSIZE takes a third.")]
-Rounds = Annotated[int, typer.Option(min=0, help="Rounds for each shape in place of a time; 0 goes by --seconds.")]
-Compiled = Annotated[bool, typer.Option("--compile", help="Add the multi-tensor code under torch.compile: minutes.")]
-Bf16 = Annotated[bool, typer.Option("--bf16", help="Weights and gradients in bf16; this package keeps fp32 momentum.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Small and short: shows that it runs, its times mean nothing.")]
-WeightDecay = Annotated[float, typer.Option(min=0.0, help="SGD's weight decay.")]
+Shapes = Annotated[list[str], typer.Option("--shape", help=f"Time {', '.join(NETWORKS)} or COUNTxSIZE; may be repeated.")]
+Peers = Annotated[list[str], typer.Option("--peer", help=f"Run {', '.join(peers.PEERS)}; may be repeated.")]
+Methods = Annotated[list[str], typer.Option("--method", help="Run this method; may be repeated. The default is all.")]
+Device = Annotated[str, typer.Option(help="Run on cpu or cuda.")]
+Threads = Annotated[int, typer.Option(min=0, help="Use this many CPU threads; 0 leaves torch's own choice.")]
+Out = Annotated[Path | None, typer.Option(help="Write JSON and plots into its subfolder named after the machine.")]
+Seconds = Annotated[float, typer.Option(min=0.0, help="Give a network's rounds this time; COUNTxSIZE takes a third.")]
+Rounds = Annotated[int, typer.Option(min=0, help="Run this many rounds per shape; 0 goes by --seconds.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Add the multi-tensor code under torch.compile, for minutes.")]
+Bf16 = Annotated[bool, typer.Option("--bf16", help="Use bf16 weights and gradients; this package keeps fp32 momentum.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Run small and short, as a check that it runs; its times mean nothing.")]
+WeightDecay = Annotated[float, typer.Option(min=0.0, help="Set SGD's weight decay.")]
 
 DECAY = Hyper.weight_decay
 BUDGET = 25.0
@@ -53,7 +54,7 @@ def everything(
     seconds: Seconds = BUDGET,
     compiled: Compiled = False,
 ) -> None:
-    """Memory, host cost and times of SAM with SGD, under bench/results; it runs where no sub-command is named."""
+    """Measure memory, host cost and times of SAM with SGD, into bench/results. Runs if no sub-command is named."""
     run = Run(device, threads, out)
     names = run.choose([], compiled)
     run.weigh(MEMORY_SHAPES, names)
@@ -65,7 +66,7 @@ def everything(
 @app.command("side-by-side")
 def side_by_side_command(
     shape: Shapes = SHAPES,
-    peer: Peers = [],  # noqa: B006 (typer reads the default, nothing writes to it)
+    peer: Peers = [],  # noqa: B006 (typer reads the default, and nothing writes to it)
     rounds: Rounds = 0,
     seconds: Seconds = BUDGET,
     device: Device = "cpu",
@@ -75,7 +76,7 @@ def side_by_side_command(
     weight_decay: WeightDecay = DECAY,
     bf16: Bf16 = False,
 ) -> None:
-    """Times of a step in interleaved rounds, and ratios to this package's."""
+    """Time steps in interleaved rounds, and give their ratios to this package's."""
     run = Run(device, threads, out, Hyper(weight_decay=weight_decay), "bf16_" if bf16 else "")
     chosen = run.choose(peer, compiled)
     if bf16 and not peer and run.device.type == "cpu":
@@ -94,7 +95,7 @@ def adamw(
     threads: Threads = 0,
     out: Out = None,
 ) -> None:
-    """As side-by-side, with AdamW in SGD's place."""
+    """Run side-by-side with AdamW as the base optimizer."""
     run = Run(device, threads, out, AdamHyper(), "adamw_")
     usual = ADAMW_PEERS if run.device.type == "cpu" else []
     run.compare(shape, run.choose(peer or usual), rounds, seconds)
@@ -108,9 +109,9 @@ def memory_command(
     device: Device = "cpu",
     threads: Threads = 0,
     out: Out = None,
-    processes: Annotated[int, typer.Option(min=1, help="Modes of more processes than that are left out.")] = 4,
+    processes: Annotated[int, typer.Option(min=1, help="Leave out modes that need more processes.")] = 4,
 ) -> None:
-    """What a step keeps and allocates beyond weights, gradients and momentum; what SAM keeps in every way to train."""
+    """Measure a step's memory beyond weights, gradients and momentum, and what SAM keeps in each way to train."""
     run = Run(device, threads, out)
     run.weigh(shape, run.choose(peer))
     if run.device.type == "cpu":
@@ -129,21 +130,21 @@ def memory_command(
 @app.command("distributed")
 def distributed_command(
     shape: Annotated[
-        str, typer.Option(help=f"What each process holds: {', '.join(NETWORKS)} or COUNTxSIZE.")
+        str, typer.Option(help=f"Give each process {', '.join(NETWORKS)} or COUNTxSIZE.")
     ] = "resnet18",
-    processes: Annotated[list[int], typer.Option(min=1, help="Numbers of processes; may be repeated.")] = [1, 2, 4],  # noqa: B006
+    processes: Annotated[list[int], typer.Option(min=1, help="Run this many processes; may be repeated.")] = [1, 2, 4],  # noqa: B006
     rounds: Annotated[int, typer.Option(min=1)] = 30,
-    repeats: Annotated[int, typer.Option(min=1, help="Steps a turn, of which the median counts.")] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Take this many steps per turn; their median counts.")] = 5,
     out: Out = None,
     quick: Quick = False,
 ) -> None:
-    """SAM's step on several gloo processes with DDP's and FSDP2's weights, beside bare all-reduces."""
+    """Time SAM's step on several gloo processes with DDP's and FSDP2's weights, and bare all-reduces."""
     from bench import distributed, distributed_report, report
 
     by_name(shape)
     if quick:
         shape, rounds, repeats = "3x20000", 2, 1
-    run = Run("cpu", 0, out)  # the processes have one thread each, this one waits
+    run = Run("cpu", 0, out)  # the processes have one thread each, and this one waits
     with bar("processes") as progress:
         found = distributed.measure_all(shape, run.hyper, rounds, repeats, tuple(processes), progress)
     console.print(distributed_report.table(found, run.machine.cores))
@@ -155,15 +156,15 @@ def distributed_command(
 
 @app.command("methods")
 def methods_command(
-    method: Annotated[list[str], typer.Option(help="One of the family; may be repeated. Default: all.")] = [],  # noqa: B006
-    network: Annotated[list[str], typer.Option(help="cnn or mlp; may be repeated.")] = ["cnn", "mlp"],  # noqa: B006
-    shape: Annotated[str, typer.Option(help="For the optimizers alone.")] = "transformer24m",
+    method: Methods = [],  # noqa: B006
+    network: Annotated[list[str], typer.Option(help="Train cnn or mlp; may be repeated.")] = ["cnn", "mlp"],  # noqa: B006
+    shape: Annotated[str, typer.Option(help="Run the optimizers alone on this shape.")] = "transformer24m",
     rounds: Annotated[int, typer.Option(min=1)] = 15,
     threads: Threads = 0,
     out: Out = None,
     quick: Quick = False,
 ) -> None:
-    """A training step of every method of the family over SGD's, and what its optimizer moves beside copy_'s rate."""
+    """Time a training step of every method over SGD's, and its optimizer's rate of moving bytes over copy_'s."""
     from bench import family, family_report, methods, optimizer_work, report
 
     names = family.chosen(method)
@@ -192,14 +193,14 @@ def methods_command(
 
 @app.command("accuracy")
 def accuracy_command(
-    method: Annotated[list[str], typer.Option(help="One of the family; may be repeated. Default: all.")] = [],  # noqa: B006
+    method: Methods = [],  # noqa: B006
     seeds: Annotated[int, typer.Option(min=1)] = 5,
-    data_dir: Annotated[Path, typer.Option(help="Of Fashion-MNIST's four IDX .gz files.")] = FASHION_FOLDER,
+    data_dir: Annotated[Path, typer.Option(help="Read Fashion-MNIST's four IDX .gz files from here.")] = FASHION_FOLDER,
     threads: Threads = 0,
     out: Out = HERE / "results",
     quick: Quick = False,
 ) -> None:
-    """Accuracy beside cost on digits and Fashion-MNIST, labels right and wrong. A stopped run goes on."""
+    """Measure accuracy and cost on digits and Fashion-MNIST, with right and wrong labels. A stopped run resumes."""
     from bench import accuracy, accuracy_report, family
 
     names = [name for name in family.chosen(method) if method or family.METHODS[name].accuracy]
@@ -213,7 +214,7 @@ def accuracy_command(
             console.print(f"[yellow]left out {setting.title}: {error}[/]", soft_wrap=True)
     seconds = sum(accuracy.estimate(setting, source, names, seeds, journal) for setting, source in sources.items())
     done = f"; {len(journal.lines)} runs are in {journal.path}" if journal.lines else ""
-    console.print(f"About {seconds / 60:.0f} minutes in all, more on a busy machine{done}.", soft_wrap=True)
+    console.print(f"This takes about {seconds / 60:.0f} minutes in all, more on a busy machine{done}.", soft_wrap=True)
     results = []
     for setting, source in sources.items():
         with bar(setting.title) as progress:
@@ -226,13 +227,13 @@ def accuracy_command(
 
 @app.command("host-cost")
 def host_cost_command(
-    peer: Annotated[str, typer.Option(help="One peer; by default this package.")] = "",
+    peer: Annotated[str, typer.Option(help="Measure this peer; the default is this package.")] = "",
     rounds: Annotated[int, typer.Option(min=1)] = HOST_ROUNDS,
     device: Device = "cpu",
     threads: Threads = 0,
     out: Out = None,
 ) -> None:
-    """What a step costs whatever the tensors' size, from 10 to 10,000 tensors."""
+    """Measure what a step costs regardless of the tensors' size, with 10 to 10,000 tensors."""
     run = Run(device, threads, out)
     run.cost_on_host(peers.baseline(run.choose([peer] if peer else [])), rounds)
     run.finish()
@@ -240,7 +241,7 @@ def host_cost_command(
 
 @app.command("micro", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def micro(context: typer.Context, device: Device = "cpu") -> None:
-    """Both halves of a step one by one, under pytest-benchmark; further arguments are pytest's."""
+    """Time both halves of a step separately with pytest-benchmark; further arguments go to pytest."""
     import pytest
 
     os.environ["BENCH_DEVICE"] = device_of(device).type
@@ -249,7 +250,7 @@ def micro(context: typer.Context, device: Device = "cpu") -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """Run a command line, `all` where it names no command. What cannot be done is one line and code 2."""
+    """Run a command line, or `all` if it names no command. An error prints one line and returns code 2."""
     commands = {command.name for command in app.registered_commands}
     if not commands & set(arguments) and "--help" not in arguments:
         arguments = ["all", *arguments]

@@ -1,8 +1,8 @@
-"""What every method reaches on real images: options chosen on a validation split, several seeds, cost beside accuracy.
+"""The accuracy and the cost of every method on real images, over several seeds.
 
-The validation labels are as noisy as the training labels, the test labels are clean and choose nothing. Every method
-tries five learning rates on the first seed, then at the best one what it has of its own (rho or another option, three
-values of which the middle one stood while the rates were tried), and trains the best of all on all seeds.
+The validation labels are as noisy as the training labels. The test labels are clean and choose nothing. On the first
+seed every method tries five learning rates, with the middle one of three values of its own option (rho or another).
+At the best rate it then tries the other two values. The best trial of all is trained on all seeds.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from bench import family
 from bench.errors import BenchError
-from bench.rounds import Progress, unwatched
+from bench.rounds import Progress, no_progress
 from fused_sam.demo import DemoError
 from fused_sam.demo.data import CLASSES, Source, Task, load_digits, load_fashion_mnist, make_task
 from fused_sam.demo.methods import Method
@@ -31,21 +31,21 @@ from fused_sam.demo.model import mlp
 from fused_sam.demo.training import Clock, Curve, Run, Trial, batches, evaluate
 from fused_sam.demo.tuning import Outcome, Train, compete
 
-FORWARD = 1 / 3  # of a pass: the backward half costs twice the forward one
+FORWARD = 1 / 3  # of a pass, because the backward half costs twice the forward one
 TUNING_SEEDS = 1
 SUBSET_SEED = 0
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One data set with one share of wrong labels, and how long it is trained on."""
+    """A data set with a share of wrong labels, and the length of the training."""
 
     data: str
     noise: float
     epochs: int
     batch_size: int
     validation_share: float
-    images: int  # of the training part that are used; 0: all
+    images: int  # images of the training part that are used; 0 means all
 
     @property
     def title(self) -> str:
@@ -62,7 +62,7 @@ QUICK = tuple(replace(replace(DIGITS, noise=noise), epochs=1) for noise in (0.0,
 
 @dataclass(frozen=True)
 class FamilyTrial(Trial):
-    """A method of the family with its options, as the demo's tuning takes trials."""
+    """A trial of a method with its options, in the form that the demo's tuning takes."""
 
     options: tuple[tuple[str, float], ...] = ()
 
@@ -76,15 +76,15 @@ class FamilyTrial(Trial):
 
 @dataclass(frozen=True)
 class Finished(Run):
-    """A run with what it cost."""
+    """A finished run with its cost."""
 
-    seconds: float  # in training steps
-    passes: float  # forward and backward passes over the training data; a forward pass alone is a third
+    seconds: float  # spent in training steps
+    passes: float  # forward and backward passes over the training data; a forward pass alone counts as a third
 
 
 @dataclass(frozen=True)
 class Result:
-    """All methods on one setting."""
+    """The outcomes of all methods on one setting."""
 
     setting: Setting
     outcomes: Sequence[Outcome]
@@ -93,26 +93,26 @@ class Result:
         return [run for run in outcome.runs if isinstance(run, Finished)]
 
     def accuracies(self, outcome: Outcome) -> list[float]:
-        """In percent, one a seed."""
+        """Return the test accuracies in percent, one per seed."""
         return [100 * run.test_accuracy for run in self.runs(outcome)]
 
     def mean(self, outcome: Outcome) -> float:
         return float(np.mean(self.accuracies(outcome)))
 
     def deviation(self, outcome: Outcome) -> float:
-        """Of the seeds, 0 for one seed."""
+        """Return the standard deviation over the seeds; 0 for one seed."""
         values = self.accuracies(outcome)
         return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
 
     def seconds(self, outcome: Outcome) -> float:
-        """Of training, median over the seeds."""
+        """Return the seconds of training, the median over the seeds."""
         return float(np.median([run.seconds for run in self.runs(outcome)]))
 
     def passes(self, outcome: Outcome) -> float:
         return float(np.mean([run.passes for run in self.runs(outcome)]))
 
     def frontier(self) -> list[Outcome]:
-        """Those that no other one beats in both time and mean accuracy, cheapest first."""
+        """Return the outcomes that no other one beats in both time and mean accuracy, cheapest first."""
         best, found = -math.inf, []
         for outcome in sorted(self.outcomes, key=lambda outcome: (self.seconds(outcome), -self.mean(outcome))):
             if self.mean(outcome) > best:
@@ -121,7 +121,7 @@ class Result:
         return found
 
     def as_json(self) -> dict[str, Any]:
-        """Accuracies in percent, times in seconds."""
+        """Return what the JSON file holds: accuracies in percent, times in seconds."""
         frontier = self.frontier()
         methods = {}
         for outcome in self.outcomes:
@@ -145,9 +145,9 @@ def options_of(trial: Trial) -> dict[str, float]:
 
 
 class Journal:
-    """Finished runs, a line each in a JSONL file, so that a stopped benchmark goes on where it was.
+    """A JSONL file with one line per finished run, from which a stopped benchmark resumes.
 
-    A line counts for the same method, options, seed, setting and number of threads. None keeps nothing.
+    A line counts for the same method, options, seed, setting and number of threads. Without a path nothing is kept.
     """
 
     def __init__(self, path: Path | None) -> None:
@@ -161,12 +161,12 @@ class Journal:
                 entry = json.loads(line)
                 self.lines[key_of(entry["key"])] = entry["result"]
             except (ValueError, KeyError, TypeError):
-                continue  # the line that a killed run was writing: its trial is run again
+                continue  # a killed run was writing this line; its trial runs again
         if text and not text.endswith("\n"):
             path.write_text(text + "\n")
 
-    def share(self, setting: Setting, runs: int) -> float:
-        """How much of a setting's `runs` is here."""
+    def fraction(self, setting: Setting, runs: int) -> float:
+        """Return the fraction of a setting's `runs` that the journal holds."""
         ours = {"threads": torch.get_num_threads(), **asdict(setting)}.items()
         return min(1.0, sum(ours <= json.loads(key).items() for key in self.lines) / runs)
 
@@ -201,13 +201,13 @@ def key_of(fields: dict[str, Any]) -> str:
 def finished(
     trial: FamilyTrial, seed: int, validation: float, test: float, loss: float, seconds: float, passes: float
 ) -> Finished:
-    """A run without its course, which is not kept."""
+    """Return a run without its course, which is not kept."""
     curve = Curve([round(passes)], [math.nan], [loss], [test])
     return Finished(trial, seed, validation, curve, Clock(math.nan, math.nan), seconds, passes)
 
 
 def trials_of(name: str, rates: Sequence[float], grid: Sequence[dict[str, float]]) -> list[FamilyTrial]:
-    """A method with each of its options at each learning rate."""
+    """Return trials of a method with each of its options at each learning rate."""
     method = family.METHODS[name]
     described = Method(name, method.label, method.label, method.stretch, math.ceil(method.passes))
     settings = [{"lr": lr, **options} for lr in rates for options in grid]
@@ -215,7 +215,7 @@ def trials_of(name: str, rates: Sequence[float], grid: Sequence[dict[str, float]
 
 
 def tuned(name: str, seeds: int, train: Train) -> Outcome:
-    """A method at the best of its learning rates and options, on all seeds."""
+    """Return a method's outcome on all seeds, at the best of its learning rates and options."""
     grid = family.METHODS[name].grid
     middle = grid[len(grid) // 2]
     (by_rate,) = compete([trials_of(name, family.RATES, [middle])], TUNING_SEEDS, TUNING_SEEDS, train)
@@ -226,7 +226,7 @@ def tuned(name: str, seeds: int, train: Train) -> Outcome:
 
 
 def load(setting: Setting, folder: Path) -> Source:
-    """The images that a setting uses.
+    """Return the images that a setting uses.
 
     Raises:
         BenchError: Fashion-MNIST's files are not in the folder.
@@ -247,12 +247,12 @@ def run(
     names: Sequence[str],
     seeds: int,
     journal: Journal,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> Result:
-    """Train what the journal does not know yet."""
+    """Return the outcomes of all methods on a setting, after training the runs that the journal lacks."""
     total, done = sum(count for _, count in runs_of(names, seeds)), 0
 
-    @lru_cache(maxsize=1)  # the seeds come one after the other
+    @lru_cache(maxsize=1)  # the seeds follow one another
     def task(seed: int) -> Task:
         return make_task(source, seed, setting.noise, setting.validation_share)
 
@@ -272,7 +272,7 @@ def run(
 
 
 def train(task: Task, trial: FamilyTrial, seed: int, setting: Setting) -> Finished:
-    """One run with a cosine schedule over its epochs; accuracies at its end."""
+    """Train one run with a cosine schedule over its epochs; return it with the accuracies at its end."""
     epochs = setting.epochs * trial.method.stretch
     steps = math.ceil(len(task.train) / setting.batch_size)
     model = mlp(task.train.x.shape[1], CLASSES, seed)
@@ -287,7 +287,7 @@ def train(task: Task, trial: FamilyTrial, seed: int, setting: Setting) -> Finish
                 family.step(model, optimizer, batch.x, batch.y)
                 seconds += perf_counter() - start
             schedule.step()
-    family.at_rest(optimizer)
+    family.restore_clean_weights(optimizer)
     loss, test = evaluate(model, task.test)
     validation = evaluate(model, task.validation)[1]
     return finished(trial, seed, validation, test, loss, seconds, count[0] / len(task.train))
@@ -295,7 +295,7 @@ def train(task: Task, trial: FamilyTrial, seed: int, setting: Setting) -> Finish
 
 @contextmanager
 def counted(model: nn.Module) -> Iterator[list[float]]:
-    """Collects in one number how many samples went through the model, a forward pass without a graph as a third."""
+    """Count the samples that go through the model; a forward pass without a graph counts as a third."""
     count = [0.0]
 
     def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -309,13 +309,13 @@ def counted(model: nn.Module) -> Iterator[list[float]]:
 
 
 def runs_of(names: Sequence[str], seeds: int) -> list[tuple[str, int]]:
-    """Every method with the number of runs that it takes."""
+    """Return every method with the number of runs that it takes."""
     tried = {name: len(family.RATES) + len(family.METHODS[name].grid) - 1 for name in names}
     return [(name, tried[name] * TUNING_SEEDS + seeds - TUNING_SEEDS) for name in names]
 
 
 def estimate(setting: Setting, source: Source, names: Sequence[str], seeds: int, journal: Journal) -> float:
-    """Seconds that the runs of a setting still take, from one short trial of SGD."""
+    """Return the seconds that a setting's missing runs take, estimated from one short trial of SGD."""
     task = make_task(source, 0, setting.noise, setting.validation_share)
     trial = trials_of("sgd", family.RATES, [{}])[0]
     train(task, trial, 0, replace(setting, epochs=1))  # threads settle
@@ -323,5 +323,5 @@ def estimate(setting: Setting, source: Source, names: Sequence[str], seeds: int,
     passes = sum(
         count * family.METHODS[name].passes * family.METHODS[name].stretch for name, count in runs_of(names, seeds)
     )
-    missing = 1 - journal.share(setting, sum(count for _, count in runs_of(names, seeds)))
+    missing = 1 - journal.fraction(setting, sum(count for _, count in runs_of(names, seeds)))
     return passes * short.seconds * setting.epochs * missing

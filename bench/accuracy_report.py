@@ -1,4 +1,4 @@
-"""Table and plot of accuracies beside what they cost."""
+"""Table and plot of accuracies and their costs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def table(result: Result) -> Table:
     seeds = len(result.outcomes[0].runs)
     made = Table(
         title=f"{result.setting.title}: accuracy on clean test labels, mean and standard deviation of {seeds} seeds",
-        caption="time: of the training steps, median of the seeds; *: no other method is both faster and better",
+        caption="time is that of the training steps, median of the seeds; * means that no method is both faster and better",
     )
     made.add_column("method")
     made.add_column("chosen")
@@ -42,13 +42,13 @@ def table(result: Result) -> Table:
 
 
 def sgd_seconds(result: Result) -> float:
-    """The unit of cost: SGD's training, or the first method's where SGD is not among them."""
+    """Return the unit of cost: the seconds of SGD's training, or of the first method's if SGD is missing."""
     named = {outcome.method.name: outcome for outcome in result.outcomes}
     return result.seconds(named.get("sgd", result.outcomes[0]))
 
 
 def plot(results: Sequence[Result], path: Path, machine: str) -> Path:
-    """A panel a setting: mean accuracy against time, bars one standard deviation, the frontier joined."""
+    """Plot mean accuracy against time with one standard deviation and the frontier, one panel per setting."""
     with plt.rc_context(STYLE):
         columns = min(2, len(results))
         rows = -(-len(results) // columns)
@@ -68,7 +68,7 @@ def panel(axes: Axes, result: Result) -> None:
         return result.seconds(outcome) / base, result.mean(outcome)
 
     axes.step(*zip(*map(place, frontier), strict=True), where="post", color=OURS, lw=1, ls="--", zorder=1)
-    # Names stand in a column in the order of the accuracies: most methods cost two passes, and would cover each other.
+    # Names stand in a column, ordered by accuracy. Most methods cost two passes, so names at the points would overlap.
     ranked = sorted(result.outcomes, key=result.mean)
     for rank, outcome in enumerate(ranked):
         (x, y), on = place(outcome), outcome in frontier

@@ -1,4 +1,4 @@
-"""The guard before any timing: from equal weights and gradients all peers must compute the same."""
+"""The check before any timing: all peers must compute the same from equal weights and gradients."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bench.work import GRADIENT_SCALE, noise
 
 
 def length(tensors: Iterable[Tensor]) -> float:
-    """Euclidean norm over all tensors."""
+    """Return the Euclidean norm over all tensors."""
     norms = [torch.linalg.vector_norm(tensor) for tensor in tensors]
     return float(torch.linalg.vector_norm(torch.stack(norms)))
 
@@ -25,11 +25,11 @@ def distance(these: Iterable[Tensor], those: Iterable[Tensor]) -> float:
 
 
 def check(peers: dict[str, tuple[Peer, list[Parameter]]], shapes: list[Shape], steps: int = 3) -> None:
-    """Step all peers `steps` times in lockstep; the first is the yardstick. Gradients are put back after.
+    """Step all peers `steps` times in lockstep and compare them with the first. Gradients are restored afterwards.
 
-    Two peers agree when their weights are within 4 roundings a step of each weight (stored twice a step, and
-    the update rounds inside) plus 1e-5 of the way moved (norms are summed in different orders). Both
-    perturbed and updated weights are compared, as the updated ones do not show the perturbation.
+    Two peers agree if their weights differ by at most 4 roundings per step plus 1e-5 of the distance moved. A weight is
+    stored twice per step, and the update rounds inside; norms are summed in different orders. Both perturbed and
+    updated weights are compared, because the updated ones do not show the perturbation.
 
     Raises:
         BenchError: a peer disagrees; it names the peer, the step and the distance.
@@ -47,7 +47,7 @@ def check(peers: dict[str, tuple[Peer, list[Parameter]]], shapes: list[Shape], s
                 peer.first_step() if half == 1 else peer.second_step()
             allowed = rounding * length(before) * (step + 1) + 1e-5 * distance(anchor, before)
             for name, (_, params) in others:
-                if not (off := distance(params, anchor)) <= allowed:  # a NaN is a disagreement too
+                if not (off := distance(params, anchor)) <= allowed:  # a NaN disagrees too
                     where = f"step {step + 1}, {'perturbed' if half == 1 else 'updated'} weights"
                     apart = f"{off:.2e} apart, {allowed:.2e} allowed"
                     raise BenchError(f"no ratio: {name} disagrees with {first} at {where}: {apart}")

@@ -13,7 +13,7 @@ import torch
 
 
 class Clock(Protocol):
-    """`mark()` notes a point in the work; `seconds()` gives the times between the marks and forgets them."""
+    """A stopwatch: `mark()` records a time, and `seconds()` returns the times between the marks and clears them."""
 
     def mark(self) -> None: ...
 
@@ -21,7 +21,7 @@ class Clock(Protocol):
 
 
 class HostClock:
-    """For devices that have done the work when the call returns."""
+    """A clock for devices that have done the work when the call returns."""
 
     def __init__(self) -> None:
         self.marks: list[int] = []
@@ -35,7 +35,7 @@ class HostClock:
 
 
 class CudaClock:
-    """Times on the stream: the host's share shows only where the device waits for it."""
+    """A clock of the stream: host time counts only if the device waits for it."""
 
     def __init__(self) -> None:
         self.marks: list[torch.cuda.Event] = []
@@ -57,7 +57,7 @@ def clock_for(device: torch.device) -> Clock:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No garbage collection inside."""
+    """Switch garbage collection off within `with`."""
     gc.collect()
     gc.disable()
     try:

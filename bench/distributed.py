@@ -1,8 +1,8 @@
-"""What SAM's step costs on 1, 2 and 4 processes, beside the same step alone and beside bare all-reduces.
+"""The cost of SAM's step on 1, 2 and 4 processes, against the same step alone and against bare all-reduces.
 
-Every process holds as many elements of the weights, whatever their number: DDP's whole copy, FSDP2's part of a network
-that grows with the processes. `plain` is the same optimizer on weights that know nothing of other processes, in the
-same processes at the same time, so that all share cores and memory alike. A time is that of the slowest process.
+Every process holds the same number of elements, however many processes there are. Under DDP that is a whole copy, under
+FSDP2 a part of a network that grows with the processes. `plain` is the same optimizer on ordinary weights. It runs in
+the same processes at the same time, so that all share cores and memory alike. A time is that of the slowest process.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from bench import spread
 from bench.clock import HostClock
 from bench.hyper import Hyper
 from bench.processes import together
-from bench.rounds import Progress, Turn, interleave, unwatched
+from bench.rounds import Progress, Turn, interleave, no_progress
 from bench.shapes import Shape, by_name, numel
 from bench.stats import Ratio, Samples, Summary, ratio_of_medians, summary
 from fused_sam import SAM
 
 WORLDS = (1, 2, 4)
-REDUCED = 4  # numbers that SAM's one all-reduce a phase carries
+REDUCED = 4  # numbers in the one all-reduce per phase that SAM makes
 PHASES = 2
 
 
@@ -46,15 +46,15 @@ class Spread:
         return ratio_of_medians(self.steps[way], self.steps["plain"])
 
     def over_prediction(self) -> Ratio:
-        """FSDP2's step over the plain one plus one all-reduce a phase."""
+        """Return the ratio of FSDP2's step to the plain one plus one all-reduce per phase."""
         return ratio_of_medians(self.steps["FSDP2"], self.steps["plain"] + self.reduces)
 
     def added(self) -> Summary:
-        """Seconds that FSDP2's step takes beyond the plain one, round by round."""
+        """Return the seconds that FSDP2's step takes beyond the plain one, round by round."""
         return summary(self.steps["FSDP2"] - self.steps["plain"])
 
     def as_json(self) -> dict[str, Any]:
-        """Times in seconds."""
+        """Return what the JSON file holds; times are in seconds."""
         return {
             "world": self.world, "shape": self.shape, "local": self.local,
             "steps": {way: asdict(self.step(way)) for way in self.steps},
@@ -65,7 +65,7 @@ class Spread:
 
 
 def measure(shape: str, world: int, hyper: Hyper, rounds: int, repeats: int) -> Spread:
-    """Time `rounds` interleaved rounds on `world` processes, every turn repeated `repeats` times."""
+    """Time `rounds` interleaved rounds on `world` processes; every turn repeats its phases `repeats` times."""
     by_process = together(world, timed, shape, hyper, rounds, repeats)
     slowest = {name: np.max([samples[name] for samples in by_process], axis=0) for name in by_process[0]}
     reduces = slowest.pop("all-reduce")
@@ -78,7 +78,7 @@ def measure_all(
     rounds: int,
     repeats: int,
     worlds: tuple[int, ...] = WORLDS,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
 ) -> list[Spread]:
     found = []
     for done, world in enumerate(worlds):
@@ -88,7 +88,7 @@ def measure_all(
 
 
 def timed(rank: int, world: int, shape: str, hyper: Hyper, rounds: int, repeats: int) -> dict[str, Samples]:
-    """One process's seconds of both phases [rounds], by turn."""
+    """Return one process's seconds of both phases [rounds], by turn."""
     numbers = torch.zeros(REDUCED, dtype=torch.float64)
 
     def reduce() -> None:
@@ -100,7 +100,7 @@ def timed(rank: int, world: int, shape: str, hyper: Hyper, rounds: int, repeats:
         shapes = by_name(shape)
         models[way] = spread.trained(grown(shapes, world) if way == "FSDP2" else shapes, way)
         turns[way] = [distributed.barrier, *phases(list(models[way].parameters()), hyper)]
-        for phase in turns[way]:  # the first step makes its state, and processes agree on their parameters
+        for phase in turns[way]:  # the first step makes the state, and the processes check that they have the same parameters
             phase()
     samples = interleave(turns, HostClock(), rounds, repeats=repeats)
     distributed.barrier()
@@ -108,7 +108,7 @@ def timed(rank: int, world: int, shape: str, hyper: Hyper, rounds: int, repeats:
 
 
 def grown(shapes: list[Shape], world: int) -> list[Shape]:
-    """Shapes whose `world` parts along the first dimension have the given shapes."""
+    """Return shapes whose `world` parts along the first dimension have the given shapes."""
     return [(first * world, *rest) for first, *rest in shapes]
 
 

@@ -14,7 +14,7 @@ from bench.report import duration, times
 from bench.stats import summary
 from bench.targets import Outcome
 
-MOST = 1.1  # times what is expected; the processes share cores, and wait for each other
+MOST = 1.1  # times the expected time, because the processes share cores and wait for each other
 COLUMNS = (
     "alone", "DDP", "DDP / alone", f"{PHASES} all-reduces", "FSDP2", "FSDP2 beyond alone", "quartiles",
     "FSDP2 / (alone + all-reduces)",
@@ -23,8 +23,8 @@ COLUMNS = (
 
 def table(found: Sequence[Spread], cores: int) -> Table:
     result = Table(
-        title=f"Time of SAM's step, {found[0].local:,} elements a process, medians of {len(found[0].reduces)} rounds",
-        caption=f"of the slowest process; one thread each, and all share {cores} cores and their memory",
+        title=f"Time of SAM's step, {found[0].local:,} elements per process, medians of {len(found[0].reduces)} rounds",
+        caption=f"times are those of the slowest process; each has one thread, and all share {cores} cores and their memory",
     )
     result.add_column("processes", justify="right")
     for column in COLUMNS:
@@ -46,7 +46,7 @@ def table(found: Sequence[Spread], cores: int) -> Table:
 
 
 def outcomes(found: Sequence[Spread]) -> list[Outcome]:
-    """On several processes a step costs what it costs alone, and sharded weights one all-reduce a phase more."""
+    """Return the targets: a step costs what it costs alone, and sharded weights add one all-reduce per phase."""
     made = []
     for spread in found:
         where = f"{spread.world} process{'es' * (spread.world > 1)}"
@@ -59,12 +59,12 @@ def outcomes(found: Sequence[Spread]) -> list[Outcome]:
 
 
 def signed(seconds: float) -> str:
-    """A duration that may be negative."""
+    """Return the text of a duration that may be negative."""
     return duration(seconds) if seconds >= 0 else f"-{duration(-seconds)}"
 
 
 def plot(found: Sequence[Spread], path: Path, machine: str) -> Path:
-    """A group of bars for each number of processes: alone, DDP, alone and the all-reduces on top, FSDP2."""
+    """Plot a group of bars per number of processes: alone, DDP, alone with the all-reduces on top, FSDP2."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.4, 4.4))
         for group, spread in enumerate(found):
@@ -83,7 +83,7 @@ def plot(found: Sequence[Spread], path: Path, machine: str) -> Path:
                              label="two bare all-reduces on top" if group == 0 else None)  # fmt: skip
         axes.set_xticks(range(len(found)), [f"{spread.world} process{'es' * (spread.world > 1)}" for spread in found])
         axes.set_ylabel("step, ms, slowest process")
-        axes.set_title(f"SAM's step on {found[0].local / 1e6:.1f}M elements a process, one thread each")
+        axes.set_title(f"SAM's step on {found[0].local / 1e6:.1f}M elements per process, one thread each")
         axes.legend(frameon=False)
         figure.tight_layout(rect=(0, 0.03, 1, 1))
         return save(figure, path, machine)

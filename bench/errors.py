@@ -1,5 +1,5 @@
-"""The one exception of the benchmarks: what was asked for cannot be done."""
+"""The one exception of the benchmarks."""
 
 
 class BenchError(ValueError):
-    """Says what is wrong and what to do, in one line."""
+    """What was asked for cannot be done. The message says in one line what is wrong and what to do."""

@@ -1,7 +1,7 @@
-"""What SAM keeps beyond its base optimizer in the same precision, in bytes a parameter, on every process.
+"""The memory that SAM keeps beyond its base optimizer in the same precision, in bytes per parameter on every process.
 
-Both optimizers are built over weights and gradients that are there, step twice, and the allocator's own record tells
-what is left behind; SAM's share is the difference.
+Both optimizers are built over existing weights and gradients and step twice. The allocator's own record gives the bytes
+that each leaves behind, and SAM's part is the difference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bench import spread
 from bench.clock import quiet
 from bench.memory import allocations
 from bench.processes import together
-from bench.rounds import Progress, unwatched
+from bench.rounds import Progress, no_progress
 from bench.shapes import by_name, numel
 from bench.work import example
 from fused_sam import SAM
@@ -34,12 +34,12 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Mode:
-    """One way to train; `expected`: bytes a parameter of the whole network that SAM may keep on each process."""
+    """A way to train. On each process SAM may keep `expected` bytes per parameter of the whole network."""
 
     name: str
     expected: float
     base: str = "SGD"
-    precision: str = "fp32"  # or masters, or stochastic: bf16 weights
+    precision: str = "fp32"  # or "masters" or "stochastic", with bf16 weights
     way: str = "plain"
     processes: int = 1
 
@@ -60,12 +60,12 @@ MODES = (
 
 @dataclass(frozen=True)
 class Extra:
-    """Bytes a parameter of the whole network, one number a process."""
+    """Bytes per parameter of the whole network, one number per process."""
 
     mode: Mode
     shape: str
-    plain: list[float]  # that the base optimizer keeps beside weights and gradients
-    sam: list[float]
+    plain: list[float]  # kept by the base optimizer, without weights and gradients
+    sam: list[float]  # kept by SAM
 
     @property
     def extra(self) -> list[float]:
@@ -76,9 +76,9 @@ class Extra:
 
 
 class PlainMixed:
-    """The base optimizer over fp32 masters of bf16 weights, the usual mixed precision; or over copies made for a step.
+    """The base optimizer over fp32 masters of bf16 weights, as is usual, or over fp32 copies that last for one step.
 
-    Without masters the state is fp32 all the same, and rounding the weights back to bf16 keeps nothing.
+    Without masters the state is fp32 too, and the weights are rounded back to bf16, which keeps nothing.
     """
 
     def __init__(self, params: list[Parameter], base: str, masters: bool) -> None:
@@ -102,7 +102,7 @@ class PlainMixed:
 
 
 def measure(modes: Sequence[Mode], shape: str) -> list[Extra]:
-    """Run both optimizers of every mode; all modes of one number of processes."""
+    """Run both optimizers of every mode; all modes take the same number of processes."""
     (world,) = {mode.processes for mode in modes}
     by_process = together(world, on_process, modes, shape) if world > 1 else [on_process(0, 1, modes, shape)]
     count = numel(by_name(shape))
@@ -113,8 +113,8 @@ def measure(modes: Sequence[Mode], shape: str) -> list[Extra]:
     return found
 
 
-def measure_all(shape: str, processes: int, progress: Progress = unwatched) -> list[Extra]:
-    """Every mode that needs no more than so many processes."""
+def measure_all(shape: str, processes: int, progress: Progress = no_progress) -> list[Extra]:
+    """Measure every mode that needs at most this many processes."""
     worlds = sorted({mode.processes for mode in MODES if mode.processes <= processes})
     found = []
     for done, world in enumerate(worlds):
@@ -124,11 +124,12 @@ def measure_all(shape: str, processes: int, progress: Progress = unwatched) -> l
 
 
 def on_process(rank: int, world: int, modes: Sequence[Mode], shape: str) -> list[tuple[int, int]]:
-    """Of every mode the bytes that the base optimizer and SAM leave behind."""
-    return [(kept(mode, shape, sam=False), kept(mode, shape, sam=True)) for mode in modes]
+    """Return for every mode the bytes that the base optimizer and SAM leave behind."""
+    return [(bytes_kept(mode, shape, sam=False), bytes_kept(mode, shape, sam=True)) for mode in modes]
 
 
-def kept(mode: Mode, shape: str, sam: bool) -> int:
+def bytes_kept(mode: Mode, shape: str, sam: bool) -> int:
+    """Return the bytes that one of the two optimizers leaves behind on this process."""
     if mode.way == "plain":
         params = example(by_name(shape), CPU)
         if mode.precision != "fp32":
@@ -136,7 +137,7 @@ def kept(mode: Mode, shape: str, sam: bool) -> int:
         return left_behind(mode, params, sam)
     model = spread.trained(by_name(shape), mode.way)
     found = left_behind(mode, list(model.parameters()), sam)
-    distributed.barrier()  # nobody leaves while another still needs it
+    distributed.barrier()  # no process ends while another still needs it
     return found
 
 
@@ -148,10 +149,10 @@ def as_bf16(param: Parameter) -> Parameter:
 
 
 def left_behind(mode: Mode, params: list[Parameter], sam: bool) -> int:
-    """Bytes alive after an optimizer was built and has stepped twice."""
+    """Return the bytes that stay allocated after an optimizer was built and has stepped twice."""
     alive: list[object] = []
 
-    def birth() -> None:
+    def build_and_step() -> None:
         optimizer = sam_of(mode, params) if sam else plain_of(mode, params)
         for _ in range(2):
             for half in halves(optimizer):
@@ -159,7 +160,7 @@ def left_behind(mode: Mode, params: list[Parameter], sam: bool) -> int:
         alive.append(optimizer)
 
     with quiet():
-        return sum(allocations(birth, CPU))
+        return sum(allocations(build_and_step, CPU))
 
 
 def sam_of(mode: Mode, params: list[Parameter]) -> Any:

@@ -1,4 +1,4 @@
-"""Table, targets and plot of what SAM keeps in memory beyond its base optimizer."""
+"""Table, targets and plot of the memory that SAM keeps beyond its base optimizer."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from bench.extra_memory import Extra
 from bench.plot import OURS, STYLE, name_rows, save
 from bench.targets import Outcome
 
-SLACK = 0.01  # bytes a parameter, for what does not grow with them
+SLACK = 0.01  # bytes per parameter, for memory that does not grow with them
 
 
 def table(found: Iterable[Extra]) -> Table:
     result = Table(
-        title="Memory of SAM beyond its base optimizer in the same precision, bytes a parameter of the whole network",
-        caption="on every process; the backup, which masters make unnecessary and FSDP2 divides",
+        title="Memory of SAM beyond its base optimizer in the same precision, bytes per parameter of the whole network",
+        caption="on every process; it is the backup, which masters make unnecessary and FSDP2 divides",
     )
     result.add_column("training")
     for column in ("base keeps", "SAM keeps", "beyond", "expected"):
@@ -31,7 +31,7 @@ def table(found: Iterable[Extra]) -> Table:
 
 
 def numbers(values: Sequence[float]) -> str:
-    """One number where all processes have the same."""
+    """Return the values as text: one number if all processes have the same."""
     texts = [f"{value:.3f}" for value in values]
     return texts[0] if len(set(texts)) == 1 else ", ".join(texts)
 
@@ -40,13 +40,13 @@ def outcomes(found: Iterable[Extra]) -> list[Outcome]:
     made = []
     for extra in found:
         most, limit = max(extra.extra), extra.mode.expected
-        what = f"{extra.mode.name}: bytes a parameter beyond the base optimizer"
+        what = f"{extra.mode.name}: bytes per parameter beyond the base optimizer"
         made.append(Outcome(what, f"<= {limit:g}", f"{most:.3f}", most <= limit + SLACK))
     return made
 
 
 def plot(found: Sequence[Extra], path: Path, machine: str) -> Path:
-    """Bars of bytes a parameter: the base optimizer's own state, and SAM's on top."""
+    """Plot bars of bytes per parameter: the base optimizer's own state, with SAM's on top."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 0.42 * len(found) + 1.3))
         for row, extra in enumerate(found):
@@ -58,7 +58,7 @@ def plot(found: Sequence[Extra], path: Path, machine: str) -> Path:
                 va="center", fontweight="bold",
             )  # fmt: skip
         name_rows(axes, [extra.mode.name for extra in found])
-        axes.set_xlabel("bytes a parameter on each process: base optimizer's state, and SAM's beyond it")
+        axes.set_xlabel("bytes per parameter on each process: base optimizer's state, and SAM's beyond it")
         axes.set_title("Memory of SAM beyond its base optimizer")
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         return save(figure, path, machine)

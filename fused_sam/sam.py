@@ -42,6 +42,10 @@ def _default(hook: _F) -> _F:
     return hook
 
 
+def _is_default(hook: Any) -> bool:
+    return getattr(hook, "is_default", False)
+
+
 class SAM(Optimizer):
     """Sharpness-Aware Minimization around a base optimizer, with fused kernels.
 
@@ -446,9 +450,14 @@ class SAM(Optimizer):
 
     @property
     def needs_grad_scale(self) -> bool:
-        """True if `ascent_grad_scale` must be set under a GradScaler: gradients of several steps are compared."""
+        """True if `ascent_grad_scale` must be set under a GradScaler, because gradients of several steps are compared.
+
+        By default True for methods with an `ascent` or a `radius` hook; a class sets it to False if its hooks do not
+        depend on the gradients' scale.
+        """
         schedule = self._settings.schedule
-        return schedule is not None and bool(schedule.needs_grad_scale)
+        hooks = (type(self).ascent, type(self).radius)  # which may compare gradients with something else
+        return (schedule is not None and bool(schedule.needs_grad_scale)) or not all(map(_is_default, hooks))
 
     @property
     def step_was_skipped(self) -> bool:

@@ -66,6 +66,9 @@ class TensorVector:
         """Return <x, y>, ||x||^2 and ||y||^2 of x = self and y = other, over parameters that both have, in one launch."""
         self._check_other(other, "products()")
         sums = vectors.dot(self._step._plan, self._tensors, other._tensors)
+        if self._step._phase == "descent":
+            # A factor made of an infinite norm may be 0, and would hide that the gradient is not finite.
+            self._step._skip_unless(sums.isfinite().all())
         s, t = self._known_scale(), other._known_scale()
         if self._pattern() == other._pattern():
             self._square, other._square = sums[XX], sums[YY]
@@ -428,8 +431,7 @@ class Step:
         """Skip the step if a number of the vector is not finite: for one that does not enter the update's gradient."""
         if self._phase != "descent":
             raise RuntimeError(f"{self._where()}: step.require_finite() is for the hook `descent`, before the update")
-        if self._stepper.settings.check_update:
-            self._stepper.status.skip.add_(~vectors.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
+        self._skip_unless(vectors.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
 
     # ---- what the stepper calls -----------------------------------------------------------------------------
 
@@ -605,6 +607,15 @@ class Step:
             self._stepper.changed_update = True
         elif vector._role == "weights":
             self._wrote_weights = True
+
+    def _skip_unless(self, finite: Tensor) -> None:
+        """Skip this step unless `finite` is True, as far as SAM checks the update's gradients."""
+        stepper = self._stepper
+        if stepper.settings.check_update:
+            if not (self._was_perturbed or stepper.keeps_skip):
+                stepper.status.skip.zero_()  # it is the last step's
+            stepper.keeps_skip = True
+            stepper.status.skip.add_(~finite)
 
     def _use_ascent_grad(self) -> None:
         """Give the first gradients to the base optimizer, in p.grad, and keep the second ones as step.grad."""

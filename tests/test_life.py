@@ -26,6 +26,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from support import family
 from support.backends import NAMES
 from support.bits import Snapshot, assert_same_bits, parameters, same_bits
 from support.life import ADDED, Life, OnPurposeError, laid_out
@@ -47,23 +48,17 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "amsgrad": (torch.optim.Adam, {"lr": 0.01, "amsgrad": True, "weight_decay": 0.1}),
     "rmsprop": (RMSPROP, {"lr": 0.01}),
 }
-METHODS: dict[str, Callable[..., Any]] = {
-    "SAM": fused_sam.SAM,
-    "SAM every second step": lambda p, c, **o: fused_sam.SAM(p, c, schedule=Every(2), **o),
-    "ASAM": fused_sam.ASAM,
-    "ESAM elements": lambda p, c, **o: fused_sam.ESAM(p, c, beta=0.5, gamma=1.0, **o),
-    "ESAM tensors": lambda p, c, **o: fused_sam.ESAM(p, c, beta=0.5, gamma=1.0, mask="tensors", **o),
-    "LookSAM": lambda p, c, **o: fused_sam.LookSAM(p, c, k=2, **o),
-    "GSAM": fused_sam.GSAM,
-    "FriendlySAM": fused_sam.FriendlySAM,
-    "GCSAM": fused_sam.GCSAM,
-    "WSAM": lambda p, c, **o: fused_sam.WSAM(p, c, gamma=0.7, **o),
-    "WSAM coupled": lambda p, c, **o: fused_sam.WSAM(p, c, gamma=0.7, decouple=False, **o),
-    "MicrobatchSAM": lambda p, c, **o: fused_sam.MicrobatchSAM(p, c, num_microbatches=1, **o),
-    "MicrobatchSAM of two": lambda p, c, **o: fused_sam.MicrobatchSAM(p, c, num_microbatches=2, **o),
-    "MomentumSAM": fused_sam.MomentumSAM,
-    "LookSAM at random": lambda p, c, **o: fused_sam.LookSAM(p, c, k=2, schedule=Random(0.7), **o),
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    **family.CASES,
+    "SAM": {"SAM": {}, "SAM every second step": {"schedule": Every(2)}},
+    "ASAM": {"ASAM": {}},
+    "LookSAM": {"LookSAM": {"k": 2}, "LookSAM at random": {"k": 2, "schedule": Random(0.7)}},
+    "MicrobatchSAM": {
+        "MicrobatchSAM": {"num_microbatches": 1},
+        "MicrobatchSAM of two": {"num_microbatches": 2},
+    },
 }
+METHODS = family.cases({**fused_sam.METHODS, **family.EXAMPLES}, CASES)
 DTYPES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp64": (torch.float64, {}),
     "fp32": (torch.float32, {}),

@@ -561,6 +561,27 @@ def test_random_numbers_depend_on_the_place_in_memory(variant: Variant, kind: Ki
     pair.compare()
 
 
+# ---- gradient addresses -----------------------------------------------------------------------------------
+
+
+def test_addresses_as_bytes(variant: Variant) -> None:
+    """The form in which the reader returns them. Other gradients' addresses replace them at the next primitive."""
+    if variant.name != "cpu":
+        pytest.skip("for the tables of the CPU backend")
+    pair = Pair(variant, Kind(F32, F32), SGD_GROUPS)
+    pair.table.grad_addresses = pair.table.grad_addresses.tobytes()  # type: ignore[assignment]
+    pair.perturb()
+    for table in (pair.table, pair.twin):
+        table.grads = [g + 1 for g in table.grads]
+    pair.table.grad_addresses = addressed(pair.table.grads).tobytes()  # type: ignore[assignment]
+    pair.update()
+    pair.compare()
+    for wrong in (b"1234567", addressed(pair.table.grads)[:-1], memoryview(b"1234").cast("i")):
+        pair.table.grad_addresses = wrong  # type: ignore[assignment]
+        with pytest.raises(ValueError, match=r"64-bit integers|one address per tensor"):
+            pair.perturb()
+
+
 # ---- autograd's version counters --------------------------------------------------------------------------
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import family
 from support.bits import assert_same_bits
 from support.nets import batch, net
 from torch import Tensor, nn
@@ -94,25 +95,20 @@ def test_an_exception_in_a_late_micro_batch_undoes_the_step() -> None:
     sam_step(model, mean_loss, batch(0), optimizer)
 
 
-METHODS: dict[str, tuple[Any, dict[str, Any]]] = {
-    "FriendlySAM": (fused_sam.FriendlySAM, {}),
-    "AE-SAM": (fused_sam.SAM, {"schedule": AdaptiveSchedule(20)}),
-    "LookSAM": (fused_sam.LookSAM, {"k": 2}),
-    "GSAM": (fused_sam.GSAM, {}),
-    "GCSAM": (fused_sam.GCSAM, {}),
-    "WSAM": (fused_sam.WSAM, {}),
-    "ESAM": (fused_sam.ESAM, {"gamma": 1.0}),
-    "ESAM, tensors": (fused_sam.ESAM, {"gamma": 1.0, "mask": "tensors"}),
-    "MomentumSAM": (fused_sam.MomentumSAM, {}),
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    **family.CASES,
+    "SAM": {"SAM": {}, "AE-SAM": {"schedule": AdaptiveSchedule(20)}},
+    "ESAM": {"ESAM": {"gamma": 1.0}, "ESAM, tensors": {"gamma": 1.0, "mask": "tensors"}},
+    "LookSAM": {"LookSAM": {"k": 2}},
 }
+METHODS = family.cases({**fused_sam.METHODS, **family.EXAMPLES}, CASES)
 
 
-@pytest.mark.parametrize(("cls", "options"), METHODS.values(), ids=METHODS.keys())
-def test_a_loss_scale_that_changes_makes_no_difference(cls: Any, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_a_loss_scale_that_changes_makes_no_difference(method: str) -> None:
     model = net(dtype=torch.float64)
     twin = copy.deepcopy(model)
-    optimizer = cls(model.parameters(), **BASE, **options)
-    other = cls(twin.parameters(), **BASE, **copy.deepcopy(options))
+    optimizer, other = (METHODS[method](m.parameters(), **BASE) for m in (model, twin))
     scaler = GradScaler("cpu", init_scale=2.0**4, growth_interval=2)
     for step in range(6):
         sam_step(model, mean_loss, batch(step, torch.float64), optimizer, scaler=scaler)
@@ -175,5 +171,5 @@ def test_esam_selects_samples() -> None:
 
     sam_step(model, counting, batch(0), optimizer)
     assert sizes == [(32, True), (32, False), (8, True)]
-    with pytest.raises(ValueError, match="one loss a sample"):
+    with pytest.raises(ValueError, match="one loss per sample"):
         sam_step(model, mean_loss, batch(0), optimizer)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fused_sam import SAM, FriendlySAM, Step
 from fused_sam.schedule import Schedule
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, local_perturbation, paired_closure, select_sharp
-from fused_sam.training.batches import chosen, leading, pieces_of, take
+from fused_sam.training.batches import leading_samples, selected_samples, split, take
 
 NORMS: dict[str, Any] = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(5),
@@ -161,7 +161,7 @@ def test_selection_refuses_a_share_out_of_range(gamma: float) -> None:
 
 @pytest.mark.parametrize(("before", "after"), [((3,), (4,)), ((), ()), ((0,), (0,)), ((3, 1), (3, 1))])
 def test_selection_refuses_anything_but_a_loss_a_sample(before: tuple[int, ...], after: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match="one loss a sample"):
+    with pytest.raises(ValueError, match="one loss per sample"):
         select_sharp(torch.zeros(before), torch.zeros(after), 0.5)
 
 
@@ -227,12 +227,12 @@ Pair = namedtuple("Pair", "x y")
 def test_a_batch_of_any_nesting_is_cut_into_near_equal_parts(microbatches: int) -> None:
     x, y = torch.randn(7, 2), torch.arange(7)
     batch = {"a": [x, (Pair(x, y), "name")], "temperature": torch.tensor(2.0)}
-    pieces = pieces_of(batch, microbatches)
-    assert len(pieces) == microbatches and sum(p.weight for p in pieces) == pytest.approx(1, abs=1e-15)
-    assert {p.size for p in pieces} <= {7 // microbatches, 7 // microbatches + 1}
-    assert same_bits(torch.cat([p.batch["a"][1][0].y for p in pieces]), y)
-    assert same_bits(torch.cat([p.batch["a"][0] for p in pieces]), x)
-    for p in pieces:
+    parts = split(batch, microbatches)
+    assert len(parts) == microbatches and sum(p.weight for p in parts) == pytest.approx(1, abs=1e-15)
+    assert {p.size for p in parts} <= {7 // microbatches, 7 // microbatches + 1}
+    assert same_bits(torch.cat([p.batch["a"][1][0].y for p in parts]), y)
+    assert same_bits(torch.cat([p.batch["a"][0] for p in parts]), x)
+    for p in parts:
         assert isinstance(p.batch["a"][1][0], Pair) and p.batch["a"][1][1] == "name" and p.batch["temperature"] == 2
         assert p.weight == pytest.approx((p.size or 0) / 7, abs=1e-15)
 
@@ -241,7 +241,7 @@ def test_a_batch_of_any_nesting_is_cut_into_near_equal_parts(microbatches: int) 
 @pytest.mark.parametrize("microbatches", [1, 3])
 def test_the_leading_part_ends_where_it_should(fraction: float, microbatches: int) -> None:
     y = torch.arange(11)
-    parts = leading(pieces_of(y, microbatches), fraction)
+    parts = leading_samples(split(y, microbatches), fraction)
     wanted = max(1, round(fraction * 11))
     assert same_bits(torch.cat([p.batch for p in parts]), y[:wanted])
     assert sum(p.weight for p in parts) == pytest.approx(1, abs=1e-15)
@@ -252,7 +252,7 @@ def test_the_leading_part_ends_where_it_should(fraction: float, microbatches: in
 def test_chosen_samples_are_found_in_their_micro_batches(microbatches: int) -> None:
     y = torch.arange(10) * 10
     index = torch.tensor([0, 1, 7, 9])
-    parts = chosen(pieces_of((y, y), microbatches), index)
+    parts = selected_samples(split((y, y), microbatches), index)
     assert same_bits(torch.cat([p.batch[0] for p in parts]), y[index])
     assert [p.weight for p in parts] == pytest.approx([len(p.batch[0]) / 4 for p in parts], abs=1e-15)
 
@@ -276,4 +276,4 @@ def test_taking_samples_by_slice_copies_nothing() -> None:
 )
 def test_batches_that_cannot_be_cut_are_refused(batch: Any, microbatches: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        pieces_of(batch, microbatches)
+        split(batch, microbatches)

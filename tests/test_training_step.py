@@ -182,7 +182,7 @@ def test_selection_without_sample_losses_is_refused_and_changes_nothing(microbat
     model, optimizer, _, _ = pair(net, Selecting)
     sam_step(model, sample_losses, batch(0), optimizer)
     before = Snapshot(optimizer)
-    with pytest.raises(ValueError, match=r"needs one loss a sample, shape \[\d+\], but loss_fn returned \[\]"):
+    with pytest.raises(ValueError, match=r"needs one loss per sample, shape \[\d+\], but loss_fn returned \[\]"):
         sam_step(model, mean_loss, batch(0), optimizer, microbatches=microbatches)
     with pytest.raises(ValueError, match="ascent_fraction must be 1"):
         sam_step(model, sample_losses, batch(0), optimizer, ascent_fraction=0.5)
@@ -343,7 +343,7 @@ def test_options_out_of_range_are_refused_before_anything_runs(options: dict[str
 
 def test_a_loss_of_the_wrong_shape_is_refused() -> None:
     model, optimizer, _, _ = pair(net)
-    with pytest.raises(ValueError, match=r"shape \[\], or one a sample, shape \[B\], not \[32, 3\]"):
+    with pytest.raises(ValueError, match=r"shape \[\], or one loss per sample, shape \[B\], not \[32, 3\]"):
         sam_step(model, lambda model, batch: model(batch[0]), batch(0), optimizer)
 
 

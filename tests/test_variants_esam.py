@@ -28,7 +28,7 @@ def test_esam_selects_in_sam_step_alone(backend: str) -> None:
 
     sam_step(model, losses, nets.batch(0), optimizer)
     assert sizes == [32, 32, 19]  # round(0.6 * 32)
-    with pytest.raises(ValueError, match="one loss a sample"):
+    with pytest.raises(ValueError, match="one loss per sample"):
         sam_step(model, lambda m, d: losses(m, d).mean(), nets.batch(0), optimizer)
 
 

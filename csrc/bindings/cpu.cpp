@@ -41,8 +41,8 @@ Status& status_at(uintptr_t address) {
 }
 
 // groups: None for the norm of g itself. finish: true for the last table of a norm.
-void norm(Table& table, const py::object& groups, uintptr_t address, bool reset, bool finish, bool keep_skip, double eps,
-          int threads) {
+void norm(Table& table, const py::object& groups, uintptr_t address, bool reset, bool finish, bool keep_skip,
+          double eps, int threads) {
   const bool ascent = !groups.is_none();
   std::vector<PerturbGroup> perturb_groups;
   if (ascent) perturb_groups = groups_from(groups, perturb_group);
@@ -71,8 +71,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "fused_sam's CPU kernels; fused_sam/backends/contract.py describes the primitives";
 
   py::class_<Table>(m, "Table", "Tensors of equal dtypes: addresses, sizes in elements, group numbers.")
-      .def(py::init([](int param, int grad, int master, std::vector<int64_t> sizes, const std::vector<int32_t>& groups) {
-             return Table({Dtype(param), Dtype(grad), Dtype(master)}, std::move(sizes), groups);
+      .def(py::init([](int param, int grad, int master, std::vector<int64_t> sizes, const std::vector<int32_t>& ids) {
+             return Table({Dtype(param), Dtype(grad), Dtype(master)}, std::move(sizes), ids);
            }),
            py::arg("param_dtype"), py::arg("grad_dtype"), py::arg("master_dtype"), py::arg("sizes"),
            py::arg("group_ids"))

@@ -1,8 +1,8 @@
 // Reads a tensor's address, dtype, device and layout without a Python object per number and without torch's headers.
 //
-// torch exports C functions for this, with a stable interface (torch/csrc/inductor/aoti_torch/c/shim.h). Their handle is
-// a pointer to an at::Tensor. Every Python tensor contains one, which is a pointer to the tensor's implementation, and
-// the attribute `_cdata` gives the same pointer: so its place in the Python object is found once, by comparison.
+// torch exports C functions for this, with a stable interface: torch/csrc/inductor/aoti_torch/c/shim.h. Their handle is
+// the address of an at::Tensor, which every Python tensor contains. An at::Tensor is a pointer to the implementation,
+// and the attribute `_cdata` is the same pointer. Its place in a Python object is therefore found by comparison, once.
 #pragma once
 
 #include <dlfcn.h>
@@ -50,7 +50,7 @@ inline bool same_form(const TensorView& a, const TensorView& b) {
 
 class TensorViewer {
  public:
-  // A viewer that is not usable, until it has found its place in a tensor.
+  // Not usable before `locate`.
   TensorViewer() {
     void* torch = dlopen("libtorch_cpu.so", RTLD_NOLOAD | RTLD_LAZY);
     if (torch == nullptr) return;
@@ -58,19 +58,19 @@ class TensorViewer {
       function = reinterpret_cast<std::decay_t<decltype(function)>>(dlsym(torch, name));
       return function != nullptr;
     };
-    int32_t (*strided)() = nullptr;
     found_ = find("aoti_torch_get_data_ptr", data_ptr_) && find("aoti_torch_get_sizes", sizes_) &&
              find("aoti_torch_get_strides", strides_) && find("aoti_torch_get_dim", dim_) &&
              find("aoti_torch_get_dtype", dtype_) && find("aoti_torch_get_device_type", device_type_) &&
-             find("aoti_torch_get_device_index", device_index_) && find("aoti_torch_get_layout", layout_) &&
-             find("aoti_torch_layout_strided", strided);
-    if (found_) strided_ = strided();
+             find("aoti_torch_get_device_index", device_index_);
+    // Newer than the others. Without it the address of a sparse tensor fails, which torch also prints.
+    int32_t (*strided)() = nullptr;
+    if (find("aoti_torch_layout_strided", strided) && find("aoti_torch_get_layout", layout_)) strided_ = strided();
     dlclose(torch);  // torch itself keeps it loaded
   }
 
   bool usable() const { return place_ != 0; }
 
-  // Finds the at::Tensor in a tensor. All tensors have it in one place, whatever their Python class.
+  // Finds the at::Tensor in a Python tensor. It is in the same place in all, of any class.
   void locate(pybind11::handle tensor) {
     if (!found_) return;
     const auto implementation = tensor.attr("_cdata").cast<uintptr_t>();
@@ -80,12 +80,13 @@ class TensorViewer {
       if (words[i] == implementation) place_ = i;
   }
 
-  // Throws std::runtime_error if the tensor's elements are not one strided array: it is sparse, for example.
+  // Throws std::runtime_error if the tensor is not a strided array, such as a sparse one.
   TensorView operator()(pybind11::handle tensor) const {
     void* handle = reinterpret_cast<uintptr_t*>(tensor.ptr()) + place_;
     TensorView out;
-    int32_t layout;
-    if (layout_(handle, &layout) != 0 || layout != strided_ || data_ptr_(handle, &out.data) != 0)
+    int32_t layout = strided_;
+    if (layout_ != nullptr && layout_(handle, &layout) != 0) layout = ~strided_;
+    if (layout != strided_ || data_ptr_(handle, &out.data) != 0)
       throw std::runtime_error("the tensor has no memory of its own");
     int64_t *sizes, *strides;
     if (sizes_(handle, &sizes) | strides_(handle, &strides) | dim_(handle, &out.dim) | dtype_(handle, &out.dtype) |

@@ -102,6 +102,7 @@ class Stepper:
         self.plain_step_is_meant = False  # True once two steps or needs_second_pass were used, or a warning was given
         self.suspended = False  # True inside `with unperturbed()`
         self.took_update_norm = False
+        self.keeps_skip = False  # True if the descent hook has set the skip flag
         self.changed_update = False  # True if the descent hook has changed the gradients of the update
         self.grad_scale: Tensor | None = None  # that the last update's gradients had
         self.skip_process_group: Any = None  # of processes whose perturbations differ and which must skip together
@@ -262,7 +263,7 @@ class Stepper:
             update = plan.update_plan(snapshot, undo, names, optimizer.state)
             scale: Tensor | None = getattr(optimizer, "grad_scale", None)
             self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
-            self.changed_update = False
+            self.changed_update = self.keeps_skip = False
             if self._has_hooks:
                 self.context.descent(plan, snapshot)
             plan.attach(update.calls, snapshot)
@@ -300,7 +301,7 @@ class Stepper:
     ) -> None:
         """Set the skip flag if the gradients of the update are not finite; keep_skip: or if the first ones were not."""
         status, settings = self.status, self.settings
-        keep_skip = keep_skip and self.optimizer.skips_with_ascent
+        keep_skip = (keep_skip and self.optimizer.skips_with_ascent) or self.keeps_skip
         found_inf = getattr(self.optimizer, "found_inf", None)
         if not isinstance(found_inf, Tensor):  # GradScaler's sum over no gradients at all is a plain 0
             found_inf = None

@@ -58,6 +58,7 @@ class ESAM(SAM):
     beta: float
     gamma: float
     mask: str
+    needs_grad_scale = False
 
     def __init__(
         self, params: ParamsT, base_optimizer: type[Optimizer] = torch.optim.SGD, *args: Any, **options: Any

@@ -50,9 +50,7 @@ class FriendlySAM(SAM):
     needs_grad_scale = True
 
     def ascent(self, step: Step) -> None:
-        average = step.state("gradient_average")
-        if not average.empty:
-            step.grad.axpby_(1.0, -self.sigma, average)
+        step.grad.axpby_(1.0, -self.sigma, step.state("gradient_average"))
 
     def updated(self, step: Step) -> None:
         if step.perturbed:

@@ -25,6 +25,8 @@ class GCSAM(SAM):
     | every step | 56: centralising 12, norm 4, perturb 16, check 4, update 20 | 4, and 2 per matrix or kernel | 2 |
     """
 
+    needs_grad_scale = False
+
     def ascent(self, step: Step) -> None:
         for k, group in enumerate(step.groups):
             if group["perturb"]:

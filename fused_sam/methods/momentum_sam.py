@@ -110,6 +110,7 @@ class MomentumSAM(SAM):
 
     def eval(self) -> None:
         """Restore the clean weights, bit for bit: for evaluating, saving and copying. train() goes back."""
+        self.refuse_unperturbed("eval()")
         displacement = self.stepper.displacement
         displacement.restore()
         self.training = displacement.ready = False

@@ -1,4 +1,4 @@
-"""What a training loop needs around a SAM step: one call for a whole step, and its parts to use alone.
+"""This package holds what a training loop needs around a SAM step: one call for a whole step, and its parts.
 
     result = sam_step(model, loss_fn, batch, optimizer)
 """

@@ -1,7 +1,7 @@
-"""Batch-norm statistics counted once a step: frozen while the weights are perturbed.
+"""Batch-norm statistics count each batch once per step, because they are frozen while the weights are perturbed.
 
     with frozen_batch_norm(model):
-        loss_fn(model(x), y).backward()      # normalises by the batch, as in training; counts nothing
+        loss_fn(model(x), y).backward()      # normalises by the batch, as in training; changes no statistics
 """
 
 from __future__ import annotations
@@ -16,10 +16,13 @@ from torch.nn.modules.instancenorm import _InstanceNorm
 
 @contextmanager
 def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
-    """Keep running_mean, running_var and num_batches_tracked of all layers in `model` as they are.
+    """Keep running_mean, running_var and num_batches_tracked of all layers in `model` unchanged inside `with`.
+
+    Use it around the second pass, so that running statistics count each batch once.
 
     Layers in training mode still normalise by the batch's own statistics, SyncBatchNorm by those of all processes.
-    Layers in eval mode, and those without running statistics, are left alone. May be nested; exceptions pass through.
+    Layers in eval mode, and those without running statistics, stay as they are. The context may be nested, and
+    exceptions pass through it.
     """
     batch_norms = []
     instance_norms = []
@@ -32,7 +35,7 @@ def frozen_batch_norm(model: nn.Module) -> Iterator[None]:
         for batch_norm in batch_norms:
             batch_norm.track_running_stats = False
         for instance_norm, mean, var in instance_norms:
-            # These layers update whatever statistics they hold: let it be copies.
+            # These layers update any statistics that they hold, so give them copies.
             instance_norm.running_mean = mean.clone()
             instance_norm.running_var = None if var is None else var.clone()
         yield

@@ -1,7 +1,7 @@
-"""Batches cut along their first dimension: into micro-batches, a leading part, or chosen samples.
+"""These functions cut batches along their first dimension: into micro-batches, a leading part, or selected samples.
 
-A batch is a tensor, or tuples, lists, named tuples and mappings of batches; what is no tensor, or has no dimension,
-goes into every part as it is.
+A batch is a tensor, or a tuple, list, named tuple or mapping of batches. Anything else, and a tensor without a
+dimension, goes into every part as it is.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A micro-batch and its share of the mean loss."""
+class MicroBatch:
+    """Holds a part of a batch and the weight of its mean loss in the mean over all parts."""
 
     batch: Any
-    size: int | None  # samples; None where nothing tells
+    size: int | None  # number of samples; None if no tensor has a first dimension
     weight: float
 
 
 def tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
-    """All tensors with a first dimension, and how to name them."""
+    """Yield (name, tensor) for every tensor with a first dimension; errors print the name."""
     if isinstance(batch, Tensor):
         if batch.ndim:
             yield name, batch
@@ -37,15 +37,18 @@ def tensors(batch: Any, name: str = "batch") -> Iterator[tuple[str, Tensor]]:
 
 
 def size_of(batch: Any) -> int | None:
-    """How many samples: the first dimension of the first tensor; None without one."""
+    """Return the number of samples: the first dimension of the first tensor; None without one."""
     return next((len(t) for _, t in tensors(batch)), None)
 
 
-def known_size(batch: Any, why: str) -> int:
-    """size_of(), of a batch that can be cut.
+def checked_size(batch: Any, why: str) -> int:
+    """Return the number of samples of a batch that must be cut.
+
+    Args:
+        why: the option that cuts the batch, with which error messages begin.
 
     Raises:
-        ValueError: no tensor, no sample, or tensors of different first dimensions.
+        ValueError: there is no tensor or no sample, or the tensors' first dimensions differ.
     """
     size = size_of(batch)
     if not size:
@@ -60,78 +63,78 @@ def known_size(batch: Any, why: str) -> int:
 
 
 def take(batch: Any, index: slice | Tensor) -> Any:
-    """The samples of a slice, as views, or of an index tensor."""
+    """Return the samples of a slice, as views, or those of an index tensor, as copies."""
 
     def cut(t: Tensor) -> Tensor:
         return t[index] if isinstance(index, slice) else t.index_select(0, index.to(t.device))
 
-    return _mapped(batch, cut)
+    return _map_tensors(batch, cut)
 
 
-def _mapped(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:
+def _map_tensors(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(batch, Tensor):
         return cut(batch) if batch.ndim else batch
     if isinstance(batch, Mapping):
-        return {key: _mapped(value, cut) for key, value in batch.items()}
+        return {key: _map_tensors(value, cut) for key, value in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_mapped(value, cut) for value in batch))
+        return type(batch)(*(_map_tensors(value, cut) for value in batch))
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_mapped(value, cut) for value in batch)
+        return type(batch)(_map_tensors(value, cut) for value in batch)
     return batch
 
 
-def pieces_of(batch: Any, microbatches: int | Iterable[Any]) -> list[Piece]:
-    """The batch in `microbatches` parts of nearly the same size, or the micro-batches given.
+def split(batch: Any, microbatches: int | Iterable[Any]) -> list[MicroBatch]:
+    """Return the batch in `microbatches` parts of nearly the same size, or the given micro-batches.
 
     Raises:
-        ValueError: no micro-batch, more of them than samples, or a batch that cannot be cut.
+        ValueError: there is no micro-batch, there are more of them than samples, or the batch cannot be cut.
     """
     if isinstance(microbatches, int):
         if microbatches == 1:
-            return [Piece(batch, size_of(batch), 1.0)]
-        size = known_size(batch, f"microbatches={microbatches}")
+            return [MicroBatch(batch, size_of(batch), 1.0)]
+        size = checked_size(batch, f"microbatches={microbatches}")
         if not 1 <= microbatches <= size:
             raise ValueError(f"microbatches must be 1 to the batch's {size} samples, not {microbatches}")
         ends = [size * k // microbatches for k in range(microbatches + 1)]
         return weighted([take(batch, slice(a, b)) for a, b in pairwise(ends)])
     if batch is not None:
         raise ValueError("pass the data once: batch=None with microbatches=[...], or a batch and a number")
-    parts = list(microbatches)  # before any random number is drawn that a second pass replays
+    parts = list(microbatches)  # before the step draws any random number that its second pass replays
     if not parts:
         raise ValueError("microbatches holds no batch; a step needs at least one")
     return weighted(parts)
 
 
-def weighted(parts: list[Any]) -> list[Piece]:
-    """Each weighs as its samples do, or all the same where a size is not known."""
+def weighted(parts: list[Any]) -> list[MicroBatch]:
+    """Return micro-batches weighted by their numbers of samples, or equally if one of the numbers is not known."""
     sizes = [size_of(part) for part in parts]
     total = sum(size or 0 for size in sizes)
     if not all(sizes):
-        return [Piece(part, size, 1 / len(parts)) for part, size in zip(parts, sizes, strict=True)]
-    return [Piece(part, size, (size or 0) / total) for part, size in zip(parts, sizes, strict=True)]
+        return [MicroBatch(part, size, 1 / len(parts)) for part, size in zip(parts, sizes, strict=True)]
+    return [MicroBatch(part, size, (size or 0) / total) for part, size in zip(parts, sizes, strict=True)]
 
 
-def leading(pieces: list[Piece], fraction: float) -> list[Piece]:
-    """The first max(1, round(fraction B)) samples of all pieces."""
-    sizes = [known_size(piece.batch, "ascent_fraction") for piece in pieces]
-    wanted = max(1, round(fraction * sum(sizes)))
+def leading_samples(microbatches: list[MicroBatch], fraction: float) -> list[MicroBatch]:
+    """Return the first max(1, round(fraction * B)) of all B samples."""
+    sizes = [checked_size(each.batch, "ascent_fraction") for each in microbatches]
+    remaining = max(1, round(fraction * sum(sizes)))
     parts = []
-    for piece, size in zip(pieces, sizes, strict=True):
-        if wanted > 0:
-            parts.append(piece.batch if size <= wanted else take(piece.batch, slice(0, wanted)))
-        wanted -= size
+    for each, size in zip(microbatches, sizes, strict=True):
+        if remaining > 0:
+            parts.append(each.batch if size <= remaining else take(each.batch, slice(0, remaining)))
+        remaining -= size
     return weighted(parts)
 
 
-def chosen(pieces: list[Piece], index: Tensor) -> list[Piece]:
-    """The samples with these numbers, counted over all pieces; pieces without one are left out."""
-    if len(pieces) == 1:  # without asking the device which numbers they are
-        return [Piece(take(pieces[0].batch, index), len(index), 1.0)]
+def selected_samples(microbatches: list[MicroBatch], index: Tensor) -> list[MicroBatch]:
+    """Return the samples with these numbers, counted over all micro-batches, without micro-batches that have none."""
+    if len(microbatches) == 1:  # without a wait for the device that holds the numbers
+        return [MicroBatch(take(microbatches[0].batch, index), len(index), 1.0)]
     parts, first = [], 0
-    for piece in pieces:
-        assert piece.size is not None
-        local = index[(index >= first) & (index < first + piece.size)] - first
+    for each in microbatches:
+        assert each.size is not None
+        local = index[(index >= first) & (index < first + each.size)] - first
         if len(local):
-            parts.append(take(piece.batch, local))
-        first += piece.size
+            parts.append(take(each.batch, local))
+        first += each.size
     return weighted(parts)

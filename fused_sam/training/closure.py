@@ -1,4 +1,4 @@
-"""A closure for optimizer.step(closure) whose second run is a pass like the first.
+"""A closure for optimizer.step(closure) can make its second run a pass like the first.
 
     optimizer.step(paired_closure(closure, model, optimizer))
 """
@@ -20,10 +20,10 @@ T = TypeVar("T")
 
 
 def paired_closure(closure: Callable[[], T], model: nn.Module, optimizer: SAM) -> Callable[[], T]:
-    """`closure`, with batch-norm frozen and the first run's dropout masks while the optimizer's weights are perturbed.
+    """Return `closure` with frozen batch norm and the first run's dropout masks while the weights are perturbed.
 
-    Make one for each step. Where the first gradient was computed before the step, there is no first run whose masks
-    could be replayed.
+    Use it with frameworks that call optimizer.step(closure), and make one per step. If the first gradient was computed
+    before the step, there is no first run, and so no masks that the second run could replay.
     """
     rng: ReplayedRNG | None = None
 

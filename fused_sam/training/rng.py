@@ -1,4 +1,4 @@
-"""The same dropout masks in both passes: torch's random generators, played again from where the first pass began.
+"""Both passes use the same dropout masks if torch's random generators start the second pass where the first began.
 
     rng = ReplayedRNG()
     loss_fn(model(x), y).backward()
@@ -17,18 +17,21 @@ from torch import Tensor, nn
 
 
 class ReplayedRNG:
-    """Remembers torch's generators as they are now; `with` runs its body from there and puts them back afterwards.
+    """Saves the states of torch's random generators; `with` runs its body from them and restores the generators.
 
-    After the body the generators stand where they stood before it, whatever the body drew: the next step draws what it
-    would have drawn without a second pass. May be entered many times, one at a time.
+    Use it for equal dropout masks in both passes: make it before the first pass and enter it for the second.
+
+    After the body the generators are in the states that they had before it, however many numbers the body drew. The
+    next step thus draws the numbers that it would have drawn without a second pass. The context may be entered many
+    times, but not while its body runs.
 
     Args:
-        devices: whose generators besides the CPU's; None: all CUDA devices, if CUDA is in use.
+        devices: devices with generators to replay, besides the CPU; None: all CUDA devices, if CUDA is in use.
 
-    Generators of Python, NumPy or the user's own are not replayed, and none within a CUDA graph's capture.
+    Generators of Python, of NumPy and your own are not replayed. Nothing is replayed within a CUDA graph's capture.
 
     Raises:
-        RuntimeError: entered while its body runs.
+        RuntimeError: the context is entered while its body runs.
     """
 
     def __init__(self, devices: Iterable[torch.device | str] | None = None) -> None:
@@ -41,7 +44,7 @@ class ReplayedRNG:
 
     @classmethod
     def of(cls, model: nn.Module) -> ReplayedRNG:
-        """With the generators of the devices that hold the model's parameters."""
+        """Save the CPU's generator and those of the devices that hold the model's parameters."""
         return cls({p.device for p in model.parameters() if p.device.type not in ("cpu", "meta")})
 
     def __enter__(self) -> ReplayedRNG:

@@ -1,4 +1,4 @@
-"""Telling the loss scale to methods and schedules that compare gradients of different steps."""
+"""Methods and schedules that compare gradients of different steps need the loss scale of the first gradients."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from fused_sam.sam import SAM
 
 
 def set_ascent_grad_scale(optimizer: SAM, scaler: Any) -> None:
-    """Set optimizer.ascent_grad_scale from a GradScaler, where there is one and the optimizer needs it; waits for the device.
+    """Set optimizer.ascent_grad_scale from a GradScaler, if there is one and the optimizer needs its scale.
 
-    To be called in each step, before its first pass is over; the update forgets it. F-SAM averages gradients, AE-SAM's
-    rule compares their norms.
+    Call it in each step before the first pass ends, because the update forgets the scale. F-SAM needs it because it
+    averages gradients, and AE-SAM's rule because it compares their norms. Reading the scale waits for the device.
+
+    Args:
+        scaler: a torch.amp.GradScaler; None: no scaling, and nothing happens.
     """
     if scaler is not None and optimizer.needs_grad_scale:
         optimizer.ascent_grad_scale = scaler.get_scale()

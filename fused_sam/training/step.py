@@ -1,4 +1,4 @@
-"""A whole SAM training step in one call: both passes, mixed precision, accumulation, batch norm, dropout, skipping.
+"""sam_step() makes a whole SAM training step, with mixed precision, accumulation, batch norm, dropout and skipping.
 
     result = sam_step(model, loss_fn, batch, optimizer)
 """
@@ -19,22 +19,23 @@ from fused_sam.methods import MicrobatchSAM
 from fused_sam.sam import SAM
 
 from .batch_norm import frozen_batch_norm
-from .batches import Piece, chosen, known_size, leading, pieces_of
+from .batches import MicroBatch, checked_size, leading_samples, selected_samples, split
 from .local import local_perturbation
 from .rng import ReplayedRNG
 from .scale import set_ascent_grad_scale
 from .selection import select_sharp
 
 LossFn = Callable[[nn.Module, Any], Tensor]
+MakeContext = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step saw. All are 0-dim tensors on the model's device: reading their values waits for it."""
+    """Holds what sam_step() returns: 0-dim tensors on the model's device. Reading their values waits for it."""
 
     loss: Tensor  # mean of the first pass, at the weights, detached
     perturbed_loss: Tensor | None  # mean of the second pass, detached; None: the step needed no second pass
-    skipped: Tensor  # bool: a gradient was not finite and the update changed nothing
+    skipped: Tensor  # True if a gradient was not finite, so that the update changed nothing
 
 
 def sam_step(
@@ -52,80 +53,85 @@ def sam_step(
     replay_rng: bool = True,
     scheduler: Any = None,
 ) -> StepResult:
-    """Clear the gradients and make one update from a batch; where the optimizer does not perturb, in one pass.
+    """Clear the gradients and make one update from a batch, in one pass if the optimizer does not perturb.
+
+    Use it as the body of a training loop in plain torch: it replaces both passes and the optimizer's steps.
 
     Args:
-        model: as it is called in training; DistributedDataParallel averages once a pass.
-        loss_fn: loss_fn(model, batch) gives the batch's mean loss, or its samples' losses, whose mean is taken:
+        model: the model as training calls it. DistributedDataParallel averages once per pass.
+        loss_fn: loss_fn(model, batch) returns the batch's mean loss, or its samples' losses, whose mean is used:
             `lambda model, batch: cross_entropy(model(batch[0]), batch[1])`, `lambda model, batch: model(**batch).loss`.
-            It runs once for each micro-batch and pass.
-        batch: whatever loss_fn takes; to be cut (microbatches, ascent_fraction, selection) a nest of tuples, lists and
-            mappings whose tensors have the samples as first dimension.
-        optimizer: a fused_sam optimizer, bare. MicrobatchSAM climbs and descends by every micro-batch in turn, as many
-            as it has, each weighing as its samples. ESAM with gamma below 1 has its samples selected here (arXiv
-            2110.03141): a forward pass without graph gives the losses at the perturbed weights, then only the selected
-            samples go forward and backward: about 1/3 + gamma passes instead of 1.
-        scaler: scales the losses, steps and is updated. None: no scaling.
+            It runs once per micro-batch and pass.
+        batch: anything that loss_fn takes. If it must be cut (microbatches, ascent_fraction, selection), it is a nest
+            of tuples, lists and mappings, and the first dimension of every tensor counts samples.
+        optimizer: a fused_sam optimizer without a wrapper. MicrobatchSAM makes both passes for one micro-batch after
+            the other; it needs num_microbatches of them, and each weighs as its samples. ESAM with gamma below 1 has
+            its samples selected here (arXiv 2110.03141). A forward pass without graph gives the losses at the perturbed
+            weights, then only the selected samples go forward and backward. That costs about 1/3 + gamma passes
+            instead of 1.
+        scaler: scales the losses, steps, and is updated. None: no scaling.
         autocast: dtype of torch.autocast around loss_fn, on the device of the model's first parameter.
-        microbatches: a number cuts the batch into that many, whose gradients are accumulated; an iterable of batches
-            takes the place of `batch`, which must be None. Each weighs as its samples: for a loss that is a mean over
-            samples, and layers that do not look across samples, the step is that of the whole batch.
-        ascent_fraction: the gradient to climb by comes from the first max(1, round(fraction * B)) samples (partial
-            batch ascent, Bahri et al., arXiv 2110.08529: 1/4). Dropout masks differ between the passes then. A step
-            that does not perturb takes the whole batch. Not for GSAM, WSAM, LookSAM and AdaptiveSchedule.
+        microbatches: a number cuts the batch into that many, whose gradients are accumulated. An iterable of batches
+            replaces `batch`, which must be None. Each weighs as its samples. The step is that of the whole batch if
+            the loss is a mean over samples and no layer mixes samples.
+        ascent_fraction: the perturbation follows the gradient of the first max(1, round(fraction * B)) samples (partial
+            batch ascent, Bahri et al., arXiv 2110.08529: 1/4). Dropout masks then differ between the passes. A step
+            that does not perturb uses the whole batch. Not for GSAM, WSAM, LookSAM and AdaptiveSchedule.
         local: under DistributedDataParallel, perturb by the process's own gradient (see local_perturbation).
         freeze_batch_norm: batch-norm statistics are those of the first pass alone.
-        replay_rng: the second pass draws what the first drew, from the CPU's generator and those of the model's
-            devices.
-        scheduler: stepped after an update that was not skipped. Asking waits for the device.
+        replay_rng: the second pass draws the first pass's random numbers, from the CPU's generator and those of the
+            model's devices.
+        scheduler: is stepped after an update that was not skipped. That check waits for the device.
 
-    An exception leaves the weights and the optimizer's state as they were. What the first pass counted (batch-norm
-    statistics, random numbers) stays counted.
+    An exception leaves the weights and the optimizer's state as they were. It does not undo what the first pass changed
+    elsewhere (batch-norm statistics, random generators).
 
     Raises:
         TypeError: the optimizer is not SAM, or is wrapped.
         RuntimeError: the weights are perturbed already.
-        ValueError: an option out of range, a batch that cannot be cut, or a loss of another shape than [] or [B].
+        ValueError: an option is out of range, a batch cannot be cut, or a loss has another shape than [] or [B].
     """
-    _check(optimizer, ascent_fraction)
-    if isinstance(microbatches, Integral):  # NumPy's whole numbers too
+    _check_options(optimizer, ascent_fraction)
+    if isinstance(microbatches, Integral):  # NumPy's integers too
         microbatches = int(microbatches)
-    share: float | None = getattr(optimizer, "selects", None)
+    gamma: float | None = getattr(optimizer, "selects", None)
     if isinstance(optimizer, MicrobatchSAM):
-        microbatches = _checked_microbatches(optimizer, microbatches, ascent_fraction)
-    if share is not None and ascent_fraction < 1:
+        microbatches = _microbatches_of(optimizer, microbatches, ascent_fraction)
+    if gamma is not None and ascent_fraction < 1:
         raise ValueError("data selection compares the loss of every sample: ascent_fraction must be 1, or gamma 1")
-    pieces = pieces_of(batch, microbatches)
-    if share is not None:
-        for piece in pieces:
-            known_size(piece.batch, "data selection")
+    parts = split(batch, microbatches)
+    if gamma is not None:
+        for part in parts:
+            checked_size(part.batch, "data selection")
     partial_ascent = ascent_fraction < 1 and optimizer.needs_second_pass
-    ascent = leading(pieces, ascent_fraction) if partial_ascent else pieces
-    passes = _Passes(model, loss_fn, scaler, autocast, per_sample=share is not None)
+    ascent_parts = leading_samples(parts, ascent_fraction) if partial_ascent else parts
+    evaluator = _Evaluator(model, loss_fn, scaler, autocast, per_sample=gamma is not None)
 
     optimizer.zero_grad()
     set_ascent_grad_scale(optimizer, scaler)
-    frozen = partial(frozen_batch_norm, model) if freeze_batch_norm else nullcontext
-    replayed = partial(ReplayedRNG.of, model) if replay_rng and not partial_ascent else nullcontext
-    averaged = partial(local_perturbation, model, optimizer) if local else nullcontext
+    contexts = _Contexts(
+        first=partial(local_perturbation, model, optimizer) if local else nullcontext,
+        second=partial(frozen_batch_norm, model) if freeze_batch_norm else nullcontext,
+        rng=partial(ReplayedRNG.of, model) if replay_rng and not partial_ascent else nullcontext,
+    )
     try:
         if isinstance(optimizer, MicrobatchSAM):
-            loss, perturbed_loss = _microbatches(optimizer, passes, pieces, frozen, replayed, averaged)
+            loss, perturbed_loss = _msam_passes(optimizer, evaluator, parts, contexts)
         else:
-            rng: AbstractContextManager[Any] = replayed()
-            with optimizer.first_pass(), averaged():
-                loss, before = passes.gradient(ascent)
+            rng = contexts.rng()
+            with optimizer.first_pass(), contexts.first():
+                loss, before = evaluator.backward(ascent_parts)
             perturbed_loss = None
             if optimizer.needs_second_pass:
                 optimizer.first_step(zero_grad=True)
-                with frozen():
-                    if share is not None:
+                with contexts.second():
+                    if gamma is not None:
                         with rng:
-                            after = passes.losses(pieces)
-                        pieces = chosen(pieces, select_sharp(torch.cat(before), after, share))
-                        rng = nullcontext()  # other samples than the first pass had: its masks do not fit them
+                            after = evaluator.losses(parts)
+                        parts = selected_samples(parts, select_sharp(torch.cat(before), after, gamma))
+                        rng = nullcontext()  # the first pass's masks are for other samples
                     with rng:
-                        perturbed_loss, _ = passes.gradient(pieces)
+                        perturbed_loss, _ = evaluator.backward(parts)
         if scaler is None:
             optimizer.step()
         else:
@@ -139,50 +145,54 @@ def sam_step(
     return StepResult(loss, perturbed_loss, optimizer.skipped)
 
 
-def _checked_microbatches(
+@dataclass(frozen=True)
+class _Contexts:
+    """Makes the context managers that the passes run in."""
+
+    first: MakeContext  # around the first pass
+    second: MakeContext  # around the second pass
+    rng: MakeContext  # made before the first pass, entered around the second
+
+
+def _microbatches_of(
     optimizer: MicrobatchSAM, microbatches: int | Iterable[Any], ascent_fraction: float
 ) -> int | list[Any]:
-    """The micro-batches of mSAM: as many as the optimizer has."""
+    """Return the micro-batches of a step of mSAM: as many as the optimizer has."""
     if ascent_fraction < 1:
-        raise ValueError("MicrobatchSAM climbs by every micro-batch: ascent_fraction must be 1")
+        raise ValueError("MicrobatchSAM perturbs by the gradient of every micro-batch: ascent_fraction must be 1")
     k = optimizer.num_microbatches
     if isinstance(microbatches, int):
         if microbatches not in (1, k):
             raise ValueError(f"MicrobatchSAM has num_microbatches={k}, but microbatches={microbatches}: leave it out")
         return k
-    parts = list(microbatches)
-    if len(parts) != k:
-        raise ValueError(f"MicrobatchSAM has num_microbatches={k}, but {len(parts)} micro-batches came")
-    return parts
+    batches = list(microbatches)
+    if len(batches) != k:
+        raise ValueError(f"MicrobatchSAM has num_microbatches={k}, but got {len(batches)} micro-batches")
+    return batches
 
 
-def _microbatches(
-    optimizer: MicrobatchSAM,
-    passes: _Passes,
-    pieces: list[Piece],
-    frozen: Callable[[], AbstractContextManager[Any]],
-    replayed: Callable[[], AbstractContextManager[Any]],
-    averaged: Callable[[], AbstractContextManager[Any]],
+def _msam_passes(
+    optimizer: MicrobatchSAM, evaluator: _Evaluator, parts: list[MicroBatch], contexts: _Contexts
 ) -> tuple[Tensor, Tensor | None]:
-    """Both passes of every micro-batch in turn; the means of both losses."""
-    first, second = [], []
-    for k, piece in enumerate(pieces):
+    """Make both passes for one micro-batch after the other; return the means of both losses."""
+    losses, perturbed_losses = [], []
+    for k, part in enumerate(parts):
         # The update divides by the number of micro-batches.
-        whole = [replace(piece, weight=piece.weight * len(pieces))]
-        rng = replayed()
-        with averaged():
-            first.append(passes.gradient(whole)[0])
+        whole = [replace(part, weight=part.weight * len(parts))]
+        rng = contexts.rng()
+        with contexts.first():
+            losses.append(evaluator.backward(whole)[0])
         if optimizer.needs_second_pass:
             optimizer.first_step()
-            with frozen(), rng:
-                second.append(passes.gradient(whole)[0])
-        if k < len(pieces) - 1:
+            with contexts.second(), rng:
+                perturbed_losses.append(evaluator.backward(whole)[0])
+        if k < len(parts) - 1:
             optimizer.next_microbatch()
-    return torch.stack(first).mean(), torch.stack(second).mean() if second else None
+    return torch.stack(losses).mean(), torch.stack(perturbed_losses).mean() if perturbed_losses else None
 
 
-def _check(optimizer: Any, ascent_fraction: float) -> None:
-    # Lightning's wrapper passes for an instance of the class it wraps, but holds nothing itself.
+def _check_options(optimizer: Any, ascent_fraction: float) -> None:
+    # Lightning's wrapper is an instance of the class that it wraps, but has no attributes of its own.
     if not isinstance(optimizer, SAM) or "param_groups" not in vars(optimizer):
         inner = getattr(optimizer, "optimizer", None)
         hint = "pass its .optimizer" if isinstance(inner, SAM) else "for a step without SAM, use SAM with rho=0"
@@ -197,7 +207,7 @@ def _check(optimizer: Any, ascent_fraction: float) -> None:
     if ascent_fraction < 1 and optimizer.keeps_ascent_grad and optimizer.combines_grads:
         raise ValueError(
             f"{type(optimizer).__name__} updates the weights with the first gradient too, which ascent_fraction would "
-            "leave to a part of the batch: ascent_fraction must be 1"
+            "compute from a part of the batch: ascent_fraction must be 1"
         )
     if ascent_fraction < 1 and optimizer.schedule is not None and optimizer.schedule.needs_gradients:
         raise ValueError(
@@ -206,8 +216,8 @@ def _check(optimizer: Any, ascent_fraction: float) -> None:
         )
 
 
-class _Passes:
-    """Losses and gradients of a list of micro-batches."""
+class _Evaluator:
+    """Computes the losses and gradients of a list of micro-batches."""
 
     def __init__(
         self,
@@ -221,42 +231,48 @@ class _Passes:
         self._loss_fn = loss_fn
         self._scaler = scaler
         self._autocast = autocast
-        self._per_sample = per_sample
+        self._per_sample = per_sample  # True if loss_fn must return one loss per sample
 
-    def gradient(self, pieces: list[Piece]) -> tuple[Tensor, list[Tensor]]:
-        """Add the mean loss's gradient to the weights'; the mean and, of each piece, what loss_fn gave, detached."""
+    def backward(self, parts: list[MicroBatch]) -> tuple[Tensor, list[Tensor]]:
+        """Add the mean loss's gradient to the parameters' gradients.
+
+        Returns:
+            The mean loss, and per micro-batch what loss_fn returned; all detached.
+        """
         total: Tensor | None = None
-        seen = []
-        for k, piece in enumerate(pieces):
-            # DistributedDataParallel decides in forward() whether backward() averages: cover both.
-            last = k == len(pieces) - 1
+        returned = []
+        for k, part in enumerate(parts):
+            # DistributedDataParallel decides in forward() whether backward() averages, so no_sync() covers both.
+            last = k == len(parts) - 1
             with nullcontext() if last else getattr(self._model, "no_sync", nullcontext)():
-                losses = self._evaluate(piece)
-                loss = losses.mean() * piece.weight
+                losses = self._forward(part)
+                loss = losses.mean() * part.weight
                 (loss if self._scaler is None else self._scaler.scale(loss)).backward()
-            seen.append(losses.detach())
+            returned.append(losses.detach())
             total = loss.detach() if total is None else total + loss.detach()
         assert total is not None
-        return total, seen
+        return total, returned
 
     @torch.no_grad()
-    def losses(self, pieces: list[Piece]) -> Tensor:
-        """Every sample's loss."""
-        return torch.cat([self._evaluate(piece) for piece in pieces])
+    def losses(self, parts: list[MicroBatch]) -> Tensor:
+        """Return every sample's loss, without a graph."""
+        return torch.cat([self._forward(part) for part in parts])
 
-    def _evaluate(self, piece: Piece) -> Tensor:
+    def _forward(self, part: MicroBatch) -> Tensor:
         with self._autocast_context():
-            losses = self._loss_fn(self._model, piece.batch)
-        # Casts that an autocast region around the whole step keeps are of weights that are about to move.
+            losses = self._loss_fn(self._model, part.batch)
+        # An autocast region around the whole step caches casts of the weights, which are about to change.
         torch.clear_autocast_cache()
         shape = list(losses.shape)
-        if self._per_sample and shape != [piece.size]:
+        if self._per_sample and shape != [part.size]:
             raise ValueError(
-                f"data selection (gamma below 1) needs one loss a sample, shape [{piece.size}], but loss_fn returned "
+                f"data selection (gamma below 1) needs one loss per sample, shape [{part.size}], but loss_fn returned "
                 f"{shape}: use reduction='none', or gamma=1"
             )
         if len(shape) > 1 or shape == [0]:
-            raise ValueError(f"loss_fn must return the mean loss, shape [], or one a sample, shape [B], not {shape}")
+            raise ValueError(
+                f"loss_fn must return the mean loss, shape [], or one loss per sample, shape [B], not {shape}"
+            )
         return losses
 
     def _autocast_context(self) -> AbstractContextManager[Any]:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fused_sam
+from examples.methods.le_sam import LESAM
+from examples.methods.stable_sam import StableSAM
+from examples.methods.unnormalised_sam import UnnormalisedSAM
+from examples.methods.vasso import VaSSO
+from fused_sam import SAM
 
 from . import nets
 
@@ -105,20 +111,36 @@ def assert_weights(model: nn.Module, expected: Vector) -> None:
         assert error < TOLERANCE[p.dtype], f"weight {i}: off by {error:.1e}"
 
 
-# Every method with options that are not its defaults, and a closure's way of taking steps with it.
-METHODS: dict[str, Callable[..., Any]] = {
-    "ASAM": lambda groups, **o: fused_sam.ASAM(groups, eta=0.02, **o),
-    "MicrobatchSAM": lambda groups, **o: fused_sam.MicrobatchSAM(groups, num_microbatches=1, **o),
-    "ESAM elements": lambda groups, **o: fused_sam.ESAM(groups, beta=0.5, gamma=1.0, **o),
-    "ESAM tensors": lambda groups, **o: fused_sam.ESAM(groups, beta=0.5, gamma=1.0, mask="tensors", **o),
-    "LookSAM": lambda groups, **o: fused_sam.LookSAM(groups, k=3, alpha=0.4, **o),
-    "GSAM": lambda groups, **o: fused_sam.GSAM(groups, alpha=0.5, **o),
-    "FriendlySAM": lambda groups, **o: fused_sam.FriendlySAM(groups, sigma=0.9, lmbda=0.7, **o),
-    "GCSAM": lambda groups, **o: fused_sam.GCSAM(groups, **o),
-    "WSAM": lambda groups, **o: fused_sam.WSAM(groups, gamma=0.7, **o),
-    "WSAM coupled": lambda groups, **o: fused_sam.WSAM(groups, gamma=0.7, decouple=False, **o),
-    "MomentumSAM": lambda groups, **o: fused_sam.MomentumSAM(groups, **o),
+# Options of the methods in tests, by case: a method without an entry has one case, of its defaults.
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "SAM": {},
+    "ASAM": {"ASAM": {"eta": 0.02}},
+    "MicrobatchSAM": {"MicrobatchSAM": {"num_microbatches": 1}},
+    "ESAM": {
+        "ESAM elements": {"beta": 0.5, "gamma": 1.0},
+        "ESAM tensors": {"beta": 0.5, "gamma": 1.0, "mask": "tensors"},
+    },
+    "LookSAM": {"LookSAM": {"k": 3, "alpha": 0.4}},
+    "GSAM": {"GSAM": {"alpha": 0.5}},
+    "FriendlySAM": {"FriendlySAM": {"sigma": 0.9, "lmbda": 0.7}},
+    "WSAM": {"WSAM": {"gamma": 0.7}, "WSAM coupled": {"gamma": 0.7, "decouple": False}},
+    "LESAM": {"LESAM": {"sigma": 0.03, "rho_max": 0.3, "total": 8}},
+    "VaSSO": {"VaSSO": {"theta": 0.3}},
 }
+
+
+def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) -> dict[str, Callable[..., Any]]:
+    """Every method with the options of each of its cases, as something that builds its optimizer."""
+    return {
+        case: partial(method, **chosen)
+        for name, method in methods.items()
+        for case, chosen in options.get(name, {name: {}}).items()
+    }
+
+
+# The package's own registry, and the methods that examples/ writes over the public step.
+EXAMPLES: dict[str, type[SAM]] = {m.__name__: m for m in (LESAM, StableSAM, UnnormalisedSAM, VaSSO)}
+METHODS = cases({**fused_sam.METHODS, **EXAMPLES})
 
 
 def clean(optimizer: Any) -> None:

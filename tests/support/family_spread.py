@@ -10,18 +10,18 @@ from torch import Tensor, nn
 import fused_sam
 from fused_sam.schedule import AdaptiveSchedule
 
-from . import spread
+from . import family, spread
 
 OPTIONS: dict[str, Any] = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
+# Options with which processes and one process do the same: ESAM's mask is drawn per part.
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    **family.CASES,
+    "ESAM": {"ESAM": {"beta": 1.0, "gamma": 1.0}},
+    "LookSAM": {"LookSAM": {"k": 2}},
+    "MicrobatchSAM": {},
+}
 METHODS: dict[str, Callable[..., Any]] = {
-    "ASAM": fused_sam.ASAM,
-    "ESAM": lambda p, **o: fused_sam.ESAM(p, beta=1.0, gamma=1.0, **o),
-    "LookSAM": lambda p, **o: fused_sam.LookSAM(p, k=2, **o),
-    "GSAM": fused_sam.GSAM,
-    "FriendlySAM": fused_sam.FriendlySAM,
-    "GCSAM": fused_sam.GCSAM,
-    "WSAM": fused_sam.WSAM,
-    "MomentumSAM": fused_sam.MomentumSAM,
+    **family.cases({**fused_sam.METHODS, **family.EXAMPLES}, CASES),
     "adaptive schedule": lambda p, **o: fused_sam.SAM(p, schedule=AdaptiveSchedule(5), **o),
 }
 
