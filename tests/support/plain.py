@@ -58,7 +58,7 @@ class PlainSAM:
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
         self._saved, self._bad = {}, False
-        if self.perturbs:
+        if self.needs_second_pass:
             rows = [(p, self._scale(p, g), g) for g in self.param_groups if g["perturb"] for p in g["params"]]
             rows = [row for row in rows if row[0].grad is not None]
             norm = math.sqrt(sum(float((t * p.grad).double().square().sum()) for p, t, _ in rows))
@@ -84,7 +84,7 @@ class PlainSAM:
             if not fresh:
                 self.zero_grad()
                 loss = evaluate()
-            if self.perturbs:
+            if self.needs_second_pass:
                 self.first_step(zero_grad=True)
                 try:
                     second = evaluate()
