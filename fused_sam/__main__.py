@@ -1,4 +1,4 @@
-"""`python -m fused_sam info` and `python -m fused_sam demo`."""
+"""The command `python -m fused_sam` has two subcommands, info and demo."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ from .info import report
 
 
 def main(arguments: list[str]) -> int:
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fused_sam", description="Fused SAM for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
-    commands.add_parser("info", help="which backends can run here, which one is taken, and why")
+    commands.add_parser("info", help="print which backends can run here, which one is used, and why")
     commands.add_parser("demo", help="train on real data with SGD and SAM; see demo --help", add_help=False)
-    chosen, rest = parser.parse_known_args(arguments)
-    if chosen.command == "demo":
+    command, rest = parser.parse_known_args(arguments)
+    if command.command == "demo":
         return _demo(rest)
     if rest:
         parser.error("info takes no arguments")

@@ -1,4 +1,4 @@
-"""What `python -m fused_sam info` says: the machine, the backends, the choice and its reason."""
+"""`python -m fused_sam info` prints the machine, the backends, and which one is used and why."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from .backends import cuda
 
 
 def report() -> str:
+    """Return the text that `python -m fused_sam info` prints."""
     lines = [
         f"fused_sam {__version__}, torch {torch.__version__}, Python {platform.python_version()}, {platform.machine()}",
         f"threads: {torch.get_num_threads()} (torch.get_num_threads())",
@@ -26,9 +27,9 @@ def report() -> str:
         lines.append(f"  (cpu runs its {_cpu.instruction_set()} kernels; can run {', '.join(_cpu.instruction_sets())})")
     if cuda.Cuda.module is not None:
         built, driver = cuda.Cuda.module.runtime_version(), cuda.Cuda.module.driver_version()
-        known = f"the driver knows {_version(driver)}" if driver else "there is no NVIDIA driver"
-        lines.append(f"  (cuda was built with CUDA {_version(built)}; {known})")
-    lines += ["", "taken by backend='auto':"]
+        supported = f"the driver supports {_version(driver)}" if driver else "there is no NVIDIA driver"
+        lines.append(f"  (cuda was built with CUDA {_version(built)}; {supported})")
+    lines += ["", "used by backend='auto':"]
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
@@ -43,19 +44,20 @@ def report() -> str:
 
 
 def _version(number: int) -> str:
-    """CUDA's way to write 13.0 as 13000, undone."""
+    """Return the version that CUDA writes as a number, such as 13.0 for 13000."""
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
 def _choice(device: torch.device) -> str:
-    wanted = os.environ.get("FUSED_SAM_BACKEND")
-    if wanted and wanted != "auto":
+    """Return the backend that "auto" uses on the device, and why."""
+    requested = os.environ.get("FUSED_SAM_BACKEND")
+    if requested and requested != "auto":
         try:
-            return f"{backends.choose('auto', device).name} (FUSED_SAM_BACKEND={wanted})"
+            return f"{backends.choose('auto', device).name} (FUSED_SAM_BACKEND={requested})"
         except (RuntimeError, ValueError) as error:
-            return f"none: FUSED_SAM_BACKEND={wanted}: {error}"
+            return f"none: FUSED_SAM_BACKEND={requested}: {error}"
     order = backends.preference(device)
-    taken = backends.choose("auto", device).name
-    passed_over = order[: order.index(taken)]
-    reason = "first choice" if not passed_over else f"{', '.join(passed_over)} not available"
-    return f"{taken} ({reason}; order: {', '.join(order)})"
+    used = backends.choose("auto", device).name
+    unavailable = order[: order.index(used)]
+    reason = "first choice" if not unavailable else f"{', '.join(unavailable)} not available"
+    return f"{used} ({reason}; order: {', '.join(order)})"

@@ -24,7 +24,16 @@ from torch.optim.optimizer import ParamsT
 
 from .engine.base_optimizers import WrappedBase, check_base
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
-from .engine.options import REQUIRED, Option, check_count, check_group, check_range, is_number
+from .engine.options import (
+    Option,
+    check_count,
+    check_group,
+    check_range,
+    declare_options,
+    is_number,
+    set_options,
+    signature_of,
+)
 from .engine.plan import Precision
 from .engine.stale_grads import has_new_grads
 from .engine.stepper import Settings, Stepper
@@ -33,6 +42,7 @@ from .step import Number, Step
 
 _EPS = 1e-12
 _DEFAULT: Any = object()  # the class's default: see DEFAULTS
+_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -175,16 +185,8 @@ class SAM(Optimizer):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        declared = cls.__dict__.get("OPTIONS", {})
-        for name, each in declared.items():
-            if not isinstance(each, Option):
-                raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] must be made by fused_sam.option(), not {each!r}")
-            if name in inspect.signature(SAM.__init__).parameters:
-                raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] is SAM's own; its default goes into DEFAULTS")
-            each.__set_name__(cls, name)
-            setattr(cls, name, each)
-        cls._options = {**cls._options, **declared}
-        cls.__signature__ = _signature(cls)  # type: ignore[attr-defined]
+        cls._options = {**cls._options, **declare_options(cls, SAM)}
+        cls.__signature__ = signature_of(cls, SAM, cls._options, {**_DEFAULTS, **cls.DEFAULTS})  # type: ignore[attr-defined]
 
     def __init__(
         self,
@@ -210,11 +212,7 @@ class SAM(Optimizer):
                 "pass the optimizer that is to move the weights, such as torch.optim.SGD"
             )
         check_base(base_optimizer)
-        for name, each in self._options.items():
-            value = base_options.pop(name, each.default)
-            if value is REQUIRED:
-                raise TypeError(f"{type(self).__name__} needs the option {name}: {each.help}")
-            setattr(self, name, value)
+        set_options(self, self._options, base_options)
         if eps is not None and not (is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
         if eps is not None and "eps" in inspect.signature(base_optimizer).parameters:
@@ -242,7 +240,7 @@ class SAM(Optimizer):
         )
         self._stepper: Stepper | None = None
         given = {"rho": rho, "adaptive": adaptive, "eta": eta}
-        usual = {"rho": 0.05, "adaptive": False, "eta": 0.0, **self.DEFAULTS}
+        usual = {**_DEFAULTS, **self.DEFAULTS}
         own = {name: usual[name] if value is _DEFAULT else value for name, value in given.items()}
         own.update(perturb=True, **self.group_state())
         self._own_options = tuple(own)
@@ -334,9 +332,9 @@ class SAM(Optimizer):
         Without a closure: second_step() if the weights are perturbed, else a plain step of the base optimizer.
 
         With a closure that evaluates the model and calls backward(): a whole SAM step. If gradients have been computed
-        since the last update, they are the first gradient, and the closure runs once, at the perturbed weights. If not,
-        the closure runs twice, first at the weights. It runs once in all if no group is perturbed (rho 0). Gradients are
-        cleared before each run. If the closure raises, the weights are restored.
+        since the last update, they are the first gradient, and the closure runs once, at the perturbed weights. If
+        not, the closure runs twice, first at the weights. It runs once in all if no group is perturbed (rho 0).
+        Gradients are cleared before each run. If the closure raises, the weights are restored.
 
         Returns:
             The loss of the closure's first run. None without a closure.
@@ -604,12 +602,12 @@ class SAM(Optimizer):
             self._make_stepper()
         elif self._stepper is not None:
             self._stepper.forget_state()
-            self._stepper.context.forget()  # type: ignore[attr-defined]
+            self._stepper.context._forget()
 
     def _before_saving(self) -> None:
         """Bring what is known on the device only into groups and state."""
         self.stepper.save_rng_offset()
-        self.stepper.context.settle()  # type: ignore[attr-defined]
+        self.stepper.context._settle()
 
     def refuse_unperturbed(self, what: str) -> None:
         """Raise RuntimeError inside `with unperturbed()`, where the weights are restored only temporarily."""
@@ -635,22 +633,9 @@ class SAM(Optimizer):
             )
 
 
-def _signature(cls: type[SAM]) -> inspect.Signature:
-    """Return the constructor's signature with the method's options and defaults."""
-    parameters = []
-    defaults = {"rho": 0.05, "adaptive": False, "eta": 0.0, **cls.DEFAULTS}
-    for p in list(inspect.signature(SAM.__init__).parameters.values())[1:]:
-        if p.kind is p.VAR_KEYWORD:
-            for name, each in cls._options.items():
-                default = p.empty if each.default is REQUIRED else each.default
-                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=default))
-        parameters.append(p.replace(default=defaults.get(p.name, p.default)))
-    return inspect.Signature(parameters)
-
-
 def _run_step(optimizer: SAM, closure: Callable[..., Any] | None = None) -> Any:
     return optimizer.run_step(closure)
 
 
 _step_with_hooks = Optimizer.profile_hook_step(_run_step)
-SAM.__signature__ = _signature(SAM)  # type: ignore[attr-defined]
+SAM.__signature__ = signature_of(SAM, SAM, {}, _DEFAULTS)  # type: ignore[attr-defined]

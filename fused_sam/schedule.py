@@ -1,10 +1,10 @@
-"""Schedules: which steps perturb, for every method of the family. They cut the price of SAM's second pass.
+"""Schedules decide which steps perturb, for every method of the family. They cut the cost of SAM's second pass.
 
     optimizer = SAM(params, rho=0.5, lr=0.1, schedule=Every(10))
 
-A step that does not perturb is the base optimizer's and takes one pass. step(closure) calls the closure once then; a
-loop that makes the two passes by hand reads `optimizer.needs_second_pass` after the first backward(). What a schedule
-remembers is in the parameter groups, so that a state_dict resumes it. Schedules of rho are in rho.py.
+A step that does not perturb is the base optimizer's and takes one pass. step(closure) then calls the closure once.
+A loop that makes both passes by hand reads `optimizer.needs_second_pass` after the first backward(). A schedule keeps
+its state in the parameter groups, so that a state_dict resumes it. Schedules of rho are in rho.py.
 """
 
 from __future__ import annotations
@@ -32,16 +32,19 @@ __all__ = [
 
 
 class Schedule(ABC):
-    """Decides for each step whether it perturbs. What it remembers is kept in the parameter groups."""
+    """Decides for each step whether it perturbs.
+
+    Subclass it to write a schedule of your own. It keeps its state in the parameter groups.
+    """
 
     needs_gradients: ClassVar[bool] = False
     """True if `due` reads the gradients of the first pass."""
 
     needs_grad_scale: ClassVar[bool] = False
-    """True if it compares gradients of several steps, and so needs a GradScaler's scale."""
+    """True if the schedule compares gradients of several steps, and so needs a GradScaler's scale."""
 
     def group_state(self) -> dict[str, Any]:
-        """Return names and first values of what it remembers. Every group gets them, and the first group's count."""
+        """Return names and first values of its state. Every group gets them, and those of the first group count."""
         return {"sam_step": 0}
 
     @abstractmethod
@@ -54,35 +57,38 @@ class Schedule(ABC):
             group["sam_step"] += 1
 
 
-def _count(step: Step) -> int:
+def _step_number(step: Step) -> int:
     return int(step.groups[0]["sam_step"])
 
 
 class Every(Schedule):
-    """Perturb every `interval`-th step (as Composer's `interval`; here the first step is included).
+    """Perturbs every `interval`-th step, as Composer's `interval` does, but beginning with the first step.
+
+    Args:
+        interval: a whole number of at least 1.
 
     Raises:
-        TypeError, ValueError: the interval is not a whole number of at least 1.
+        TypeError, ValueError: the interval is out of range.
     """
 
     def __init__(self, interval: int) -> None:
         self.interval = check_count("interval", interval)
 
     def due(self, step: Step) -> bool:
-        return _count(step) % self.interval == 0
+        return _step_number(step) % self.interval == 0
 
 
 class LastSteps(Schedule):
-    """Perturb in the last part of training: from step `start` on, or from the share `start` of `total` steps on.
+    """Perturbs in the last part of training, from step `start` on.
 
     LastSteps(0.7, total) perturbs the last 30%. SAM finds flat minima late in training: Zhou et al., arXiv 2410.10373.
 
     Args:
-        start: a whole number of steps, or with `total` a share from 0 to 1.
+        start: a whole number of steps; with `total`, a fraction of `total` from 0 to 1.
         total: steps of the whole training, at least 1.
 
     Raises:
-        TypeError, ValueError: out of range, or a share without a total.
+        TypeError, ValueError: an argument is out of range, or start is a fraction without a total.
     """
 
     start: int
@@ -91,7 +97,8 @@ class LastSteps(Schedule):
         if total is None:
             if isinstance(start, float):
                 raise ValueError(
-                    f"start={start!r} is a share of training: pass the total number of steps, LastSteps({start!r}, total)"
+                    f"start={start!r} is a fraction of training: "
+                    f"pass the total number of steps, LastSteps({start!r}, total)"
                 )
             self.start = check_count("start", start, 0)
         else:
@@ -99,17 +106,20 @@ class LastSteps(Schedule):
             self.start = math.ceil(round(steps, 9))  # 0.07 * 100 is a little above 7
 
     def due(self, step: Step) -> bool:
-        return _count(step) >= self.start
+        return _step_number(step) >= self.start
 
 
 class AfterDecay(Schedule):
-    """Perturb while the learning rate is at most `fraction` of the highest so far: the tail of any LR scheduler.
+    """Perturbs while the learning rate is at most `fraction` of the highest so far, under any LR scheduler.
 
-    The first group's learning rate counts, as a number of the host; looked at whenever a step begins. After a constant
-    rate with one drop to a tenth, any fraction from 0.1 to below 1 begins at the drop.
+    The first group's learning rate counts, as a number on the host. Each step reads it when it begins. If a constant
+    rate drops once to a tenth, any fraction from 0.1 to below 1 begins at the drop.
 
     Args:
         fraction: from 0 to below 1.
+
+    Raises:
+        TypeError, ValueError: the fraction is out of range.
     """
 
     def __init__(self, fraction: float = 0.5) -> None:
@@ -131,13 +141,16 @@ class AfterDecay(Schedule):
 
 
 class Random(Schedule):
-    """Perturb each step with a probability (SS-SAM).
+    """Perturbs each step with a probability (SS-SAM).
 
-    What is drawn is a function of the seed and of the number of the step: the same on all processes and after resuming.
+    The choice is a function of the seed and of the step's number. It is the same on all processes and after resuming.
 
     Args:
         probability: 0 to 1.
         seed: a whole number of at least 0.
+
+    Raises:
+        TypeError, ValueError: an argument is out of range.
     """
 
     def __init__(self, probability: float = 0.5, seed: int = 0) -> None:
@@ -145,32 +158,31 @@ class Random(Schedule):
         self.seed = check_count("seed", seed, 0)
 
     def due(self, step: Step) -> bool:
-        number = hashlib.blake2b(f"{self.seed} {_count(step)}".encode(), digest_size=6).digest()
+        number = hashlib.blake2b(f"{self.seed} {_step_number(step)}".encode(), digest_size=6).digest()
         return int.from_bytes(number, "big") < self.probability * 2**48
 
 
 class AdaptiveSchedule(Schedule):
-    """AE-SAM's rule: perturb where this batch's gradient is large for its time, a sign of a sharp place.
+    """Perturbs if this batch's gradient is large for this stage of training, which indicates sharpness (AE-SAM).
 
         mu = delta mu + (1 - delta) ||g||^2;  s2 = delta s2 + (1 - delta) (||g||^2 - mu)^2
         perturb if ||g||^2 >= mu + c_t sqrt(s2),  c_t = (t / T) lambda_1 + (1 - t / T) lambda_2
 
     Jiang et al., "An Adaptive Policy to Employ Sharpness-Aware Minimization", ICLR 2023, arXiv 2304.14647.
-    With LookSAM it is not their AE-LookSAM: LookSAM's own rhythm counts within the steps that this one picks.
+    With LookSAM this differs from their AE-LookSAM, because LookSAM's k counts only the steps that this schedule picks.
 
-    The host decides, and so waits for the device once a step. Under a GradScaler set `optimizer.ascent_grad_scale =
-    scaler.get_scale()` before each step, because gradients of different steps are compared. A gradient that is not finite
-    leaves the averages as they are.
+    The host decides, and so waits for the device once per step. Under a GradScaler, set `optimizer.ascent_grad_scale =
+    scaler.get_scale()` before each step, because gradients of different steps are compared. A gradient that is not
+    finite leaves the averages as they are.
 
     Args:
-        total: T, steps of the whole training; afterwards c_t stays lambda_1.
+        total: T, steps of the whole training, a whole number of at least 1; afterwards c_t stays lambda_1.
         lambda_1, lambda_2: thresholds at the end and at the beginning, in standard deviations.
-        delta: 0 to below 1, the averages' memory; 0.9 in the paper.
+        delta: decay of the averages, 0 to below 1; 0.9 in the paper.
 
     Raises:
-        TypeError, ValueError: total is no whole number of at least 1, delta out of range, a threshold is no finite
-            number.
-        RuntimeError: `needs_second_pass` asked if no parameter has a gradient.
+        TypeError, ValueError: total or delta is out of range, or a threshold is not a finite number.
+        RuntimeError: `needs_second_pass` is read while no parameter has a gradient.
     """
 
     needs_gradients = True
@@ -185,13 +197,13 @@ class AdaptiveSchedule(Schedule):
             raise ValueError("delta must be below 1: at 1 the averages would never move")
 
     def group_state(self) -> dict[str, Any]:
-        # The next averages wait in the groups until the update has happened.
+        # "next_squares" holds the next averages until the update has happened.
         return {**super().group_state(), "square_mean": 0.0, "square_variance": 0.0, "next_squares": None}
 
     def due(self, step: Step) -> bool:
         group, square = step.groups[0], self._square(step)
         if not math.isfinite(square):
-            return True  # the step is skipped, as every step with such a gradient
+            return True  # every step with such a gradient is skipped
         mean = self.delta * group["square_mean"] + (1 - self.delta) * square
         variance = self.delta * group["square_variance"] + (1 - self.delta) * (square - mean) ** 2
         for each in step.groups:

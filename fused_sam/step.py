@@ -4,7 +4,7 @@ A method is a subclass of SAM that overrides hooks. Each gets the step and touch
 underscore; docs/writing-a-method.md teaches it.
 
     class StableSAM(SAM):                                     # d = (||g|| / ||g_s||) g_s   (arXiv 2401.07250)
-        def descent(self, step):
+        def _run_descent(self, step):
             step.grad.scale_(step.ascent_norm / step.grad.norm())
 
 Numbers are 0-dim tensors on the device or Python numbers; nothing here makes the host wait for the device. Gradients
@@ -15,13 +15,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends.contract import SKIP, XX, XY, YY, PerturbGroup
-from .engine import vectors
+from .backends.contract import SKIP, XX, PerturbGroup
+from .engine import pairs
 from .engine.calls import GradSnapshot
 from .engine.extra_state import ExtraState
 from .engine.layout import owned
@@ -29,237 +29,11 @@ from .engine.options import REQUIRED, Option, is_number, option
 from .engine.plan import Plan
 from .engine.sharding import like
 from .engine.stepper import Stepper
+from .engine.vectors import Combination, Number, Products, TensorVector, is_one, over, terms_of, times
 
-__all__ = ["REQUIRED", "Combination", "Option", "Step", "TensorVector", "option"]
-
-Number = Tensor | float
-
-
-class Products(NamedTuple):
-    """Sums over two vectors: 0-dim tensors on the device, fp64 on the CPU, fp32 elsewhere."""
-
-    xy: Tensor
-    xx: Tensor
-    yy: Tensor
-
-
-class TensorVector:
-    """A vector over all parameters: one tensor per parameter, or None where it has none, which counts as zero.
-
-    Operations run as one kernel launch over all tensors. Those that end in an underscore write in place and return the
-    vector. Vectors of one step can be combined; their values count without the loss scale.
-    """
-
-    def __init__(
-        self, step: Step, tensors: list[Tensor | None], scale: Number | None = 1.0, role: str = "", name: str = ""
-    ) -> None:
-        self.name = name  # of a state
-        self._step = step
-        self._tensors = tensors
-        self._scale = scale  # the tensors are the vector times this; None: not known
-        self._role = role
-        self._square: Tensor | None = None  # <tensors, tensors>, while it is known
-
-    # ---- reading --------------------------------------------------------------------------------------------
-
-    def products(self, other: TensorVector) -> Products:
-        """Return <x, y>, ||x||^2 and ||y||^2 of x = self and y = other, over parameters that both have, in one launch."""
-        self._check_other(other, "products()")
-        sums = vectors.dot(self._step._plan, self._tensors, other._tensors)
-        if self._step._phase == "descent":
-            # A factor made of an infinite norm may be 0, and would hide that the gradient is not finite.
-            self._step._skip_unless(sums.isfinite().all())
-        s, t = self._known_scale(), other._known_scale()
-        if self._pattern() == other._pattern():
-            self._square, other._square = sums[XX], sums[YY]
-        return Products(
-            _over(sums[XY], _times(s, t)), _over(sums[XX], _times(s, s)), _over(sums[YY], _times(t, t))
-        )
-
-    def dot(self, other: TensorVector) -> Tensor:
-        """Return <self, other>, summed over all parameters (of all processes): 0-dim, fp64 on the CPU, fp32 elsewhere.
-
-        The launch gives both squares as well: `x.dot(x)` and `y.norm()` read no memory after `x.dot(y)`.
-        """
-        if other is self and self._square is not None:
-            scale = self._known_scale()
-            return _over(self._square, _times(scale, scale))
-        return self.products(other).xy
-
-    def norm(self) -> Tensor:
-        """Return the global L2 norm: 0-dim, fp64 on the CPU, fp32 elsewhere."""
-        return self.dot(self).sqrt()
-
-    @property
-    def empty(self) -> bool:
-        """True if no parameter has a tensor, such as a state that has not begun."""
-        return all(t is None for t in self._tensors)
-
-    def items(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (parameter, tensor) pairs, for operations per tensor. DTensors if the parameters are sharded.
-
-        The tensors of gradients include the loss scale. Changing them in place is allowed where the vector may change.
-        """
-        self._square = None
-        if self._step._phase == "descent" and self._role == "grad":
-            self._step._stepper.changed_update = True
-        for p, t in zip(self._step._plan.params, self._tensors, strict=True):
-            if t is not None:
-                yield p, like(t, p)
-
-    def group(self, k: int) -> TensorVector:
-        """Return the part of the vector that belongs to parameter group k, on the same memory."""
-        plan = self._step._plan
-        n = len(self._step.groups)
-        tensors = [t if j % n == k else None for t, j in zip(self._tensors, plan.group_ids, strict=True)]
-        return TensorVector(self._step, tensors, self._scale, self._role)
-
-    # ---- writing in place -----------------------------------------------------------------------------------
-
-    def scale_(self, a: Number) -> TensorVector:
-        """self = a * self."""
-        return self._write(self, a, 0.0, "scale_()")
-
-    def axpby_(self, a: Number, b: Number, other: TensorVector, *, first: Number | None = None) -> TensorVector:
-        """self = a * self + b * other.
-
-        Args:
-            first: for a state that a parameter does not have yet, self = first * other; None: b * other.
-        """
-        self._check_other(other, "axpby_()")
-        return self._write(other, a, b, "axpby_()", first)
-
-    def lerp_(self, other: TensorVector, weight: float) -> TensorVector:
-        """self = (1 - weight) * self + weight * other: an exponential moving average of `other`."""
-        self._check_other(other, "lerp_()")
-        return self._write(other, 1 - weight, weight, "lerp_()")
-
-    def copy_(self, source: TensorVector | Combination) -> TensorVector:
-        """self = source. A combination is written where both of its vectors have a tensor, in one launch."""
-        terms = _terms(source, "copy_()")
-        for _, x in terms:
-            self._check_other(x, "copy_()")
-        if len(terms) == 1:
-            return self._write(terms[0][1], 0.0, terms[0][0], "copy_()")
-        if len(terms) > 2:
-            raise ValueError(f"{self._step._where()}: copy_() takes two vectors; add the third by axpby_()")
-        (a, x), (b, y) = terms
-        both = [None if g is None or h is None else g for g, h in zip(x._tensors, y._tensors, strict=True)]
-        status = self._step._writable(self, both, "copy_()")
-        if status is not None and self._step._stepper.known_skip():
-            return self
-        a, b = (_times(c, _over(self._known_scale(), v._known_scale())) for c, v in terms)
-        vectors.axpby(self._step._plan, x._tensors, y._tensors, self._tensors, a, b, status)
-        self._square = None
-        self._step._wrote(self)
-        return self
-
-    def zeros_like(self) -> TensorVector:
-        """Return a new vector of zeros with the same tensors present, for this step alone."""
-        zeros = [None if t is None else torch.zeros_like(t, dtype=_wide(t)) for t in self._tensors]
-        return TensorVector(self._step, zeros)
-
-    # ---- combinations, which are read by what they are assigned to --------------------------------------------
-
-    def __mul__(self, a: Number) -> Combination:
-        return Combination([(a, self)])
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, a: Number) -> Combination:
-        return Combination([(1 / a, self)])
-
-    def __neg__(self) -> Combination:
-        return Combination([(-1.0, self)])
-
-    def __add__(self, other: TensorVector | Combination) -> Combination:
-        return Combination([(1.0, self)]) + other
-
-    def __sub__(self, other: TensorVector | Combination) -> Combination:
-        return Combination([(1.0, self)]) - other
-
-    def __repr__(self) -> str:
-        present = sum(t is not None for t in self._tensors)
-        return f"TensorVector({self._role or 'temporary'}, {present} of {len(self._tensors)} parameters)"
-
-    # ---- within ---------------------------------------------------------------------------------------------
-
-    def _pattern(self) -> list[bool]:
-        return [t is None for t in self._tensors]
-
-    def _known_scale(self) -> Number:
-        if self._scale is None:
-            self._step._needed_scale = True  # found out by the update, if there is a GradScaler
-            return 1.0
-        return self._scale
-
-    def _check_other(self, other: Any, what: str) -> None:
-        if not isinstance(other, TensorVector):
-            raise TypeError(
-                f"{self._step._where()}: TensorVector.{what} takes a vector of this step, such as step.grad, "
-                f"not {type(other).__name__}"
-            )
-        if len(other._tensors) != len(self._tensors):
-            raise ValueError(
-                f"{self._step._where()}: the vectors have {len(self._tensors)} and {len(other._tensors)} parameters; "
-                "take both from the same step"
-            )
-
-    def _write(
-        self, other: TensorVector, a: Number, b: Number, what: str, first: Number | None = None
-    ) -> TensorVector:
-        """self = a * self + b * other, where a tensor that is missing in `other` counts as zero."""
-        step, plan = self._step, self._step._plan
-        old = list(self._tensors)
-        status = step._writable(self, other._tensors, what)
-        if status is not None and step._stepper.known_skip():
-            return self
-        if other is self:
-            vectors.axpby(plan, old, old, old, a + b, 0.0, status)
-        else:
-            if self._scale is not other._scale:
-                ratio = _over(self._known_scale(), other._known_scale())
-                b, first = _times(b, ratio), None if first is None else _times(first, ratio)
-            new: list[Tensor | None] = [t if o is None else None for t, o in zip(self._tensors, old, strict=True)]
-            if first is not None and any(t is not None for t in new):
-                vectors.axpby(plan, new, other._tensors, new, 0.0, first, status)
-                target = old
-            else:
-                target = self._tensors
-            vectors.axpby(plan, target, other._tensors, target, a, b, status)
-            if not _is_one(a):
-                alone = [x if y is None else None for x, y in zip(target, other._tensors, strict=True)]
-                if any(x is not None for x in alone):
-                    vectors.axpby(plan, alone, alone, alone, a, 0.0, status)
-        self._square = None
-        step._wrote(self)
-        return self
-
-
-class Combination:
-    """A sum of up to two vectors times numbers, such as `a * x + b * y`: assigned to something that reads it."""
-
-    def __init__(self, terms: list[tuple[Number, TensorVector]]) -> None:
-        self.terms = terms
-
-    def __mul__(self, a: Number) -> Combination:
-        return Combination([(_times(a, c), x) for c, x in self.terms])
-
-    __rmul__ = __mul__
-
-    def __neg__(self) -> Combination:
-        return self * -1.0
-
-    def __add__(self, other: TensorVector | Combination) -> Combination:
-        joined: dict[int, tuple[Number, TensorVector]] = {}
-        for c, x in [*self.terms, *_terms(other, "+")]:
-            joined[id(x)] = (_plus(joined[id(x)][0], c), x) if id(x) in joined else (c, x)
-        return Combination(list(joined.values()))
-
-    __radd__ = __add__
-
-    def __sub__(self, other: TensorVector | Combination) -> Combination:
-        return self + _negative(other)
+__all__ = [
+    "REQUIRED", "Combination", "GroupRho", "Number", "Option", "Products", "Step", "TensorVector", "option",
+]  # fmt: skip
 
 
 class GroupRho:
@@ -269,12 +43,12 @@ class GroupRho:
         self.factor = factor
 
     def __mul__(self, a: Number) -> GroupRho:
-        return GroupRho(_times(self.factor, a))
+        return GroupRho(times(self.factor, a))
 
     __rmul__ = __mul__
 
     def __truediv__(self, a: Number) -> GroupRho:
-        return GroupRho(_over(self.factor, a))
+        return GroupRho(over(self.factor, a))
 
 
 class Step:
@@ -353,7 +127,7 @@ class Step:
         if scale is None:
             self._needed_scale = True
             scale = 1.0
-        return _over(self._stepper.status.ascent_norm.clone(), scale)
+        return over(self._stepper.status.ascent_norm.clone(), scale)
 
     @property
     def rho(self) -> GroupRho:
@@ -406,9 +180,9 @@ class Step:
     def update_grad(self, value: TensorVector | Combination) -> None:
         if self._phase != "descent":
             raise RuntimeError(f"{self._where()}: step.update_grad is set in the hook `descent`, before the update")
-        grad, terms = self.grad, _terms(value, "step.update_grad")
+        grad, terms = self.grad, terms_of(value, "step.update_grad")
         self._stepper.changed_update = True
-        if len(terms) == 1 and terms[0][1] is not grad and terms[0][1]._role == "ascent_grad" and _is_one(terms[0][0]):
+        if len(terms) == 1 and terms[0][1] is not grad and terms[0][1]._role == "ascent_grad" and is_one(terms[0][0]):
             self._use_ascent_grad()
             return
         a = next((c for c, x in terms if x is grad), 0.0)
@@ -423,19 +197,19 @@ class Step:
             )
         b, other = others[0]
         if grad._scale is not other._scale:
-            b = _times(b, _over(grad._known_scale(), other._known_scale()))
-        vectors.axpby(self._plan, grad._tensors, other._tensors, grad._tensors, a, b)
+            b = times(b, over(grad._known_scale(), other._known_scale()))
+        pairs.axpby(self._plan, grad._tensors, other._tensors, grad._tensors, a, b)
         grad._square = None
 
     def require_finite(self, vector: TensorVector) -> None:
         """Skip the step if a number of the vector is not finite: for one that does not enter the update's gradient."""
         if self._phase != "descent":
             raise RuntimeError(f"{self._where()}: step.require_finite() is for the hook `descent`, before the update")
-        self._skip_unless(vectors.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
+        self._skip_unless(pairs.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
 
     # ---- what the stepper calls -----------------------------------------------------------------------------
 
-    def ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+    def _run_ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
         """Run the method's ascent hook, and take the gradients from the parameters if the class keeps them."""
         self._vectors.clear()
         self._snapshot, self._kept = snapshot, None
@@ -446,7 +220,7 @@ class Step:
             for p in plan.params:
                 p.grad = None
 
-    def radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
+    def _run_radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
         """Run the method's radius hook; return the groups with the lengths that it gave."""
         with self._in("radius"):
             length = self._optimizer.radius(self)
@@ -467,7 +241,7 @@ class Step:
             return [g._replace(rho=g.rho * float(factor)) for g in groups]
         return [g._replace(rho=float(factor) if g.rho > 0 else 0.0) for g in groups]
 
-    def descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+    def _run_descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
         """Run the method's descent hook."""
         self._snapshot = snapshot
         self._vectors.clear()
@@ -483,7 +257,7 @@ class Step:
         with self._in("descent"):
             _check_none(self._optimizer.descent(self), self)
 
-    def updated(self) -> None:
+    def _run_updated(self) -> None:
         """Run the method's updated hook."""
         with self._in("updated"):
             _check_none(self._optimizer.updated(self), self)
@@ -492,9 +266,9 @@ class Step:
             with torch.no_grad():
                 self._plan.masters.write_params()
             self._plan.masters.record_versions()
-        self.end()
+        self._end()
 
-    def wants_perturbation(self) -> bool:
+    def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
         schedule = self._stepper.schedule
         now, self._snapshot, self._vectors = (self._snapshot, self._vectors), None, {}
@@ -505,26 +279,26 @@ class Step:
         finally:
             self._snapshot, self._vectors = now
 
-    def replanned(self, old: Plan, new: Plan) -> None:
+    def _replanned(self, old: Plan, new: Plan) -> None:
         """Sort the ascent gradients for the parameters of a new plan."""
         self._vectors.clear()
         if self._kept is not None:
             by_param = dict(zip(old.params, self._kept, strict=True))
             self._kept = [by_param.get(p) for p in new.params]
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Let go of the gradients, and of what is known of one step only."""
         self._snapshot = self._kept = None
         self._vectors.clear()
         self._needed_scale = self._scheduled = self._was_perturbed = False
         self._update_scale = None
 
-    def forget(self) -> None:
+    def _forget(self) -> None:
         """Forget everything, because the state was replaced."""
-        self.end()
+        self._end()
         self._extra.forget()
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Take state that a skipped update began out of the optimizer's state, before it is saved."""
         self._extra.settle()
 
@@ -554,8 +328,8 @@ class Step:
         if told is None and self._update_scale is None and getattr(self._optimizer, "found_inf", None) is not None:
             raise RuntimeError(
                 f"{type(self._optimizer).__name__} compares both gradients of a step, and scaler.unscale_() has "
-                "unscaled the second one only: call first_step(grad_scale=scaler.get_scale()), or leave unscale_() out and clip "
-                "by SAM's max_norm"
+                "unscaled the second one only: call first_step(grad_scale=scaler.get_scale()), or leave unscale_() "
+                "out and clip by SAM's max_norm"
             )
         return told if told is not None else 1.0 if self._update_scale is None else self._update_scale
 
@@ -584,23 +358,24 @@ class Step:
         tensors = self._extra.find(self._plan, self._optimizer.state, name)
         return TensorVector(self, tensors, 1.0, "state", name)
 
-    def _writable(self, vector: TensorVector, other: list[Tensor | None], what: str) -> Any:
-        """Return the status if a skipped step must not write the vector, after checking that this hook may write it.
+    def _writable(self, vector: TensorVector, other: list[Tensor | None], what: str) -> tuple[Any, bool]:
+        """Check that this hook may write the vector; return the status if a skipped step must not, and if it is one.
 
         A state gets tensors of zeros where `other` and the gradient have one.
         """
-        role, phase = vector._role, self._phase
+        role, phase, stepper = vector._role, self._phase, self._stepper
         allowed = {"grad": ("ascent", "descent"), "weights": ("updated",), "state": ("updated",), "ascent_grad": ()}
         if role in allowed and phase not in allowed[role]:
             hooks = " and ".join(f"`{hook}`" for hook in allowed[role]) or "no hook"
             reason = ", so that a skipped step leaves it as it is" if allowed[role] == ("updated",) else ""
             raise RuntimeError(f"{self._where()}: {what} would write to step.{role}, which {hooks} may change{reason}")
-        if role == "state" and not self._stepper.known_skip():
-            skip = None if self._stepper.status.host is not None else self._stepper.status.skip
-            grads = self.grad._tensors
-            wanted = [None if h is None else g for g, h in zip(grads, other, strict=True)]
+        if role not in ("state", "weights"):
+            return None, False
+        if role == "state" and not stepper.known_skip():
+            skip = None if stepper.status.host is not None else stepper.status.skip
+            wanted = [None if h is None else g for g, h in zip(self.grad._tensors, other, strict=True)]
             vector._tensors[:] = self._extra.begin(self._plan, self._optimizer.state, vector.name, wanted, skip)
-        return self._stepper.status if role in ("state", "weights") else None
+        return stepper.status, stepper.known_skip()
 
     def _wrote(self, vector: TensorVector) -> None:
         if vector._role == "grad" and self._phase == "descent":
@@ -633,45 +408,6 @@ class Step:
             p.grad = like(g, p)
         snapshot.addresses = None
         self._vectors["grad"] = second
-
-
-# ---- numbers on the host or on the device ---------------------------------------------------------------------------
-
-
-def _is_one(a: Number) -> bool:
-    return not isinstance(a, Tensor) and a == 1
-
-
-def _is_zero(a: Number) -> bool:
-    return not isinstance(a, Tensor) and a == 0
-
-
-def _times(a: Number, b: Number) -> Number:
-    return b if _is_one(a) else a if _is_one(b) else a * b
-
-
-def _over(a: Any, b: Number) -> Any:
-    return a if _is_one(b) else a / b
-
-
-def _plus(a: Number, b: Number) -> Number:
-    return a + b
-
-
-def _wide(t: Tensor) -> torch.dtype:
-    return torch.float64 if t.dtype is torch.float64 else torch.float32
-
-
-def _terms(value: Any, what: str) -> list[tuple[Number, TensorVector]]:
-    if isinstance(value, TensorVector):
-        return [(1.0, value)]
-    if isinstance(value, Combination):
-        return value.terms
-    raise TypeError(f"{what} takes a vector of the step, or a combination such as a * x + b * y, not {value!r}")
-
-
-def _negative(value: TensorVector | Combination) -> Combination:
-    return Combination([(-c, x) for c, x in _terms(value, "-")])
 
 
 def _check_none(result: Any, step: Step) -> None:

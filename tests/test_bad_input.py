@@ -192,7 +192,7 @@ PARAMETERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: [torch.ones(3, dtype=torch.int64)], TypeError,
      r"parameter 0 of group 0 .* is torch\.int64: .* leave it out"),
     (lambda: [weight(), weight(device="meta")], ValueError,
-     r"parameters of one device; got parameter 0 .* on cpu, parameter 1 .* on meta: use one optimizer a device"),
+     r"parameters of one device; got parameter 0 .* on cpu, parameter 1 .* on meta: use one optimizer per device"),
 ]  # fmt: skip
 
 

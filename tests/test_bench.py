@@ -1,4 +1,4 @@
-"""The benchmarks: right shapes, peers that agree, sound statistics, and a command line that writes what it says."""
+"""The benchmarks: right shapes, peers that agree, sound statistics, and a command line that writes its files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("rich")
 pytest.importorskip("typer")
 
-from bench import agreement, memory, rounds, shapes, stats, traffic
+from bench import agreement, host_cost, memory, rounds, shapes, stats, traffic
 from bench.__main__ import main
 from bench.clock import HostClock
 from bench.errors import BenchError
@@ -114,6 +114,35 @@ def test_memory_of_clones_shows() -> None:
     assert usage.largest == usage.smallest_tensor
 
 
+@pytest.mark.parametrize(("hyper", "update"), [(Hyper(), "sgd"), (AdamHyper(), "adam")])
+def test_host_cost_leaves_out_every_kernel_of_a_step(
+    hyper: Hyper, update: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = pytest.importorskip("fused_sam._cpu").Table
+    plain = {name: getattr(table, name) for name in host_cost.KERNELS}
+    called: list[str] = []
+    for name, kernel in plain.items():
+        monkeypatch.setattr(
+            table, name, lambda *args, name=name, kernel=kernel: (called.append(name), kernel(*args))[1]
+        )
+    peer, _ = build(["ours-cpu"], "3x5", CPU, hyper)["ours-cpu"]
+    with host_cost.kernel_stopwatch() as spent:
+        peer.first_step()
+        peer.second_step()
+    assert called == ["norm", "perturb", "norm", update]
+    assert len(spent) == 4 and min(spent) > 0
+    peer.first_step()
+    assert len(spent) == 4, "the kernels are the plain ones again"
+
+
+def test_host_cost_of_the_step_and_beyond_the_kernels() -> None:
+    pytest.importorskip("fused_sam._cpu")
+    cost = host_cost.measure("ours-cpu", CPU, Hyper(), rounds=2, counts=(3, 10), shapes=("4x7",))
+    assert [step.count for step in cost.steps] == [2, 2]
+    assert 0 < cost.beside_kernels["4x7"].median < 1
+    assert set(cost.as_json()) == {"peer", "counts", "steps", "line", "beside_kernels"}
+
+
 def test_the_usual_peers_all_run_on_a_cpu() -> None:
     chosen, notes = choose(CPU, [])
     assert chosen == [name for name, peer in PEERS.items() if "cpu" in peer.default_on]
@@ -122,7 +151,7 @@ def test_the_usual_peers_all_run_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("half", ["first_step", "second_step"])
 def test_the_other_half_ends_outside_the_clock(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU, whose work goes on when the call has returned."""
+    """On a GPU the work goes on after the call has returned."""
     from types import SimpleNamespace
 
     pytest.importorskip("pytest_benchmark")
@@ -148,7 +177,7 @@ def test_the_other_half_ends_outside_the_clock(half: str, monkeypatch: pytest.Mo
     assert seen == (timed + other if half == "first_step" else other + timed)
 
 
-def test_no_device_compiles_for_minutes_unasked() -> None:
+def test_no_device_compiles_for_minutes_by_default() -> None:
     assert PEERS["compiled"].default_on == ()
     assert "compiled" not in choose(CPU, [])[0]
     assert "compiled" in choose(CPU, [], compiled=True)[0]
@@ -183,7 +212,7 @@ def test_command_line_writes_json_and_plots(tmp_path: Path, capsys: pytest.Captu
     assert "fused_sam (cpu)" in capsys.readouterr().out
 
 
-def test_adamw_writes_beside_sgd(tmp_path: Path) -> None:
+def test_adamw_writes_files_of_its_own(tmp_path: Path) -> None:
     assert main(["adamw", "--shape", "10x256", "--rounds", "2", "--out", str(tmp_path)]) == 0
     (folder,) = tmp_path.iterdir()
     (run,) = json.loads((folder / "adamw_side_by_side.json").read_text())["side_by_side"]
@@ -202,7 +231,7 @@ def test_bf16_leaves_out_the_peers_that_are_wrong_there(tmp_path: Path) -> None:
     assert not set(WRONG_IN_BF16) & set(run["peers"])
 
 
-def test_a_turn_is_taken_once_a_round_and_repeated_inside() -> None:
+def test_a_turn_is_taken_once_per_round_and_repeated_inside() -> None:
     seen: list[str] = []
     turns = {name: [lambda name=name: seen.append(name)] * 2 for name in "ab"}
     samples = rounds.interleave(turns, HostClock(), rounds=3, repeats=4)

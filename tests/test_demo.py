@@ -201,7 +201,7 @@ def test_the_unfused_peer_takes_the_steps_of_fused_sam(digits: Source) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_seed_gives_the_same_run_and_its_cost_is_counted_in_passes(digits: Source, name: str) -> None:
     task, method = make_task(digits, 0, 0.4, 0.25), METHODS[name]
-    trial = Trial(method, 0.02, 0.1 if method.climbs else None)
+    trial = Trial(method, 0.02, 0.1 if method.is_sam else None)
     heard: list[int] = []
     torch.manual_seed(99)
     first = train(task, trial, 0, epochs=2, batch_size=256, on_epoch=heard.append)

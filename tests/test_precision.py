@@ -350,7 +350,7 @@ def test_loss_scale_and_rounding_at_random(backend: str) -> None:
 
 def test_a_warning_names_the_numbers() -> None:
     params = weights([(100_000,)], torch.bfloat16)
-    with pytest.warns(RoundingWarning, match=r"rho 0.05 over 100,000 weights is 1.6e-04 a weight, which about \d\d%"):
+    with pytest.warns(RoundingWarning, match=r"rho 0.05 over 100,000 weights is 1.6e-04 per weight, which about \d\d%"):
         SAM(params, rho=0.05, lr=0.1)
 
 

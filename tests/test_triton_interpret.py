@@ -1,6 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on CPU tensors: in processes of their own.
+"""The Triton kernels in Triton's interpreter, on CPU tensors, in separate processes.
 
-Triton looks for TRITON_INTERPRET when it is imported, so that one process either interprets or compiles.
+Triton reads TRITON_INTERPRET when it is imported, so that one process either interprets or compiles.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 pytest.importorskip("triton", minversion="3.6")
 
-# Files of tests, and which of their tests: all of the first, of the others those that run on each backend; of the
-# contract's not those of 16-bit weights with fp32 gradients, which are the same kernels and in the first.
+# Files of tests, and which of their tests run: all of the first file, and of the others those that every backend runs.
+# The contract's tests leave out 16-bit params with fp32 gradients, which the first file covers with the same kernels.
 SUITES = {
     "primitives": ("tests/interpreted/primitives.py", ""),
     "contract": ("tests/test_primitives.py", "triton and not float16-float32"),

@@ -1,7 +1,7 @@
 """The primitives in torch._foreach_* calls: for devices that no kernel of ours supports.
 
-One batch of calls per parameter group. It needs temporaries of the size of the gradients. On an accelerator it waits for
-the status once per primitive; the compiled backends do neither.
+One batch of calls per parameter group. It needs temporaries of the size of the gradients and, on an accelerator, waits
+for the status once per primitive. The compiled backends do neither.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ class Rows(Generic[AnyGroup]):
         return widen(self.of(self.table.masters or self.table.params))
 
     def state(self, name: str) -> list[Tensor]:
+        """Return these rows of a column of state."""
         return self.of(self.table.state[name])
 
     def key(self, row: int, rng_offset: int, purpose: int) -> tuple[int, int]:
@@ -124,7 +125,7 @@ class Foreach(Backend):
     def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
         lists = [widen(table.grads)] if groups is None else map(scaled_grads, by_group(table, groups))
         for grads in lists:
-            wider = torch.promote_types(grads[0].dtype, status.values.dtype)  # squares of 1e19 leave fp32's range
+            wider = torch.promote_types(grads[0].dtype, status.values.dtype)  # squares of 1e20 leave fp32's range
             norms = torch.stack(torch._foreach_norm(grads, 2, dtype=wider))
             status.sum_of_squares.add_(norms.to(status.values.dtype).square().sum())
 

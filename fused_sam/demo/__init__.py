@@ -1,8 +1,8 @@
-"""`python -m fused_sam demo`: SGD against SAM on real data with wrong labels.
+"""`python -m fused_sam demo` compares SGD with SAM on real data with wrong labels.
 
-cli.py is the command; it needs the extra packages of `pip install 'fused_sam[demo]'`, this file needs none.
+cli.py is the command. It needs the extra packages of `pip install 'fused_sam[demo]'`; this file needs none.
 """
 
 
 class DemoError(Exception):
-    """What the user can put right; the message says in one line what is wrong and what to do."""
+    """Reports an error that the user can correct. Its one-line message says what is wrong and what to do."""

@@ -1,4 +1,4 @@
-"""The command `python -m fused_sam demo`: its options, and the order in which things happen."""
+"""This module declares the options of the command `python -m fused_sam demo`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def demo(
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            metavar="DIR", help="Where Fashion-MNIST's four IDX .gz files are.", show_default=str(FASHION_FOLDER)
+            metavar="DIR", help="Folder with Fashion-MNIST's four IDX .gz files.", show_default=str(FASHION_FOLDER)
         ),
     ] = None,
     optimizer: Annotated[
@@ -52,15 +52,15 @@ def demo(
     ] = None,
     noise: Annotated[
         str,
-        typer.Option(metavar="SHARE", help="Share of training and validation labels to replace at random."),
+        typer.Option(metavar="SHARE", help="Fraction of training and validation labels to replace at random."),
     ] = "0.4",
     batch_size: Annotated[
         str | None,
-        typer.Option(metavar="N", help="Images a step.", show_default=_default("batch_size")),
+        typer.Option(metavar="N", help="Images per step.", show_default=_default("batch_size")),
     ] = None,
     backend: Annotated[
         str,
-        typer.Option(metavar="NAME", help="Of fused_sam.SAM; `python -m fused_sam info` lists them."),
+        typer.Option(metavar="NAME", help="Backend of fused_sam.SAM; `python -m fused_sam info` lists them."),
     ] = "auto",
     threads: Annotated[
         str | None, typer.Option(metavar="N", help="Threads for torch.", show_default="torch's own choice")
@@ -68,12 +68,12 @@ def demo(
     output: Annotated[Path, typer.Option(metavar="FILE", help="The figure: .png, .pdf or .svg.")] = Path(
         "fused_sam_demo.png"
     ),
-    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write every number there too.")] = None,
+    json: Annotated[Path | None, typer.Option(metavar="FILE", help="Write all numbers to this file too.")] = None,
 ) -> None:
     """Train a small network on images with wrong labels: SGD, SGD for twice the epochs, and fused SAM.
 
-    Learning rates and rho are chosen on a validation split whose labels are as wrong as the training labels;
-    the accuracies shown are those on clean test labels.
+    Learning rates and rho are chosen on a validation split, whose labels are as wrong as the training labels.
+    The accuracies shown are those on clean test labels.
     """
     try:
         settings = read_settings(
@@ -98,7 +98,7 @@ def demo(
 
 
 def _run(settings: Settings) -> None:
-    # Here, so that --help and a bad option answer at once.
+    # Imported here, so that --help and errors in options are fast.
     from .experiment import run
 
     run(settings)

@@ -1,7 +1,7 @@
-"""The images, their splits, and the wrong labels.
+"""This module loads the images, splits them, and makes labels wrong.
 
-Training and validation labels are replaced at the same rate: who has wrong labels has no clean ones to choose rho with.
-Test labels stay as they are and choose nothing.
+Training and validation labels are replaced at the same rate, because real data with wrong labels has no clean ones to
+choose rho with. Test labels stay as they are and choose nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from . import DemoError
 from .idx import read_idx
 
 CLASSES = 10
-TEST_SHARE = 1 / 4  # of a set that comes without a test part
+TEST_FRACTION = 1 / 4  # of a data set without a test part
 
 FASHION_FILES = {
     "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
@@ -26,6 +26,8 @@ FASHION_FILES = {
 
 @dataclass(frozen=True)
 class Part:
+    """Holds the images and labels of a split."""
+
     x: Tensor  # [images, pixels]
     y: Tensor  # int64 [images], 0 to CLASSES - 1
 
@@ -38,15 +40,15 @@ class Part:
 
 @dataclass(frozen=True)
 class Source:
-    """Images as they come, before any split."""
+    """Holds a data set before any split."""
 
     images: Part
-    test: Part | None  # None: to be cut off from `images`
+    test: Part | None  # None: the test part is cut off from `images`
 
 
 @dataclass(frozen=True)
 class Task:
-    """What one seed trains on: standardised float32 images; noisy, noisy and clean labels."""
+    """Holds the splits of one seed: standardised float32 images, with labels that are noisy except in `test`."""
 
     train: Part
     validation: Part
@@ -54,7 +56,7 @@ class Task:
 
 
 def load_digits() -> Source:
-    """scikit-learn's digits: 1,797 images of 64 pixels."""
+    """Return scikit-learn's digits: 1,797 images of 64 pixels."""
     from sklearn.datasets import load_digits as load
 
     pixels, labels = load(return_X_y=True)
@@ -62,10 +64,10 @@ def load_digits() -> Source:
 
 
 def load_fashion_mnist(folder: Path) -> Source:
-    """Fashion-MNIST's four IDX .gz files: 60,000 and 10,000 images of 784 pixels.
+    """Return the images of Fashion-MNIST's four IDX .gz files: 60,000 and 10,000 images of 784 pixels.
 
     Raises:
-        DemoError: a file is missing, truncated or something else.
+        DemoError: a file is missing, truncated or not an IDX file.
     """
     for name in (name for pair in FASHION_FILES.values() for name in pair):
         if not (folder / name).is_file():
@@ -89,29 +91,32 @@ def _read_part(folder: Path, images: str, labels: str) -> Part:
     return part
 
 
-def replace_labels(labels: Tensor, share: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Labels with exactly round(share * n) of them drawn anew, and which ones, int64 [round(share * n)].
+def replace_labels(labels: Tensor, fraction: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Replace exactly round(fraction * n) of n labels by random ones.
 
     The new class is uniform over all classes, so a tenth of the replaced labels stays right by chance.
+
+    Returns:
+        The new labels, and the indices of the replaced ones, int64 [round(fraction * n)].
     """
-    replaced = torch.randperm(len(labels), generator=generator)[: round(share * len(labels))]
+    replaced = torch.randperm(len(labels), generator=generator)[: round(fraction * len(labels))]
     noisy = labels.clone()
     noisy[replaced] = torch.randint(CLASSES, (len(replaced),), generator=generator)
     return noisy, replaced
 
 
 def make_task(source: Source, seed: int, noise: float, validation_share: float) -> Task:
-    """Splits and noise of one seed; the splits do not depend on the noise."""
+    """Return the splits of one seed, with noise in the labels; the splits do not depend on the noise."""
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(len(source.images), generator=generator)
     test = source.test
     if test is None:
-        cut = round(TEST_SHARE * len(order))
+        cut = round(TEST_FRACTION * len(order))
         test, order = source.images[order[:cut]], order[cut:]
     cut = round(validation_share * len(order))
     validation, train = source.images[order[:cut]], source.images[order[cut:]]
 
-    # One mean and one deviation for all pixels: a pixel that is nearly always blank is not blown up.
+    # One mean and one deviation for all pixels, so that a pixel that is nearly always blank is not scaled up.
     pixels = train.x.float()
     mean, deviation = pixels.mean(), pixels.std()
 

@@ -1,4 +1,4 @@
-"""The whole demo in order: data, an estimate, training under a progress bar, the timing, the report."""
+"""This module runs the demo in order: data, an estimate, training under a progress bar, the timing, the report."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .training import Run, Trial, batches, evaluate, make_optimizer, step, train
 from .tuning import compete, passes_over_data, trials_of
 from .versus import compare
 
-LOOK_SECONDS = 1.0  # for the estimate: threads take a while to settle on their cores
+PROBE_SECONDS = 1.0  # of steps for the estimate, because threads take a while to settle on their cores
 
 
 def run(settings: Settings) -> None:
-    """Print the tables, write the figure and the JSON file.
+    """Train, print the tables, and write the figure and the JSON file.
 
     Raises:
         DemoError: the data set's files are missing or broken.
@@ -34,7 +34,7 @@ def run(settings: Settings) -> None:
     console = Console()
     source = load(settings)
     grids = [
-        trials_of(method, settings.sam_lrs if method.climbs else settings.sgd_lrs, settings.rhos)
+        trials_of(method, settings.sam_lrs if method.is_sam else settings.sgd_lrs, settings.rhos)
         for method in settings.methods
     ]
     tuning_seeds = min(settings.seeds, settings.preset.tuning_seeds)
@@ -65,7 +65,7 @@ def run(settings: Settings) -> None:
         progress.update(bar, description="trained")
 
     console.print(results_table(outcomes, settings.epochs))
-    sam = next((outcome for outcome in outcomes if outcome.method.climbs), None)
+    sam = next((outcome for outcome in outcomes if outcome.method.is_sam), None)
     versus = None
     if sam is not None:
         versus = compare(task(0), sam.winner, settings.batch_size, settings.backend)
@@ -78,10 +78,12 @@ def run(settings: Settings) -> None:
 
 
 def load(settings: Settings) -> Source:
+    """Return the data set that the settings name."""
     return load_digits() if settings.data == "digits" else load_fashion_mnist(settings.data_dir)
 
 
 def progress_bar(console: Console) -> Progress:
+    """Return a progress bar that counts gradient passes."""
     return Progress(
         BarColumn(bar_width=24),
         TextColumn("{task.percentage:>3.0f}%"),
@@ -96,43 +98,45 @@ def progress_bar(console: Console) -> Progress:
 def announce(
     console: Console, settings: Settings, task: Task, grids: list[list[Trial]], tuning_seeds: int, passes: int
 ) -> None:
-    """Say what is about to happen and about how long it takes."""
+    """Print what the demo will do and about how long it takes."""
     lines = [
         f"{settings.data}: {len(task.train):,} images to train on, {len(task.validation):,} to validate on, "
         f"{len(task.test):,} to test on.",
-        f"{settings.noise:.0%} of the training and validation labels are replaced at random, no test labels.",
+        f"{settings.noise:.0%} of the training and validation labels are replaced at random, but no test labels.",
     ]
     if max(map(len, grids)) > 1:
         counts = ", ".join(f"{len(grid)} of {grid[0].method.phrase}" for grid in grids)
         lines.append(
             f"Learning rate and rho are chosen on {plural(tuning_seeds, 'seed')} among {counts};\n"
-            f"the choice is trained on {plural(settings.seeds, 'seed')}."
+            f"the chosen ones are trained on {plural(settings.seeds, 'seed')}."
         )
-    duration = readable(passes * seconds_a_pass(settings, task))
+    duration = readable(passes * seconds_per_pass(settings, task))
     threads = plural(torch.get_num_threads(), "thread")
     lines.append(f"About {duration} with {threads}, more while the machine is busy.")
     console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def seconds_a_pass(settings: Settings, task: Task) -> float:
-    """What one gradient pass over the training data takes, with an evaluation: from a few steps of SGD."""
+def seconds_per_pass(settings: Settings, task: Task) -> float:
+    """Return the duration of one gradient pass over the training data and an evaluation, from a few steps of SGD."""
     trial = Trial(METHODS["sgd"], settings.sgd_lrs[0], None)
     model = mlp(task.train.x.shape[1], CLASSES, seed=0)
     optimizer = make_optimizer(model, trial, settings.backend)
     batch = next(batches(task.train, settings.batch_size, torch.Generator()))
-    quickest, end = math.inf, perf_counter() + LOOK_SECONDS
+    fastest, end = math.inf, perf_counter() + PROBE_SECONDS
     while perf_counter() < end:
-        quickest = min(quickest, step(model, optimizer, batch)[1].total)
+        fastest = min(fastest, step(model, optimizer, batch)[1].total)
     start = perf_counter()
     evaluate(model, task.test)
     evaluation = perf_counter() - start
     steps = math.ceil(len(task.train) / settings.batch_size)
-    return steps * quickest + evaluation
+    return steps * fastest + evaluation
 
 
 def plural(count: int, noun: str) -> str:
+    """Return the count and the noun, in the plural unless the count is 1."""
     return f"{count} {noun}" + "s" * (count != 1)
 
 
 def readable(seconds: float) -> str:
+    """Return a duration as text, in minutes from 120 seconds on."""
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} minutes"

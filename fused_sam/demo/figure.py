@@ -1,7 +1,7 @@
-"""The figure: accuracy and losses over gradient passes, and each seed's final accuracies side by side.
+"""The figure shows accuracy and losses over gradient passes, and each seed's final accuracies side by side.
 
-Lines are means over seeds, bands one standard deviation to each side. The horizontal axis is cost: an epoch of SAM is
-two gradient passes over the training data.
+Lines are means over seeds; bands extend one standard deviation to each side. The horizontal axis is cost: an epoch of
+SAM is two gradient passes over the training data.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from matplotlib.ticker import MaxNLocator
 
 from .tuning import Outcome
 
-# Okabe and Ito's colours, told apart by colour-blind readers too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish too.
 COLOURS = {"sgd": "#0072B2", "sgd-2x": "#E69F00", "sam": "#009E73"}
 INK = "#333333"
 STYLE: Any = {
@@ -41,13 +41,13 @@ STYLE: Any = {
 
 
 def draw(path: Path, outcomes: Sequence[Outcome], data: str, noise: float) -> None:
-    """Write the figure in the format that the path's ending names."""
+    """Write the figure in the format of the path's ending."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
         (accuracy, finals), (train, test) = figure.subplots(2, 2)
         _curves(accuracy, outcomes, "test_accuracy", "Test accuracy on clean labels, %", factor=100)
-        _finals(finals, outcomes, "At the end, %: a line for each seed, dots are means")
+        _finals(finals, outcomes, "At the end, %: one line per seed, dots are means")
         _curves(train, outcomes, "train_loss", "Training loss on noisy labels")
         _curves(test, outcomes, "test_loss", "Test loss on clean labels")
         figure.suptitle(
@@ -64,7 +64,7 @@ def draw(path: Path, outcomes: Sequence[Outcome], data: str, noise: float) -> No
 
 
 def _curves(axes: Axes, outcomes: Sequence[Outcome], field: str, title: str, factor: float = 1) -> None:
-    settled = []  # without the steep first fifth, which would flatten all that follows
+    late_values = []  # without the steep first fifth, which would flatten the rest of the plot
     for outcome in outcomes:
         x = np.array(outcome.runs[0].curve.passes)
         values = factor * np.array([getattr(run.curve, field) for run in outcome.runs])
@@ -74,12 +74,12 @@ def _curves(axes: Axes, outcomes: Sequence[Outcome], field: str, title: str, fac
         axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x[-1], mean[-1], "o", color=colour, markersize=5)
         late = x >= 0.2 * x[-1]
-        settled += [mean[late] - deviation[late], mean[late] + deviation[late]]
-    seen = np.concatenate(settled)
-    seen = seen[np.isfinite(seen)]  # a run may have diverged
-    if seen.size and seen.max() > seen.min():
-        margin = 0.04 * (seen.max() - seen.min())
-        axes.set_ylim(seen.min() - margin, seen.max() + margin)
+        late_values += [mean[late] - deviation[late], mean[late] + deviation[late]]
+    shown = np.concatenate(late_values)
+    shown = shown[np.isfinite(shown)]  # a run may have diverged
+    if shown.size and shown.max() > shown.min():
+        margin = 0.04 * (shown.max() - shown.min())
+        axes.set_ylim(shown.min() - margin, shown.max() + margin)
     axes.set(title=title, xlabel="gradient passes over the training data")
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,7 +1,7 @@
-"""Reader of gzipped IDX files, the format of MNIST and its successors.
+"""This module reads gzipped IDX files, the format of MNIST and its successors.
 
-A file is a big-endian header (two zero bytes, the type, the number of dimensions, one 32-bit size a dimension) and the
-elements in row order; images and labels are unsigned bytes (type 0x08).
+A file has a big-endian header and the elements in row order. The header has two zero bytes, the type, the number of
+dimensions, and one 32-bit size per dimension. Images and labels are unsigned bytes (type 0x08).
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ UNSIGNED_BYTE = 0x08
 
 
 def read_idx(path: Path, dimensions: int) -> Tensor:
-    """The uint8 tensor of that many dimensions in an IDX .gz file.
+    """Return the uint8 tensor in an IDX .gz file, which must have that many dimensions.
 
     Raises:
-        DemoError: the file is missing, truncated, or something else.
+        DemoError: the file is missing, truncated, or not an IDX file.
     """
     try:
         content = gzip.decompress(path.read_bytes())

@@ -1,23 +1,25 @@
-"""The three ways of training that are compared, and what one step of each costs."""
+"""The demo compares three methods of training. Each has its cost per step."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Method:
+    """Holds a method's names and its cost."""
+
     name: str  # as the user writes it
     label: str  # in tables and in the figure
     phrase: str  # in a sentence
-    stretch: int  # times the epochs that were asked for
-    passes: int  # forward and backward passes a step
+    stretch: int  # how many times the requested epochs it trains for
+    passes: int  # forward and backward passes per step
 
     @property
-    def climbs(self) -> bool:
-        """Whether it is SAM, which has a rho."""
+    def is_sam(self) -> bool:
+        """True if the method is SAM, which has a rho."""
         return self.passes == 2
 
     def cost(self, epochs: int) -> int:
-        """Gradient passes over the training data, when `epochs` were asked for."""
+        """Return the number of gradient passes over the training data for the requested `epochs`."""
         return epochs * self.stretch * self.passes
 
 

@@ -1,4 +1,4 @@
-"""The network: a plain multilayer perceptron, the same for every optimizer."""
+"""Every optimizer trains the same network, a plain multilayer perceptron."""
 
 import torch
 from torch import nn
@@ -7,7 +7,7 @@ WIDTHS = (512, 512)
 
 
 def mlp(pixels: int, classes: int, seed: int) -> nn.Sequential:
-    """pixels -> 512 -> 512 -> classes with ReLU between, initialised by the seed alone."""
+    """Return a network pixels -> 512 -> 512 -> classes with ReLU between, initialised by the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []

@@ -1,6 +1,6 @@
-"""From the command line's words to Settings; a bad word is a DemoError that names its option.
+"""This module turns the command line's values into Settings. A bad value raises a DemoError that names its option.
 
-Everything that can be wrong is found here, before any training starts.
+All checks of options run here, before any training starts.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from . import DemoError
 from .methods import METHODS, Method
 from .presets import PRESETS, Preset
 
-FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # where Debian's package dataset-fashion-mnist puts it
+FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 FIGURE_TYPES = (".png", ".pdf", ".svg")
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True)
 class Settings:
+    """Holds the options of one run, checked and with defaults filled in."""
+
     data: str
     data_dir: Path  # of fashion-mnist
     methods: tuple[Method, ...]
@@ -58,6 +60,11 @@ def read_settings(
     output: Path,
     json: Path | None,
 ) -> Settings:
+    """Return the settings of a command line.
+
+    Raises:
+        DemoError: an option is bad.
+    """
     if data not in PRESETS:
         raise DemoError(f"--data must be one of {', '.join(PRESETS)}, not {data!r}")
     if data_dir is not None and data != "fashion-mnist":
@@ -76,7 +83,7 @@ def read_settings(
         noise=_number("--noise", noise, "from 0 to 1", lambda x: 0 <= x <= 1),
         batch_size=preset.batch_size if batch_size is None else _whole("--batch-size", batch_size),
         backend=backend,
-        threads=None if threads is None else _whole("--threads", threads, MOST_THREADS),
+        threads=None if threads is None else _whole("--threads", threads, MAX_THREADS),
         output=output,
         json=json,
         preset=preset,
@@ -93,7 +100,7 @@ def read_settings(
 
 
 def _words(values: Sequence[str]) -> list[str]:
-    """Of an option that may be repeated, or hold several values with commas between; each word once."""
+    """Return the values of an option that may be repeated, or list values with commas; each value once."""
     return list(dict.fromkeys(word.strip() for value in values for word in value.split(",")))
 
 
@@ -105,25 +112,25 @@ def _methods(values: Sequence[str]) -> tuple[Method, ...]:
     return tuple(method for name, method in METHODS.items() if name in words or "all" in words)
 
 
-def _number(option: str, word: str, range_: str, good: Callable[[float], bool]) -> float:
+def _number(option: str, word: str, range_: str, is_valid: Callable[[float], bool]) -> float:
     try:
         value = float(word)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and good(value)):
+    if not (math.isfinite(value) and is_valid(value)):
         raise DemoError(f"{option} must be a number, {range_}, not {word!r}")
     return value
 
 
-def _numbers(option: str, words: Sequence[str], range_: str, good: Callable[[float], bool]) -> tuple[float, ...]:
-    values = (_number(option, word, range_, good) for word in _words(words))
+def _numbers(option: str, words: Sequence[str], range_: str, is_valid: Callable[[float], bool]) -> tuple[float, ...]:
+    values = (_number(option, word, range_, is_valid) for word in _words(words))
     return tuple(dict.fromkeys(values))
 
 
-def _whole(option: str, word: str, most: int | None = None) -> int:
+def _whole(option: str, word: str, high: int | None = None) -> int:
     value = int(word) if word.strip().isdecimal() else 0
-    if value < 1 or (most is not None and value > most):
-        upper = "or more" if most is None else f"to {most}"
+    if value < 1 or (high is not None and value > high):
+        upper = "or more" if high is None else f"to {high}"
         raise DemoError(f"{option} must be a whole number, 1 {upper}, not {word!r}")
     return value
 
@@ -136,7 +143,10 @@ def _check_backend(name: str) -> None:
 
 
 def _check_writable(option: str, path: Path) -> None:
-    """By opening it, which permissions, a missing folder, a full or read-only disk all show."""
+    """Check that a file can be written, by opening it.
+
+    Missing permissions, a missing folder, and a full or read-only disk all make that fail.
+    """
     existed = path.exists()
     try:
         path.open("ab").close()

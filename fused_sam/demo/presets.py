@@ -1,7 +1,7 @@
-"""What each data set is trained with where the user names nothing else.
+"""Each data set has defaults for the options that the user does not set.
 
-All optimizers get the same number of trials: where SGD tries six learning rates, SAM tries two with three values of rho
-each. SGD's grid goes far enough on both sides for the doubled epochs too, which want a smaller learning rate.
+All optimizers get the same number of trials: SGD tries six learning rates, SAM tries two with three values of rho each.
+SGD's grid is wide enough for the doubled epochs too, which need a smaller learning rate.
 """
 
 from dataclasses import dataclass
@@ -9,11 +9,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Preset:
+    """Holds the defaults of one data set."""
+
     epochs: int
     seeds: int
-    tuning_seeds: int  # the grids are compared on the first of the seeds, the winners trained on all
+    tuning_seeds: int  # grids are compared on that many of the seeds, and winners are trained on all
     batch_size: int
-    validation_share: float  # of the training images
+    validation_share: float  # fraction of the training images
     sgd_lrs: tuple[float, ...]
     sam_lrs: tuple[float, ...]
     rhos: tuple[float, ...]

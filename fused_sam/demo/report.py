@@ -1,4 +1,4 @@
-"""What the demo says in the end: two tables, one sentence, and the JSON file."""
+"""At its end the demo prints two tables and one sentence, and writes the JSON file."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ from .training import Clock
 from .tuning import Outcome
 from .versus import Spread, Versus
 
-# A mean difference of more than so many standard errors is called a win or a loss.
-CLEAR = 2.0
+# A mean difference of more than this number of standard errors counts as a win or a loss.
+SIGNIFICANT_ERRORS = 2.0
 
 
 def results_table(outcomes: Sequence[Outcome], epochs: int) -> Table:
+    """Return the table of accuracies, costs and times per optimizer."""
     seeds = len(outcomes[0].runs)
     spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
     table = _table(f"Accuracy on clean test labels ({spread})")
@@ -48,7 +49,8 @@ def results_table(outcomes: Sequence[Outcome], epochs: int) -> Table:
 
 
 def versus_table(versus: Versus) -> Table:
-    table = _table("SAM's step, fused and unfused by turns, median (quartiles)")
+    """Return the table of times of fused and unfused SAM."""
+    table = _table("SAM's step, fused and unfused alternately, median (quartiles)")
     table.add_column("")
     for name in (f"fused ({versus.backend})", "unfused", "unfused / fused"):
         table.add_column(name, justify="right", no_wrap=True)
@@ -62,23 +64,24 @@ def versus_table(versus: Versus) -> Table:
 
 
 def accuracy(outcome: Outcome) -> str:
+    """Return the mean test accuracy in %, with its standard deviation over seeds."""
     values = [100 * run.test_accuracy for run in outcome.runs]
     deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
     return f"{statistics.fmean(values):.1f}{deviation}"
 
 
 def closing_sentence(outcomes: Sequence[Outcome]) -> str:
-    """What SAM gained over each other optimizer, seed by seed on the same data."""
-    sam = next((outcome for outcome in outcomes if outcome.method.climbs), None)
-    others = [outcome for outcome in outcomes if not outcome.method.climbs]
+    """Return a sentence about SAM's gain over each other optimizer, compared seed by seed on the same data."""
+    sam = next((outcome for outcome in outcomes if outcome.method.is_sam), None)
+    others = [outcome for outcome in outcomes if not outcome.method.is_sam]
     if sam is None or not others:
         reached = (f"{outcome.method.phrase} reaches {accuracy(outcome)} %" for outcome in outcomes)
         return f"On clean test labels {' and '.join(reached)}."
-    verdicts = [_verdict(sam, other) for other in others]
-    return f"On clean test labels SAM {', and '.join(verdicts)}."
+    comparisons = [_comparison(sam, other) for other in others]
+    return f"On clean test labels SAM {', and '.join(comparisons)}."
 
 
-def _verdict(sam: Outcome, other: Outcome) -> str:
+def _comparison(sam: Outcome, other: Outcome) -> str:
     gains = [100 * (a.test_accuracy - b.test_accuracy) for a, b in zip(sam.runs, other.runs, strict=True)]
     gain, name = statistics.fmean(gains), other.method.phrase
     if len(gains) == 1:
@@ -86,13 +89,13 @@ def _verdict(sam: Outcome, other: Outcome) -> str:
     error = statistics.stdev(gains) / math.sqrt(len(gains))
     size = f"{abs(gain):.1f} ± {error:.1f} points"
     ahead = f"ahead on {sum(g > 0 for g in gains)} of {len(gains)} seeds"
-    if abs(gain) <= CLEAR * error:
+    if abs(gain) <= SIGNIFICANT_ERRORS * error:
         return f"is not clearly apart from {name} ({gain:+.1f} ± {error:.1f} points, {ahead})"
     return f"{'beats' if gain > 0 else 'loses to'} {name} by {size} ({ahead})"
 
 
 def write_json(path: Path, settings: Settings, outcomes: Sequence[Outcome], versus: Versus | None) -> None:
-    """Settings, machine, every trial's validation accuracy, every run of the winners; times in seconds."""
+    """Write settings, machine, every trial's validation accuracy and every run of the winners; times in seconds."""
     content = {
         "settings": asdict(settings),
         "machine": {
@@ -122,7 +125,7 @@ def write_json(path: Path, settings: Settings, outcomes: Sequence[Outcome], vers
 
 
 def _plain(value: Any) -> Any:
-    """For JSON: paths as text, and a loss that is not finite as null."""
+    """Return a value that JSON can hold: paths become text, and numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,8 +1,8 @@
-"""One training run: the loop, what it measures, and the accuracies at its end.
+"""This module makes one training run, and measures its losses, accuracies and times.
 
     loss.backward();  first_step();  loss.backward();  second_step()        (SGD: loss.backward();  step())
 
-The same network, batches, momentum and cosine schedule for every optimizer; the schedule is stretched to the run.
+Every optimizer gets the same network, batches, momentum and cosine schedule, which is stretched to the run.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ Optimizer = torch.optim.SGD | SAM | UnfusedSAM
 
 @dataclass(frozen=True)
 class Trial:
-    """What a validation split chooses between."""
+    """Holds the options of a run. The validation split chooses between trials."""
 
     method: Method
     lr: float
-    rho: float | None  # None: no SAM
+    rho: float | None  # None: not SAM
 
     def __str__(self) -> str:
         rho = "" if self.rho is None else f", rho {self.rho:g}"
@@ -43,28 +43,31 @@ class Trial:
 
 @dataclass(frozen=True)
 class Curve:
-    """What was seen after each epoch."""
+    """Holds one value per epoch of each measured quantity."""
 
     passes: list[int]  # gradient passes over the training data so far
-    train_loss: list[float]  # mean over the epoch, noisy labels, before the climb
+    train_loss: list[float]  # mean over the epoch, noisy labels, at the unperturbed weights
     test_loss: list[float]
     test_accuracy: list[float]
 
 
 @dataclass(frozen=True)
 class Clock:
-    """Seconds of a step."""
+    """Holds the duration of a step in seconds."""
 
     total: float
     optimizer: float  # in the optimizer's calls, which also clear the gradients
 
     @staticmethod
     def median(clocks: Sequence[Clock]) -> Clock:
+        """Return the median of each duration."""
         return Clock(statistics.median(c.total for c in clocks), statistics.median(c.optimizer for c in clocks))
 
 
 @dataclass(frozen=True)
 class Run:
+    """Holds what one training run measured."""
+
     trial: Trial
     seed: int
     validation_accuracy: float  # noisy labels
@@ -73,45 +76,46 @@ class Run:
 
     @property
     def test_accuracy(self) -> float:
-        """Clean labels, at the end of training."""
+        """The accuracy on clean labels at the end of training."""
         return self.curve.test_accuracy[-1]
 
 
 def make_optimizer(model: nn.Module, trial: Trial, backend: str) -> torch.optim.SGD | SAM:
+    """Return the optimizer of a trial."""
     if trial.rho is None:
         return torch.optim.SGD(model.parameters(), lr=trial.lr, momentum=MOMENTUM)
     return SAM(model.parameters(), torch.optim.SGD, rho=trial.rho, backend=backend, lr=trial.lr, momentum=MOMENTUM)
 
 
 def step(model: nn.Module, optimizer: Optimizer, batch: Part) -> tuple[Tensor, Clock]:
-    """One step on a batch; the loss, detached, is that of the weights before it."""
+    """Make one step on a batch. Return the loss of the weights before it, detached, and the duration."""
     start = perf_counter()
     loss = cross_entropy(model(batch.x), batch.y)
     loss.backward()
-    climb_start = climb_end = perf_counter()
+    ascent_start = ascent_end = perf_counter()
     if isinstance(optimizer, SAM | UnfusedSAM):
         optimizer.first_step(zero_grad=True)
-        climb_end = perf_counter()
+        ascent_end = perf_counter()
         cross_entropy(model(batch.x), batch.y).backward()
         descent_start = perf_counter()
         optimizer.second_step(zero_grad=True)
     else:
-        descent_start = climb_end
+        descent_start = ascent_end
         optimizer.step()
         optimizer.zero_grad()
     end = perf_counter()
-    return loss.detach(), Clock(end - start, climb_end - climb_start + end - descent_start)
+    return loss.detach(), Clock(end - start, ascent_end - ascent_start + end - descent_start)
 
 
 def batches(part: Part, size: int, generator: torch.Generator) -> Iterator[Part]:
-    """The part once, in an order of the generator."""
+    """Yield the images once in batches, in a random order of the generator."""
     for index in torch.randperm(len(part), generator=generator).split(size):
         yield part[index]
 
 
 @torch.no_grad()
 def evaluate(model: nn.Module, part: Part) -> tuple[float, float]:
-    """Mean loss and accuracy."""
+    """Return the mean loss and the accuracy."""
     outputs = model(part.x)
     return cross_entropy(outputs, part.y).item(), (outputs.argmax(1) == part.y).double().mean().item()
 
@@ -126,7 +130,11 @@ def train(
     backend: str = "auto",
     on_epoch: Callable[[int], None] = lambda passes: None,
 ) -> Run:
-    """Train for epochs * trial.method.stretch epochs; on_epoch hears of the passes over the data just made."""
+    """Train for epochs * trial.method.stretch epochs.
+
+    Args:
+        on_epoch: is called after each epoch with the number of passes over the data that it took.
+    """
     method = trial.method
     epochs *= method.stretch
     model = mlp(task.train.x.shape[1], CLASSES, seed)

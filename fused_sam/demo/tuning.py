@@ -1,7 +1,7 @@
-"""Which trials are run, and which of an optimizer's trials wins on the validation split.
+"""This module runs every optimizer's trials, and chooses the winner of each on the validation split.
 
-Every trial of an optimizer is trained on the first seeds; the one with the best mean accuracy on the (noisy) validation
-labels is trained on the other seeds too. Test labels have no part in it.
+Every trial of an optimizer is trained on the first seeds. The one with the best mean accuracy on the (noisy) validation
+labels is trained on the other seeds too. Test labels do not enter the choice.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass
 from .methods import Method
 from .training import Run, Trial
 
-Train = Callable[[Trial, int], Run]  # of a trial and a seed
+Train = Callable[[Trial, int], Run]  # trains a trial with a seed
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an optimizer reached, at the trial that won."""
+    """Holds an optimizer's trials and the runs of the winning trial."""
 
     trials: Sequence[Trial]
-    validation: Sequence[float]  # of each trial, mean over the tuning seeds
+    validation: Sequence[float]  # accuracy of each trial, mean over the tuning seeds
     winner: Trial
-    runs: Sequence[Run]  # of the winner, one a seed
+    runs: Sequence[Run]  # of the winner, one per seed
 
     @property
     def method(self) -> Method:
@@ -31,18 +31,22 @@ class Outcome:
 
 
 def trials_of(method: Method, lrs: Sequence[float], rhos: Sequence[float]) -> list[Trial]:
-    grid: Sequence[float | None] = rhos if method.climbs else (None,)
+    """Return the grid of trials of a method, which uses rhos only if it is SAM."""
+    grid: Sequence[float | None] = rhos if method.is_sam else (None,)
     return [Trial(method, lr, rho) for lr in lrs for rho in grid]
 
 
 def passes_over_data(grid: Sequence[Trial], epochs: int, seeds: int, tuning_seeds: int) -> int:
-    """Of all runs of one grid: what the search and the winner's other seeds cost."""
+    """Return the passes over the data of all runs of one grid: the search, and the winner's other seeds."""
     tuned = min(seeds, tuning_seeds)
     return grid[0].method.cost(epochs) * (len(grid) * tuned + seeds - tuned)
 
 
 def compete(grids: Sequence[Sequence[Trial]], seeds: int, tuning_seeds: int, train: Train) -> list[Outcome]:
-    """Train every grid of trials, seed by seed, so that a slow moment of the machine hits all optimizers."""
+    """Train every grid of trials, and the winners on all seeds; return one outcome per grid.
+
+    The order is seed by seed, so that a slow moment of the machine affects all optimizers.
+    """
     runs: dict[Trial, list[Run]] = {trial: [] for grid in grids for trial in grid}
     tuned = min(seeds, tuning_seeds)
     for seed in range(tuned):

@@ -1,8 +1,8 @@
-"""SAM + SGD one tensor at a time, straight from the formula: the peer that fused SAM is timed against.
+"""This SAM with SGD works one tensor at a time, as the formula says. Fused SAM is timed against it.
 
     e = rho * g / (||g|| + 1e-12);  g_s = grad L(w + e);  w = SGD(w, g_s)
 
-Foret et al., ICLR 2021, arXiv 2010.01412. Each line of it is one torch call a tensor, as SAM packages commonly do.
+Foret et al., ICLR 2021, arXiv 2010.01412. Each line is one torch call per tensor, as is common in SAM packages.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 class UnfusedSAM(torch.optim.SGD):
-    """torch.optim.SGD with first_step() and second_step() around its step; every weight needs a gradient."""
+    """Adds first_step() and second_step() to torch.optim.SGD. Every weight needs a gradient."""
 
     def __init__(self, params: Iterable[Tensor], rho: float, lr: float, momentum: float) -> None:
         super().__init__(params, lr=lr, momentum=momentum)
@@ -23,6 +23,7 @@ class UnfusedSAM(torch.optim.SGD):
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
+        """Save the weights and perturb them."""
         weights = self._weights()
         norm = torch.stack([w.grad.norm() for w in weights if w.grad is not None]).norm()
         scale = self.rho / (norm + 1e-12)
@@ -35,6 +36,7 @@ class UnfusedSAM(torch.optim.SGD):
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
+        """Restore the weights and make SGD's step."""
         for w, backup in zip(self._weights(), self._backup, strict=True):
             w.copy_(backup)
         self._backup = []

@@ -1,7 +1,7 @@
-"""Fused against unfused SAM in one process: the same network, data and steps, in blocks by turns.
+"""This module times fused against unfused SAM in one process: the same network, data and steps, in alternate blocks.
 
-Both start from the same weights and see the same batches. What a block costs is the median of its steps; what is
-reported are the median and the quartiles over blocks, and over neighbouring blocks' ratios.
+Both start from the same weights and get the same batches. The cost of a block is the median of its steps. The report
+gives the median and the quartiles over blocks, and over neighbouring blocks' ratios.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from .training import MOMENTUM, Clock, Trial, batches, step
 from .unfused import UnfusedSAM
 
 ROUNDS = 15
-STEPS = 10  # a block
+STEPS = 10  # per block
 
 
 @dataclass(frozen=True)
 class Spread:
-    """Median and quartiles."""
+    """Holds a median and both quartiles."""
 
     median: float
     low: float
@@ -35,13 +35,14 @@ class Spread:
 
     @staticmethod
     def of(values: Sequence[float]) -> Spread:
+        """Return the median and the quartiles of the values."""
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return Spread(median, low, high)
 
 
 @dataclass(frozen=True)
 class Versus:
-    """Seconds a step, and unfused over fused."""
+    """Holds seconds per step, and ratios of unfused to fused."""
 
     backend: str
     fused_optimizer: Spread
@@ -53,7 +54,7 @@ class Versus:
 
 
 def compare(task: Task, trial: Trial, batch_size: int, backend: str) -> Versus:
-    """Time both on the winner's learning rate and rho."""
+    """Time both with the learning rate and rho of the trial."""
     models = [mlp(task.train.x.shape[1], CLASSES, seed=0) for _ in range(2)]
     lr, rho = trial.lr, trial.rho or 0.0
     fused = SAM(models[0].parameters(), torch.optim.SGD, rho=rho, backend=backend, lr=lr, momentum=MOMENTUM)

@@ -7,7 +7,7 @@ undoes it. It has a status of its own, because whether the last update was skipp
 from __future__ import annotations
 
 import operator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,9 +16,6 @@ from fused_sam.backends.contract import RNG_OFFSET, Status
 
 from .calls import GradSnapshot
 from .plan import Plan
-
-if TYPE_CHECKING:
-    from .stepper import Stepper
 
 _EMPTY: dict[str, Any] = {}
 
@@ -31,7 +28,7 @@ class Displacement:
         ready: True if the displacement of the coming step was decided, and made if it was to be.
     """
 
-    def __init__(self, stepper: Stepper) -> None:
+    def __init__(self, stepper: Any) -> None:
         self._stepper = stepper
         self.status: Status | None = None
         self.ready = False

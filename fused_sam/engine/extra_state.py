@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .pairs import Vector
 from .plan import Plan
-from .vectors import Vector
 
 State = dict[Tensor, dict[str, Any]]
 

@@ -1,4 +1,4 @@
-"""Reading all parameters' gradients at once: in C++ where fused_sam._cpu is there, else attribute by attribute."""
+"""A reader reads all parameters' gradients at once: in C++ if fused_sam._cpu is built, else one by one in Python."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-Reading = tuple[list[Tensor], bytes]
+Reading = tuple[list[Tensor], bytes]  # gradients, and their addresses as packed int64
 State = dict[Tensor, dict[str, Any]]
 Entries = list[dict[str, Any]]
 
 
 class Reader(Protocol):
-    """What an update asks of a fixed list of parameters and of the optimizer's state."""
+    """Reads what an update needs from a fixed list of parameters and from the optimizer's state."""
 
     def read(self, groups: list[list[Tensor]]) -> Reading | None:
-        """(gradients, their addresses as packed int64), or None unless the common case holds.
+        """Return the gradients and their addresses, or None except in the common case.
 
-        That is: the parameters of `groups` are those given, in order and where they were, and every one has a gradient
-        of its own dtype and layout. A reader may recognise contiguous layouts alone.
+        In that case `groups` hold the reader's parameters, in order and at the same addresses. Every parameter has a
+        gradient of its own dtype and layout. A reader may recognise contiguous layouts only.
 
         Raises:
             RuntimeError: a gradient has no memory of its own (it is sparse).
@@ -36,13 +36,15 @@ class Reader(Protocol):
         values: list[list[Tensor | None]],
         /,
     ) -> bool:
-        """Whether the state has just `all_entries`, in order, and entries[i][keys[k]] is values[k][i].
+        """Return True if the state has just `all_entries`, in order, and entries[i][keys[k]] is values[k][i].
 
-        None among the values: that entry has no such key.
+        A value of None means that the entry must not have the key.
         """
 
 
 class PythonReader:
+    """Reads gradients attribute by attribute."""
+
     def __init__(self, params: list[Tensor]) -> None:
         self._params = params
         self._places = [(p.data_ptr(), p.dtype, p.shape) for p in params]
@@ -51,15 +53,15 @@ class PythonReader:
         params = [p for group in groups for p in group]
         if len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return None
-        gradients = []
+        grads = []
         for p, place in zip(params, self._places, strict=True):
             g = p.grad
             if g is None or g.dtype is not p.dtype or (p.data_ptr(), p.dtype, p.shape) != place:
                 return None
             if not (g.is_contiguous() and p.is_contiguous()):
                 return None
-            gradients.append(g)
-        return gradients, array("q", [g.data_ptr() for g in gradients]).tobytes()
+            grads.append(g)
+        return grads, array("q", [g.data_ptr() for g in grads]).tobytes()
 
     def unchanged(
         self,
@@ -81,7 +83,7 @@ class PythonReader:
 
 
 def make_reader(params: list[Tensor]) -> Reader:
-    """The fastest reader of these parameters that can be had."""
+    """Return the fastest reader of these parameters that is available."""
     try:
         from fused_sam import _cpu  # type: ignore[attr-defined]
     except ImportError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Real
 from typing import Any
@@ -74,6 +75,46 @@ class Option:
 def option(default: Any, **limits: Any) -> Any:
     """Declare an option of a method: `OPTIONS = {"alpha": option(0.4, low=0, high=1, help="...")}`; see Option."""
     return Option(default, **limits)
+
+
+def declare_options(cls: type, base: type) -> dict[str, Option]:
+    """Make the OPTIONS of a class attributes of it; return them.
+
+    Raises:
+        TypeError: one was not made by option(), or has the name of an option of `base`.
+    """
+    declared: dict[str, Option] = dict(cls.__dict__.get("OPTIONS", {}))
+    for name, each in declared.items():
+        if not isinstance(each, Option):
+            raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] must be made by fused_sam.option(), not {each!r}")
+        if name in inspect.signature(base.__init__).parameters:  # type: ignore[misc]
+            raise TypeError(
+                f"{cls.__name__}.OPTIONS[{name!r}] is {base.__name__}'s own; its default goes into DEFAULTS"
+            )
+        each.__set_name__(cls, name)
+        setattr(cls, name, each)
+    return declared
+
+
+def set_options(instance: Any, options: dict[str, Option], given: dict[str, Any]) -> None:
+    """Set an instance's options from keywords, which are taken out of `given`, or to their defaults."""
+    for name, each in options.items():
+        value = given.pop(name, each.default)
+        if value is REQUIRED:
+            raise TypeError(f"{type(instance).__name__} needs the option {name}: {each.help}")
+        setattr(instance, name, value)
+
+
+def signature_of(cls: type, base: type, options: dict[str, Option], defaults: dict[str, Any]) -> inspect.Signature:
+    """Return the signature of a method's constructor: that of `base` with the method's options and defaults."""
+    parameters = []
+    for p in list(inspect.signature(base.__init__).parameters.values())[1:]:  # type: ignore[misc]
+        if p.kind is p.VAR_KEYWORD:
+            for name, each in options.items():
+                default = p.empty if each.default is REQUIRED else each.default
+                parameters.append(inspect.Parameter(name, p.KEYWORD_ONLY, default=default))
+        parameters.append(p.replace(default=defaults.get(p.name, p.default)))
+    return inspect.Signature(parameters)
 
 
 def is_number(x: Any) -> bool:

@@ -1,4 +1,4 @@
-"""The parameters that an optimizer is given: what errors call them, and which of them SAM cannot take."""
+"""This module names the parameters of an optimizer in errors, and refuses those that SAM cannot take."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_sam.backends.contract import LOW_PRECISION
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
-    """How errors call the parameters: by their names where the optimizer was given them."""
+    """Return the parameters' names in errors: those that the optimizer was given, else their places in the groups."""
     names = []
     for k, group in enumerate(groups):
         given = group.get("param_names")
@@ -23,8 +23,12 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
-def check_parameters(params: Sequence[Tensor], names: Sequence[str], flat: Sequence[bool]) -> None:
-    """Refuse parameters that SAM cannot take; `flat` tells which fill one block of memory, see layout.py.
+def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequence[bool]) -> None:
+    """Refuse parameters that SAM cannot take.
+
+    Args:
+        names: the parameters' names in errors.
+        dense: True for each parameter that fills one block of memory (see layout.py).
 
     Raises:
         ValueError: they are on several devices, share memory, or have none.
@@ -44,19 +48,19 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str], flat: Seque
         if p.numel():
             if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":
                 raise ValueError(
-                    f"{names[i]} has no memory: its model was sharded after the optimizer was built; "
+                    f"{names[i]} has no memory, because its model was sharded after the optimizer was built: "
                     "build the optimizer over the model's parameters after sharding it"
                 )
             size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
             spans.append((p.device.index or 0, p.data_ptr(), p.data_ptr() + size * p.element_size(), i))
     if len(devices) > 1:
         where = ", ".join(f"{names[i]} on {device}" for device, i in devices.items())
-        raise ValueError(f"SAM takes parameters of one device; got {where}: use one optimizer a device")
+        raise ValueError(f"SAM takes parameters of one device; got {where}: use one optimizer per device")
     spans.sort()
     for (device, _, end, i), (other_device, begin, _, j) in itertools.pairwise(spans):
-        # Columns of one matrix, which have gaps, overlap in span and not in elements.
-        if device == other_device and 0 < begin < end and flat[i] and flat[j]:
+        # Columns of one matrix are not dense: their address ranges overlap, but their elements do not.
+        if device == other_device and 0 < begin < end and dense[i] and dense[j]:
             raise ValueError(
-                f"{names[i]} and {names[j]} share memory: perturbing one would perturb the other; "
+                f"{names[i]} and {names[j]} share memory, so that perturbing one would perturb the other: "
                 "pass each weight once"
             )

@@ -99,7 +99,7 @@ class Plan:
         self.none_perturbed: list[KernelCall] = []  # what an update undoes if nothing was perturbed
         self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
-        self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see vectors.py
+        self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see pairs.py
         self.masters = Masters(self.params, self.local_params, wanted=precision.master_weights)
         self._perturb: dict[Any, list[KernelCall]] = {}
         self._update: dict[Any, UpdatePlan] = {}
@@ -335,8 +335,8 @@ class Plan:
             value = value.redistribute(p.device_mesh, p.placements)  # type: ignore[attr-defined]
         if local(value).shape != self.local_params[i].shape:
             raise RuntimeError(
-                f"{self.name(i)} has a {name!r} of shape {tuple(value.shape)}: a parameter that changes its shape needs "
-                "new state, delete optimizer.state[parameter]"
+                f"{self.name(i)} has a {name!r} of shape {tuple(value.shape)}: a parameter that changes its shape "
+                "needs new state, delete optimizer.state[parameter]"
             )
         return match_layout(local(value), self.local_params[i])
 

@@ -1,8 +1,8 @@
-"""Weights that are spread over processes (DTensor): their local parts, and sums over all of them.
+"""Weights may be sharded over processes (DTensor). This module gives their local parts, and sums over all processes.
 
-A primitive works on each process's own part. What is global is the sum of squares: every process adds up its parts,
-each divided by the number of processes that hold the same numbers, and one all-reduce of one small vector makes it the
-norm of the whole gradient on all of them, so that all take the same decision.
+A primitive works on each process's own part. Only the sum of squares is global. Every process adds up its parts, each
+divided by the number of processes that hold the same numbers. One all-reduce of one small vector turns these sums into
+the norm of the whole gradient on all processes, so that all make the same decision.
 """
 
 from __future__ import annotations
@@ -17,23 +17,25 @@ from torch import Tensor
 
 from fused_sam.backends.contract import SKIP, SUM
 
-# Hashes of patterns are below these primes, so that sums of their squares are whole numbers that the dtype holds
-# exactly: of fp32 over 266 processes, of fp64 over any.
-_PATTERNS = {torch.float32: 251, torch.float64: 1_048_573}
+# Hashes of gradient patterns are below these primes. Sums of their squares are then whole numbers that the dtype holds
+# exactly: fp32 over up to 266 processes, fp64 over any number.
+_HASH_PRIMES = {torch.float32: 251, torch.float64: 1_048_573}
 
 
 def is_sharded(t: Tensor) -> bool:
-    module = sys.modules.get("torch.distributed.tensor")  # importing it takes a second: who has a DTensor has done so
+    """Return True if the tensor is a DTensor."""
+    # Importing the module takes a second, and a program with a DTensor has imported it.
+    module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(t, module.DTensor)
 
 
 def local(t: Tensor) -> Tensor:
-    """The part of a tensor that this process holds; the tensor itself where it is not spread."""
+    """Return the part of a tensor that this process holds; the tensor itself if it is not sharded."""
     return t._local_tensor if is_sharded(t) else t  # type: ignore[attr-defined]
 
 
 def like(part: Tensor, p: Tensor) -> Tensor:
-    """A tensor that is spread as p is, and of which `part` is this process's part."""
+    """Return a tensor that is sharded as p is, with `part` as this process's part."""
     if not is_sharded(p):
         return part
     from torch.distributed.tensor import DTensor
@@ -43,7 +45,7 @@ def like(part: Tensor, p: Tensor) -> Tensor:
 
 
 def gradient_of(p: Tensor) -> Tensor | None:
-    """p's gradient, spread as p is."""
+    """Return the gradient of p, sharded as p is."""
     g = p.grad
     if g is None or not is_sharded(p) or not is_sharded(g) or g.placements == p.placements:  # type: ignore[attr-defined]
         return g
@@ -52,75 +54,76 @@ def gradient_of(p: Tensor) -> Tensor | None:
 
 
 class Sharding:
-    """How often each parameter's numbers are held, and the processes that hold them.
+    """Holds how the parameters are sharded, and reduces sums over the processes that hold them.
 
     Args:
         params: all parameters of an optimizer, at least one of them a DTensor.
-        names: what errors call them.
+        names: the parameters' names in errors.
 
     Raises:
-        ValueError: meshes that do not lie within one another, or a parameter in partial sums.
+        ValueError: no mesh contains all others, or a parameter holds partial sums.
     """
 
     def __init__(self, params: Sequence[Tensor], names: Sequence[str]) -> None:
         meshes = [p.device_mesh for p in params if is_sharded(p)]  # type: ignore[attr-defined]
-        self._span = max(meshes, key=lambda mesh: mesh.size())
-        ranks = self._span.mesh.flatten().tolist()
-        self.fractions: list[float] = []  # of each parameter's local sum of squares in the global one
+        self._mesh = max(meshes, key=lambda mesh: mesh.size())  # the one that contains all others
+        ranks = self._mesh.mesh.flatten().tolist()
+        self.fractions: list[float] = []  # what the global sum of squares multiplies each local one by
         for p, name in zip(params, names, strict=True):
             parts = 1
             if is_sharded(p):
                 mesh = p.device_mesh  # type: ignore[attr-defined]
                 if not set(mesh.mesh.flatten().tolist()) <= set(ranks):
                     raise ValueError(
-                        f"{name} lies on {mesh}, which is no part of {self._span}: use one optimizer for each mesh"
+                        f"{name} is on {mesh}, which is not a part of {self._mesh}: use one optimizer per mesh"
                     )
                 for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
                     if placement.is_partial():
-                        raise ValueError(f"{name} is in partial sums: redistribute it before giving it to SAM")
+                        raise ValueError(f"{name} holds partial sums: redistribute it before you pass it to SAM")
                     parts *= 1 if placement.is_replicate() else mesh.size(dim)
             self.fractions.append(parts / len(ranks))
         self._groups = self._reducing_groups()
         self._described = "; ".join(
             f"{name} {p.dtype} {getattr(p, 'placements', '')}" for p, name in zip(params, names, strict=True)
         )
-        self._agreed = False
-        self._pending: tuple[Tensor, Any] | None = None
+        self._checked = False  # True once all processes were found to have the same parameters
+        self._pending: tuple[Tensor, Any] | None = None  # a result on its way to the host, and the event that ends it
 
     def inherit(self, old: Sharding) -> None:
-        """What another one knows already: a process that plans anew by itself must not ask the others."""
+        """Take over what another instance has checked, so that a process can make a new plan without the others."""
         if self._described == old._described:
-            self._agreed, self._pending = old._agreed, old._pending
+            self._checked, self._pending = old._checked, old._pending
 
     def _reducing_groups(self) -> list[Any]:
-        """One process group where one spans the mesh, else one for each of its dimensions."""
-        if self._span.size() == torch.distributed.get_world_size():
+        """Return the process groups to reduce over: the world if the mesh covers it, else one per mesh dimension."""
+        if self._mesh.size() == torch.distributed.get_world_size():
             return [torch.distributed.group.WORLD]
-        return [self._span.get_group(dim) for dim in range(self._span.ndim)]
+        return [self._mesh.get_group(dim) for dim in range(self._mesh.ndim)]
 
     def all_reduce(self, numbers: Tensor) -> None:
-        """Sum over all processes, in place."""
+        """Sum the numbers over all processes, in place."""
         for group in self._groups:
             torch.distributed.all_reduce(numbers, group=group)
 
     def reduce_norm(self, status: Tensor, pattern: bytes) -> None:
-        """Add status[SUM] up over all processes, and set status[SKIP] where one of them has it.
+        """Sum status[SUM] over all processes, and set status[SKIP] if one of them has set it.
 
-        `pattern`: which gradients this process has; all must have the same.
+        Args:
+            pattern: says which parameters have gradients on this process; must be the same on all.
 
         Raises:
-            RuntimeError: processes disagree on the parameters or on which have gradients. On an accelerator, whose
-                numbers are not waited for, the step is skipped at once and the error comes with the next one.
+            RuntimeError: processes have different parameters, or gradients for different ones. On an accelerator the
+                host does not wait for the numbers. The step is skipped at once, and the error comes with the next one.
         """
-        self.agree_on_parameters()
+        self.check_same_parameters()
         self._raise_if_pending()
-        h = float(zlib.crc32(pattern) % _PATTERNS[status.dtype])
+        h = float(zlib.crc32(pattern) % _HASH_PRIMES[status.dtype])
         skip = (status[SKIP : SKIP + 1] != 0).to(status.dtype)
         numbers = torch.cat([status[SUM : SUM + 1], skip, status.new_tensor([h, h * h])])
         self.all_reduce(numbers)
-        n = self._span.size()
+        n = self._mesh.size()
         first, second = numbers[2:].double()
-        same = n * second - first**2 <= 0.5 + (1e-6 * n * second if n > 266 else 0)  # 0 only where all are equal
+        same = n * second - first**2 <= 0.5 + (1e-6 * n * second if n > 266 else 0)  # 0 only if all are equal
         if status.device.type == "cpu":
             if not bool(same):
                 raise RuntimeError(_DISAGREE)
@@ -141,31 +144,32 @@ class Sharding:
             if not bool(same):
                 raise RuntimeError(_DISAGREE)
 
-    def agree_on_parameters(self) -> None:
-        """Once: every process must have built its optimizer over the same parameters in the same order."""
-        if self._agreed:
+    def check_same_parameters(self) -> None:
+        """Check once that every process has built its optimizer over the same parameters in the same order."""
+        if self._checked:
             return
         for group in self._groups:
-            everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
-            torch.distributed.all_gather_object(everyone, self._described, group=group)
-            for rank, described in enumerate(everyone):
-                if described != everyone[0]:
+            descriptions: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(descriptions, self._described, group=group)
+            for rank, described in enumerate(descriptions):
+                if described != descriptions[0]:
                     raise RuntimeError(
-                        f"the processes' optimizers have different parameters: the first has "
-                        f"{_difference(everyone[0], described)}, process {rank} {_difference(described, everyone[0])}; "
-                        "build the optimizer over the same parameters in the same order everywhere"
+                        f"the processes' optimizers have different parameters: the first process has "
+                        f"{_difference(descriptions[0], described)}, process {rank} has "
+                        f"{_difference(described, descriptions[0])}. "
+                        "Build every optimizer over the same parameters in the same order"
                     )
-        self._agreed = True
+        self._checked = True
 
 
 _DISAGREE = (
     "the processes have gradients for different parameters: every process must run backward() through the same "
-    "parameters before the optimizer's steps; no weight was changed"
+    "parameters before the optimizer's steps. No weight was changed"
 )
 
 
 def _difference(text: str, other: str) -> str:
-    """The first parameter in which a description differs from another."""
+    """Return the first parameter in which a description differs from another."""
     mine, theirs = text.split("; "), other.split("; ")
     for a, b in zip(mine, theirs, strict=False):
         if a != b:

@@ -31,7 +31,6 @@ from .rounding import warn_of_rounding
 from .stale_grads import MARK, MARKED
 from .user_warnings import warn_of_plain_step
 
-
 _PERTURB = itemgetter("perturb")
 
 
@@ -52,26 +51,32 @@ class Settings:
 class Context(Protocol):
     """What the stepper calls during a step: fused_sam.step.Step, which calls the method's hooks."""
 
-    def ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+    def _run_ascent(self, plan: Plan, snapshot: GradSnapshot) -> None:
         """Run the ascent hook, before the norm."""
 
-    def radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
+    def _run_radius(self, groups: list[PerturbGroup]) -> list[PerturbGroup]:
         """Run the radius hook, between norm and perturb; return the groups with their new rho."""
 
-    def descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
+    def _run_descent(self, plan: Plan, snapshot: GradSnapshot) -> None:
         """Run the descent hook, before the finite check and the update."""
 
-    def updated(self) -> None:
+    def _run_updated(self) -> None:
         """Run the updated hook, after the update."""
 
-    def wants_perturbation(self) -> bool:
+    def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
 
-    def replanned(self, old: Plan, new: Plan) -> None:
+    def _replanned(self, old: Plan, new: Plan) -> None:
         """Sort what is kept by parameter number for the new plan."""
 
-    def end(self) -> None:
+    def _end(self) -> None:
         """Let go of what is kept for one step."""
+
+    def _forget(self) -> None:
+        """Forget everything, because the state was replaced."""
+
+    def _settle(self) -> None:
+        """Take state that a skipped update began out of the optimizer's state."""
 
 
 class Stepper:
@@ -155,7 +160,7 @@ class Stepper:
 
     def wants_perturbation(self) -> bool:
         """Ask schedule and method whether the coming step perturbs."""
-        return not self._has_hooks or self.context.wants_perturbation()
+        return not self._has_hooks or self.context._ask()
 
     def perturb(self, *, keep_skip: bool = False) -> bool:
         """Save the parameters and add e = rho * g / (||g|| + eps), if this step perturbs; return True if it does.
@@ -176,10 +181,10 @@ class Stepper:
         plan.attach(calls, snapshot)
         try:
             if self._has_hooks:
-                self.context.ascent(plan, snapshot)
+                self.context._run_ascent(plan, snapshot)
             self.norm(plan, calls, snapshot, groups, status, keep_skip)
             if self._has_hooks:
-                groups = self.context.radius(groups)
+                groups = self.context._run_radius(groups)
             for call in calls:
                 call.backend.perturb(call.table, groups, status)
         finally:
@@ -265,7 +270,7 @@ class Stepper:
             self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
             self.changed_update = self.keeps_skip = False
             if self._has_hooks:
-                self.context.descent(plan, snapshot)
+                self.context._run_descent(plan, snapshot)
             plan.attach(update.calls, snapshot)
             try:
                 self._check_finite(plan, update.calls, snapshot, keep_skip=perturbed is not None)
@@ -287,7 +292,7 @@ class Stepper:
         if self.schedule is not None:
             self.schedule.stepped(self.context)
         if self._has_hooks:
-            self.context.updated()
+            self.context._run_updated()
         self.decision = None
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
@@ -344,7 +349,7 @@ class Stepper:
         if self.perturbed is None:
             return
         self.undo()
-        self.context.end()
+        self.context._end()
 
     @torch.no_grad()
     def undo(self) -> None:
@@ -419,7 +424,7 @@ class Stepper:
             new.inherit(plan)
             if self.perturbed is not None:
                 self.perturbed = new.take_over(plan, self.perturbed)
-            self.context.replanned(plan, new)
+            self.context._replanned(plan, new)
             self.plan = plan = new
         return plan
 

@@ -1,4 +1,4 @@
-"""What a training loop does wrong without anybody seeing it, told in words."""
+"""These warnings report mistakes in a training loop that would otherwise go unnoticed."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from types import FrameType
 
 
 class PlainStepWarning(UserWarning):
-    """step() was the base optimizer's plain step where SAM's was probably meant."""
+    """Warns that step() made a plain step of the base optimizer, although a step of SAM was probably meant."""
 
 
 def warn_of_plain_step(name: str, base: str) -> None:
-    """Warn, at the user's own line, that nothing was perturbed."""
+    """Warn, at the user's line, that nothing was perturbed."""
     warnings.warn(
         f"step() without first_step() is a plain {base} step: this loop trains without {name}. Call first_step() after "
         "the first backward() and second_step() after the second, or step(closure), or fused_sam.training.sam_step(). "
-        "Where plain steps are meant, ask `optimizer.needs_second_pass` before them, or pass rho=0",
+        "For plain steps, read `optimizer.needs_second_pass` before them, or pass rho=0",
         PlainStepWarning,
-        stacklevel=_users_level(),
+        stacklevel=_stacklevel_of_user(),
     )
 
 
-def _users_level() -> int:
-    """stacklevel of the first caller outside of this package and torch."""
+def _stacklevel_of_user() -> int:
+    """Return the stacklevel of the first caller outside of this package and torch."""
     level = 1
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("fused_sam", "torch"):

@@ -1,115 +1,306 @@
-"""Primitives over two vectors of all parameters, such as the two gradients of a step.
+"""Vectors over all parameters, as methods use them: TensorVector, and combinations of two.
 
-A vector is a list with one tensor, or None, per parameter of the plan. A row counts where both vectors have a tensor.
-Rows are sorted by dtype and layout once, and the plan keeps the result.
+fused_sam/step.py gives them to methods and exports them. Numbers are 0-dim tensors on the device or Python numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fused_sam.backends.contract import YY, Backend, Status, VectorPair, status_dtype
+from fused_sam.backends.contract import XX, XY, YY, arithmetic_dtype
 
-from .layout import same_layout
+from . import pairs
 from .plan import Plan
+from .sharding import like
 
-Vector = Sequence[Tensor | None]
 Number = Tensor | float
 
 
-@dataclass(eq=False)
-class Rows:
-    """Rows of equal dtypes, the backend that runs them, and their fraction in a global sum (see sharding.py)."""
+class Owner(Protocol):
+    """What a vector needs of the step that it belongs to: fused_sam.step.Step."""
 
-    backend: Backend
-    numbers: list[int]
-    fraction: float
-    native: Any = None  # the backend's own form for these rows
+    _phase: str
+    _needed_scale: bool
 
+    @property
+    def groups(self) -> list[dict[str, Any]]: ...
 
-def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPair]]:
-    """Yield the rows of two vectors, by dtype and layout. Rows whose layouts differ take the reference backend."""
-    key = tuple(
-        None
-        if a is None or b is None or not a.numel()
-        else (a.dtype, b.dtype, dense and same_layout(p, a) and same_layout(p, b))
-        for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
-    )
-    rows = plan.pairs.get(key)
-    if rows is None:
-        rows = plan.pairs[key] = _sorted_rows(plan, key)
-    for row in rows:
-        pair = VectorPair([x[i] for i in row.numbers], [y[i] for i in row.numbers], row.native)  # type: ignore[misc]
-        yield row, pair
-        row.native = pair.native
+    @property
+    def _plan(self) -> Plan: ...
+
+    def _where(self, hook: str = "") -> str:
+        """Return the class and the hook, for errors."""
+
+    def _writable(self, vector: TensorVector, other: list[Tensor | None], what: str) -> tuple[Any, bool]:
+        """Return the status if a skipped step must not write the vector, and True if it is known to be skipped."""
+
+    def _wrote(self, vector: TensorVector) -> None:
+        """Note that the vector was written."""
+
+    def _skip_unless(self, finite: Tensor) -> None:
+        """Skip this step unless `finite` is True."""
 
 
-def _sorted_rows(plan: Plan, key: tuple[tuple[torch.dtype, torch.dtype, bool] | None, ...]) -> list[Rows]:
-    buckets: dict[tuple[tuple[torch.dtype, torch.dtype, bool], float], list[int]] = {}
-    for i, kind in enumerate(key):
-        if kind is not None:
-            fraction = 1.0 if plan.sharding is None else plan.sharding.fractions[i]
-            buckets.setdefault((kind, fraction), []).append(i)
-    return [
-        Rows(plan.backend if kind[2] else plan.fallback, numbers, fraction)
-        for (kind, fraction), numbers in buckets.items()
-    ]
+class Products(NamedTuple):
+    """Sums over two vectors: 0-dim tensors on the device, fp64 on the CPU, fp32 elsewhere."""
+
+    xy: Tensor
+    xx: Tensor
+    yy: Tensor
 
 
-def device_of(plan: Plan) -> torch.device:
-    """Return the device of the plan's parameters; the CPU if there are none."""
-    return plan.local_params[0].device if plan.local_params else torch.device("cpu")
+class TensorVector:
+    """A vector over all parameters: one tensor per parameter, or None where it has none, which counts as zero.
 
-
-def dot(plan: Plan, x: Vector, y: Vector) -> Tensor:
-    """Return <x, y>, ||x||^2 and ||y||^2 over all parameters of all processes: shape (3,), on the device."""
-    device = device_of(plan)
-    total = torch.zeros(YY + 1, dtype=status_dtype(device), device=device)
-    if plan.sharding is None:
-        for i, (row, pair) in enumerate(pairs_of(plan, x, y)):
-            row.backend.dot(pair, total, reset=i == 0)
-        return total
-    part = torch.zeros_like(total)
-    for row, pair in pairs_of(plan, x, y):
-        row.backend.dot(pair, part, reset=True)
-        total += part * row.fraction
-    plan.sharding.all_reduce(total)
-    return total
-
-
-def axpby(
-    plan: Plan, x: Vector, y: Vector, out: Vector, a: Number, b: Number, status: Status | None = None
-) -> None:
-    """Write out = a * x + b * y where x and y have a tensor; `out` may be x or y.
-
-    Args:
-        a, b: numbers, or 0-dim tensors, which are not waited for.
-        status: if given, nothing is written where skip is set.
+    Operations run as one kernel launch over all tensors. Those that end in an underscore write in place and return the
+    vector. Vectors of one step can be combined; their values count without the loss scale.
     """
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        device = device_of(plan)
-        numbers = [as_scalar(a, device), as_scalar(b, device)]
-        coefficients: Any = torch.stack(numbers)
-    else:
-        coefficients = numbers = (float(a), float(b))  # type: ignore[assignment]
-    for row, pair in pairs_of(plan, x, y):
-        to: list[Tensor] = [out[i] for i in row.numbers]  # type: ignore[misc]
-        if to[0].dtype in (pair.x[0].dtype, pair.y[0].dtype):
-            row.backend.axpby(pair, to, coefficients, status)
-            continue
-        # A third dtype takes two passes.
-        for kept, column, c in ((0.0, pair.x, numbers[0]), (1.0, pair.y, numbers[1])):
-            step = torch.stack([torch.full_like(c, kept), c]) if isinstance(c, Tensor) else (kept, c)
-            row.backend.axpby(VectorPair(to, column), to, step, status)
+
+    def __init__(
+        self, step: Owner, tensors: list[Tensor | None], scale: Number | None = 1.0, role: str = "", name: str = ""
+    ) -> None:
+        self.name = name  # of a state
+        self._step = step
+        self._tensors = tensors
+        self._scale = scale  # the tensors are the vector times this; None: not known
+        self._role = role
+        self._square: Tensor | None = None  # <tensors, tensors>, while it is known
+
+    # ---- reading --------------------------------------------------------------------------------------------
+
+    def products(self, other: TensorVector) -> Products:
+        """Return <x, y>, ||x||^2, ||y||^2 of x = self and y = other, over parameters that both have, in one launch."""
+        self._check_other(other, "products()")
+        sums = pairs.dot(self._step._plan, self._tensors, other._tensors)
+        if self._step._phase == "descent":
+            # A factor made of an infinite norm may be 0, and would hide that the gradient is not finite.
+            self._step._skip_unless(sums.isfinite().all())
+        s, t = self._known_scale(), other._known_scale()
+        if self._pattern() == other._pattern():
+            self._square, other._square = sums[XX], sums[YY]
+        return Products(
+            over(sums[XY], times(s, t)), over(sums[XX], times(s, s)), over(sums[YY], times(t, t))
+        )
+
+    def dot(self, other: TensorVector) -> Tensor:
+        """Return <self, other>, summed over all parameters (of all processes): 0-dim, fp64 on the CPU, fp32 elsewhere.
+
+        The launch gives both squares as well: `x.dot(x)` and `y.norm()` read no memory after `x.dot(y)`.
+        """
+        if other is self and self._square is not None:
+            scale = self._known_scale()
+            return over(self._square, times(scale, scale))
+        return self.products(other).xy
+
+    def norm(self) -> Tensor:
+        """Return the global L2 norm: 0-dim, fp64 on the CPU, fp32 elsewhere."""
+        return self.dot(self).sqrt()
+
+    @property
+    def empty(self) -> bool:
+        """True if no parameter has a tensor, such as a state that has not begun."""
+        return all(t is None for t in self._tensors)
+
+    def items(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (parameter, tensor) pairs, for operations per tensor. DTensors if the parameters are sharded.
+
+        The tensors of gradients include the loss scale. Changing them in place is allowed where the vector may change.
+        """
+        self._square = None
+        self._step._wrote(self)
+        for p, t in zip(self._step._plan.params, self._tensors, strict=True):
+            if t is not None:
+                yield p, like(t, p)
+
+    def group(self, k: int) -> TensorVector:
+        """Return the part of the vector that belongs to parameter group k, on the same memory."""
+        plan = self._step._plan
+        n = len(self._step.groups)
+        tensors = [t if j % n == k else None for t, j in zip(self._tensors, plan.group_ids, strict=True)]
+        return TensorVector(self._step, tensors, self._scale, self._role)
+
+    # ---- writing in place -----------------------------------------------------------------------------------
+
+    def scale_(self, a: Number) -> TensorVector:
+        """self = a * self."""
+        return self._write(self, a, 0.0, "scale_()")
+
+    def axpby_(self, a: Number, b: Number, other: TensorVector, *, first: Number | None = None) -> TensorVector:
+        """self = a * self + b * other.
+
+        Args:
+            first: for a state that a parameter does not have yet, self = first * other; None: b * other.
+        """
+        self._check_other(other, "axpby_()")
+        return self._write(other, a, b, "axpby_()", first)
+
+    def lerp_(self, other: TensorVector, weight: float) -> TensorVector:
+        """self = (1 - weight) * self + weight * other: an exponential moving average of `other`."""
+        self._check_other(other, "lerp_()")
+        return self._write(other, 1 - weight, weight, "lerp_()")
+
+    def copy_(self, source: TensorVector | Combination) -> TensorVector:
+        """self = source. A combination is written where both of its vectors have a tensor, in one launch."""
+        terms = terms_of(source, "copy_()")
+        for _, x in terms:
+            self._check_other(x, "copy_()")
+        if len(terms) == 1:
+            return self._write(terms[0][1], 0.0, terms[0][0], "copy_()")
+        if len(terms) > 2:
+            raise ValueError(f"{self._step._where()}: copy_() takes two vectors; add the third by axpby_()")
+        (a, x), (b, y) = terms
+        both = [None if g is None or h is None else g for g, h in zip(x._tensors, y._tensors, strict=True)]
+        status, skipped = self._step._writable(self, both, "copy_()")
+        if skipped:
+            return self
+        a, b = (times(c, over(self._known_scale(), v._known_scale())) for c, v in terms)
+        pairs.axpby(self._step._plan, x._tensors, y._tensors, self._tensors, a, b, status)
+        self._square = None
+        self._step._wrote(self)
+        return self
+
+    def zeros_like(self) -> TensorVector:
+        """Return a new vector of zeros with the same tensors present, for this step alone."""
+        zeros = [None if t is None else torch.zeros_like(t, dtype=arithmetic_dtype(t.dtype)) for t in self._tensors]
+        return TensorVector(self._step, zeros)
+
+    # ---- combinations, which are read by what they are assigned to --------------------------------------------
+
+    def __mul__(self, a: Number) -> Combination:
+        return Combination([(a, self)])
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, a: Number) -> Combination:
+        return Combination([(1 / a, self)])
+
+    def __neg__(self) -> Combination:
+        return Combination([(-1.0, self)])
+
+    def __add__(self, other: TensorVector | Combination) -> Combination:
+        return Combination([(1.0, self)]) + other
+
+    def __sub__(self, other: TensorVector | Combination) -> Combination:
+        return Combination([(1.0, self)]) - other
+
+    def __repr__(self) -> str:
+        present = sum(t is not None for t in self._tensors)
+        return f"TensorVector({self._role or 'temporary'}, {present} of {len(self._tensors)} parameters)"
+
+    # ---- within ---------------------------------------------------------------------------------------------
+
+    def _pattern(self) -> list[bool]:
+        return [t is None for t in self._tensors]
+
+    def _known_scale(self) -> Number:
+        if self._scale is None:
+            self._step._needed_scale = True  # found out by the update, if there is a GradScaler
+            return 1.0
+        return self._scale
+
+    def _check_other(self, other: Any, what: str) -> None:
+        if not isinstance(other, TensorVector):
+            raise TypeError(
+                f"{self._step._where()}: TensorVector.{what} takes a vector of this step, such as step.grad, "
+                f"not {type(other).__name__}"
+            )
+        if len(other._tensors) != len(self._tensors):
+            raise ValueError(
+                f"{self._step._where()}: the vectors have {len(self._tensors)} and {len(other._tensors)} parameters; "
+                "take both from the same step"
+            )
+
+    def _write(
+        self, other: TensorVector, a: Number, b: Number, what: str, first: Number | None = None
+    ) -> TensorVector:
+        """self = a * self + b * other, where a tensor that is missing in `other` counts as zero."""
+        step, plan = self._step, self._step._plan
+        old = list(self._tensors)
+        status, skipped = step._writable(self, other._tensors, what)
+        if skipped:
+            return self
+        if other is self:
+            pairs.axpby(plan, old, old, old, a + b, 0.0, status)
+        else:
+            if self._scale is not other._scale:
+                ratio = over(self._known_scale(), other._known_scale())
+                b, first = times(b, ratio), None if first is None else times(first, ratio)
+            new: list[Tensor | None] = [t if o is None else None for t, o in zip(self._tensors, old, strict=True)]
+            if first is not None and any(t is not None for t in new):
+                pairs.axpby(plan, new, other._tensors, new, 0.0, first, status)
+                target = old
+            else:
+                target = self._tensors
+            pairs.axpby(plan, target, other._tensors, target, a, b, status)
+            if not is_one(a):
+                alone = [x if y is None else None for x, y in zip(target, other._tensors, strict=True)]
+                if any(x is not None for x in alone):
+                    pairs.axpby(plan, alone, alone, alone, a, 0.0, status)
+        self._square = None
+        step._wrote(self)
+        return self
 
 
-def as_scalar(c: Number, device: torch.device) -> Tensor:
-    """Return c as a 0-dim tensor on the device, filled there: a copy from the host cannot be in a CUDA graph."""
-    if isinstance(c, Tensor):
-        return c.to(device, status_dtype(device)).reshape(())
-    return torch.full((), c, dtype=status_dtype(device), device=device)
+class Combination:
+    """A sum of up to two vectors times numbers, such as `a * x + b * y`: assigned to something that reads it."""
+
+    def __init__(self, terms: list[tuple[Number, TensorVector]]) -> None:
+        self.terms = terms
+
+    def __mul__(self, a: Number) -> Combination:
+        return Combination([(times(a, c), x) for c, x in self.terms])
+
+    __rmul__ = __mul__
+
+    def __neg__(self) -> Combination:
+        return self * -1.0
+
+    def __add__(self, other: TensorVector | Combination) -> Combination:
+        joined: dict[int, tuple[Number, TensorVector]] = {}
+        for c, x in [*self.terms, *terms_of(other, "+")]:
+            joined[id(x)] = (_plus(joined[id(x)][0], c), x) if id(x) in joined else (c, x)
+        return Combination(list(joined.values()))
+
+    __radd__ = __add__
+
+    def __sub__(self, other: TensorVector | Combination) -> Combination:
+        return self + _negative(other)
+
+
+# ---- numbers on the host or on the device ---------------------------------------------------------------------------
+
+
+def is_one(a: Number) -> bool:
+    return not isinstance(a, Tensor) and a == 1
+
+
+def is_zero(a: Number) -> bool:
+    return not isinstance(a, Tensor) and a == 0
+
+
+def times(a: Number, b: Number) -> Number:
+    return b if is_one(a) else a if is_one(b) else a * b
+
+
+def over(a: Any, b: Number) -> Any:
+    return a if is_one(b) else a / b
+
+
+def _plus(a: Number, b: Number) -> Number:
+    return a + b
+
+
+def terms_of(value: Any, what: str) -> list[tuple[Number, TensorVector]]:
+    if isinstance(value, TensorVector):
+        return [(1.0, value)]
+    if isinstance(value, Combination):
+        return value.terms
+    raise TypeError(f"{what} takes a vector of the step, or a combination such as a * x + b * y, not {value!r}")
+
+
+def _negative(value: TensorVector | Combination) -> Combination:
+    return Combination([(-c, x) for c, x in terms_of(value, "-")])

@@ -1,4 +1,4 @@
-"""SAM inside training frameworks: one module for each, imported only where that framework is installed.
+"""SAM runs inside training frameworks. Each has a module here, which needs that framework installed.
 
     fused_sam.integrations.lightning      SAMMixin, two_pass_step
     fused_sam.integrations.accelerate     AcceleratedSAM

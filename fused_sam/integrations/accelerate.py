@@ -1,4 +1,4 @@
-"""SAM with Hugging Face accelerate: gradient accumulation, mixed precision and skipped steps as accelerate has them.
+"""SAM works with Hugging Face accelerate's own gradient accumulation, mixed precision and skipped steps.
 
     step = AcceleratedSAM(accelerator, model, optimizer, loss_fn)
     for batch in loader:
@@ -27,8 +27,8 @@ except ImportError as error:
     ) from error
 
 
-class _VisibleSkips(AcceleratedOptimizer):
-    """AcceleratedOptimizer that says what SAM says; accelerate itself only sees skips that GradScaler makes."""
+class _ReportsSkips(AcceleratedOptimizer):
+    """Reports SAM's skipped steps. accelerate's own class reports only those that GradScaler skips."""
 
     @property
     def step_was_skipped(self) -> bool:
@@ -36,33 +36,38 @@ class _VisibleSkips(AcceleratedOptimizer):
 
 
 def wrapped_sam(optimizer: Any) -> SAM:
-    """The SAM within what accelerate's prepare() returned; from then on its step_was_skipped is SAM's `skipped`.
+    """Return the SAM optimizer inside the one that accelerate's prepare() returned.
+
+    From then on the outer optimizer's step_was_skipped is SAM's `skipped`.
 
     Raises:
-        TypeError: not a prepared fused_sam optimizer.
+        TypeError: the optimizer is not a prepared fused_sam optimizer.
     """
     sam = getattr(optimizer, "optimizer", None)
     if not (isinstance(optimizer, AcceleratedOptimizer) and isinstance(sam, SAM)):
         found = type(optimizer).__name__ + ("" if sam is None else f" around {type(sam).__name__}")
         raise TypeError(
-            f"expected a fused_sam optimizer that went through accelerator.prepare(), not {found}; "
-            "a Trainer takes one as optimizers=(SAM(...), None) or optimizer_cls_and_kwargs=(SAM, {...})"
+            f"expected a fused_sam optimizer that went through accelerator.prepare(), not {found}. "
+            "A Trainer takes one as optimizers=(SAM(...), None) or optimizer_cls_and_kwargs=(SAM, {...})"
         )
-    optimizer.__class__ = _VisibleSkips  # schedulers and the accelerator hold this very object
+    optimizer.__class__ = _ReportsSkips  # schedulers and the accelerator hold this very object
     return sam
 
 
 class AcceleratedSAM:
-    """Call it with each micro-batch inside `accelerator.accumulate(model)`; it updates where accelerate synchronises.
+    """Makes SAM's passes and updates in a loop with accelerate.
+
+    Call it with each micro-batch inside `accelerator.accumulate(model)`. It updates when accelerate synchronises
+    gradients.
 
     Args:
-        accelerator: made with the gradient_accumulation_steps and mixed_precision wanted.
+        accelerator: the Accelerator, with your gradient_accumulation_steps and mixed_precision.
         model, optimizer: as accelerator.prepare() returned them.
-        loss_fn: loss_fn(model, batch), the micro-batch's mean loss, a 0-dim tensor.
+        loss_fn: loss_fn(model, batch) returns the micro-batch's mean loss, a 0-dim tensor.
         freeze_batch_norm, replay_rng: as in fused_sam.training.sam_step.
 
-    The batches of one update are kept for the second pass. A prepared scheduler may be stepped after every call: it
-    does nothing until there was an update, nor where that was skipped; `optimizer.step_was_skipped` says so.
+    The batches of one update are kept for the second pass. A prepared scheduler may be stepped after every call. It
+    does nothing before an update, nor after a skipped one, which `optimizer.step_was_skipped` reports.
 
     Raises:
         TypeError: the optimizer is not a prepared fused_sam optimizer.
@@ -83,15 +88,15 @@ class AcceleratedSAM:
         self._optimizer = optimizer
         self._sam = wrapped_sam(optimizer)
         self._loss_fn = loss_fn
-        self._freeze = frozen_batch_norm if freeze_batch_norm else nullcontext
-        self._replay = replay_rng
-        self._seen: list[tuple[Any, Any]] = []
+        self._frozen = frozen_batch_norm if freeze_batch_norm else nullcontext
+        self._replays = replay_rng
+        self._micro_batches: list[tuple[Any, Any]] = []  # those of this update, each with its random numbers
 
     def __call__(self, batch: Any) -> Tensor:
-        """The micro-batch's loss at the weights, detached, 0-dim."""
-        if not self._seen:
+        """Run a micro-batch, update after the last one, and return the loss at the weights, detached, 0-dim."""
+        if not self._micro_batches:
             self._sam.zero_grad()
-        self._seen.append((batch, ReplayedRNG.of(self._model) if self._replay else nullcontext()))
+        self._micro_batches.append((batch, ReplayedRNG.of(self._model) if self._replays else nullcontext()))
         try:
             loss = self._pass(batch)
             if self._accelerator.sync_gradients:
@@ -100,10 +105,10 @@ class AcceleratedSAM:
                     self._sam.first_step(zero_grad=True)
                     self._second_pass()
                 self._optimizer.step()
-                self._seen.clear()
+                self._micro_batches.clear()
         except BaseException:
             self._sam.restore()
-            self._seen.clear()
+            self._micro_batches.clear()
             raise
         return loss
 
@@ -113,8 +118,8 @@ class AcceleratedSAM:
         return loss.detach()
 
     def _second_pass(self) -> None:
-        *earlier, last = self._seen
-        with self._freeze(self._model):
+        *earlier, last = self._micro_batches
+        with self._frozen(self._model):
             for batch, rng in earlier:
                 with self._accelerator.no_sync(self._model), rng:
                     self._pass(batch)

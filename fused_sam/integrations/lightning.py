@@ -1,4 +1,4 @@
-"""SAM in Lightning: both passes under the Trainer's precision and strategy, automatic or manual optimization.
+"""SAM makes both passes in Lightning under the Trainer's precision and strategy, in either kind of optimization.
 
     class Model(SAMMixin, lightning.LightningModule): ...      # nothing else changes
 """
@@ -20,14 +20,16 @@ except ImportError as error:
 
 
 class SAMMixin:
-    """Goes before LightningModule, whose configure_optimizers() returns a fused_sam optimizer.
+    """Makes both of SAM's passes under Lightning's automatic optimization.
 
-    Under automatic optimization: batch-norm statistics and logged values are those of the first pass, dropout masks are
-    the same in both, and precision "16-mixed" makes both passes (without the mixin, Lightning's gradient scaler calls
-    step() without a closure, which is an update without SAM). Other optimizers are stepped as ever.
+    Put it before LightningModule among the base classes, and return a fused_sam optimizer from configure_optimizers().
+
+    Batch-norm statistics and logged values are those of the first pass, and dropout masks are the same in both.
+    Precision "16-mixed" makes both passes too. Without the mixin, Lightning's gradient scaler calls step() without a
+    closure, which is an update without SAM. Other optimizers are stepped as usual.
 
     Raises:
-        MisconfigurationException: accumulate_grad_batches is not 1: Lightning keeps no batch for a second pass. Use
+        MisconfigurationException: accumulate_grad_batches is not 1, and Lightning keeps no batch for a second pass. Use
             manual optimization, and two_pass_step() with a closure that goes through all micro-batches.
     """
 
@@ -58,26 +60,28 @@ class SAMMixin:
         two_pass_step(module, optimizer, closure)
 
     def log(self, *args: Any, **kwargs: Any) -> None:
-        """LightningModule.log(), in the first pass."""
+        """Log as LightningModule.log() does, in the first pass only."""
         if not self._in_second_pass:
             super().log(*args, **kwargs)  # type: ignore[misc]
 
 
 def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closure: Callable[[], Any]) -> Any:
-    """optimizer.step(closure), with both passes under any precision; for manual optimization.
+    """Make a step as optimizer.step(closure) does, with both passes under any precision.
+
+    Use it in manual optimization.
 
     Args:
         module: the running LightningModule.
-        optimizer: one of self.optimizers(); around a fused_sam optimizer.
+        optimizer: one of self.optimizers(), which wraps a fused_sam optimizer.
         closure: computes the loss and calls self.manual_backward(loss), for each micro-batch if there are several.
-            Gradients are cleared before each of its two runs. Batch norm is frozen and random numbers are replayed in
-            the second.
+            Gradients are cleared before each of its two runs. In the second run batch norm is frozen and random numbers
+            are replayed.
 
     Returns:
-        What the first run returned; with a gradient scaler nothing, as Lightning has it.
+        The result of the first run. With a gradient scaler, None, as from Lightning's own step.
 
     Raises:
-        TypeError: not a fused_sam optimizer.
+        TypeError: the optimizer does not wrap a fused_sam optimizer.
     """
     sam = optimizer.optimizer
     if not isinstance(sam, SAM):
@@ -87,7 +91,7 @@ def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closur
     if scaler is None:
         return optimizer.step(closure=closure)
 
-    # With a scaler Lightning runs the closure once and steps without it: the first pass has to come before.
+    # With a scaler Lightning runs the closure once and steps without it, so the first pass comes before that.
     sam.zero_grad()
     loss = closure()
     set_ascent_grad_scale(sam, scaler)
@@ -97,4 +101,4 @@ def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closur
     try:
         return optimizer.step(closure=closure)
     finally:
-        sam.restore()  # does nothing where the step was made
+        sam.restore()  # does nothing after a completed step

@@ -1,4 +1,4 @@
-"""SAM in Hugging Face transformers' Trainer: the second pass, with accumulation, mixed precision and checkpoints.
+"""SAM trains in Hugging Face transformers' Trainer, with accumulation, mixed precision and checkpoints.
 
     SAMTrainer(model, args, train_dataset=data, optimizer_cls_and_kwargs=(fused_sam.SAM, {"lr": 0.1, "rho": 0.05}))
 """
@@ -23,20 +23,23 @@ except ImportError as error:
 
 
 class SAMTrainerMixin:
-    """Goes before Trainer or a subclass of it, whose optimizer is a fused_sam one.
+    """Adds SAM's second pass to a Trainer or a subclass of it.
 
-    The last training_step() of an update climbs and goes through the update's micro-batches again, so that Trainer's
-    own clipping, optimizer.step() and scheduling find the second gradient. The loss reported is the first pass's.
-    Batch norm is frozen and dropout masks are replayed in the second pass. A skipped update holds the scheduler.
+    Put it before that class among the base classes, and give the Trainer a fused_sam optimizer.
+
+    The last training_step() of an update perturbs the weights and goes through the update's micro-batches again.
+    Trainer's own clipping, optimizer.step() and scheduling then use the second gradient. The reported loss is the first
+    pass's. In the second pass batch norm is frozen and dropout masks are replayed. A skipped update does not step the
+    scheduler.
 
     Raises:
         TypeError: the Trainer's optimizer is not a fused_sam optimizer.
     """
 
-    _seen: list[tuple[Any, ReplayedRNG]]
+    _micro_batches: list[tuple[Any, ReplayedRNG]]  # those of this update, each with its random numbers
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._seen = []
+        self._micro_batches = []
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
@@ -46,19 +49,19 @@ class SAMTrainerMixin:
         def one_pass(inputs: dict[str, Any]) -> Tensor:
             return super(SAMTrainerMixin, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
 
-        self._seen.append((inputs, ReplayedRNG.of(model)))
+        self._micro_batches.append((inputs, ReplayedRNG.of(model)))
         loss = one_pass(inputs)
         if not trainer.accelerator.sync_gradients:
             return loss
-        seen, self._seen = self._seen, []
+        micro_batches, self._micro_batches = self._micro_batches, []
         set_ascent_grad_scale(sam, trainer.accelerator.scaler)
         if not sam.needs_second_pass:
             return loss
         sam.first_step(zero_grad=True)
         try:
             with frozen_batch_norm(model):
-                for k, (inputs, rng) in enumerate(seen):
-                    last = k == len(seen) - 1
+                for k, (inputs, rng) in enumerate(micro_batches):
+                    last = k == len(micro_batches) - 1
                     with nullcontext() if last else trainer.accelerator.no_sync(model), rng:
                         one_pass(inputs)
         except BaseException:
@@ -68,4 +71,4 @@ class SAMTrainerMixin:
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
-    """transformers.Trainer that trains with SAM; pass `optimizers=(SAM(...), None)` or `optimizer_cls_and_kwargs`."""
+    """Trains with SAM as transformers.Trainer: pass `optimizers=(SAM(...), None)` or `optimizer_cls_and_kwargs`."""

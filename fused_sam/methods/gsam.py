@@ -22,8 +22,8 @@ class GSAM(SAM):
         Others: as SAM. The paper ties rho to the learning rate: fused_sam.schedule.RhoProportionalToLR.
 
     first_step() takes the gradients from the parameters. A weight that has a gradient in the second pass only is
-    updated with it as it is. Under a GradScaler the combined gradient is checked too; the scaler does not learn of a step that
-    is skipped by that.
+    updated with it as it is. Under a GradScaler the combined gradient is checked too. The scaler does not learn of a
+    step that is skipped by that check.
 
     Raises:
         TypeError, ValueError: alpha out of range; as SAM.

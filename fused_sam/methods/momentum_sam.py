@@ -32,9 +32,9 @@ class MomentumSAM(SAM):
             whether the next gradient is taken from displaced weights; it cannot be one that reads gradients.
 
     An ordinary loop trains it: backward(), step(); `needs_second_pass` is always False. Between steps the stored
-    weights are w~. eval() restores w, bit for bit, before evaluating, saving or copying, and train() displaces them again;
-    `with optimizer.unperturbed():` does both. state_dict(), copying and pickling raise an error while the weights are
-    displaced; after loading, call train(). guard(model) makes a forward pass in eval mode raise one.
+    weights are w~. eval() restores w, bit for bit, before evaluating, saving or copying, and train() displaces them
+    again; `with optimizer.unperturbed():` does both. state_dict(), copying and pickling raise an error while the
+    weights are displaced. After loading, call train(). guard(model) makes a forward pass in eval mode raise an error.
 
     Raises:
         ValueError: a perturbed group without momentum; a schedule that reads gradients; as SAM.

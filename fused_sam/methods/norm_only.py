@@ -1,4 +1,4 @@
-"""SAM-ON: perturb the norm layers' scales and shifts alone, about 0.1% of the weights, by a larger rho."""
+"""SAM-ON perturbs only the norm layers' scales and shifts, about 0.1% of the weights, by a larger rho."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ _LAYERS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)  # _NormBase: Batc
 
 
 def norm_only_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
-    """Two parameter groups for SAM or any method of the family: norm layers, and everything else with perturb=False.
+    """Return two parameter groups for any method of the family: norm layers, and the rest with perturb=False.
+
+    Use it to perturb about 0.1% of the weights, by a larger rho than for all of them.
 
         optimizer = fused_sam.SAM(norm_only_groups(model), rho=0.5, lr=0.1, momentum=0.9)
 
     Mueller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs", NeurIPS 2023,
     arXiv 2306.04226. Published: can outperform perturbing all weights.
 
-    Norm layers are BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm, RMSNorm, and any class named ...Norm
-    (or ...Norm2d) whose `weight` has one dimension, of which parameters of one dimension count. Each parameter is in
-    one group, once, also where modules share it.
+    Norm layers are BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm. Any class named ...Norm
+    (or ...Norm2d) whose `weight` has one dimension is one too, with its parameters of one dimension. Each parameter is
+    in one group, once, even if modules share it.
 
     Args:
-        options: of the norm layers' group: rho, adaptive, eta, weight_decay, ...
+        options: options of the norm layers' group: rho, adaptive, eta, weight_decay, ...
 
     Raises:
         ValueError: the model has no norm layer with a scale or shift.
@@ -32,7 +34,7 @@ def norm_only_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     if not norms:
         raise ValueError(
             f"{type(model).__name__} has no norm layer with weights (BatchNorm, LayerNorm, GroupNorm, "
-            "InstanceNorm, RMSNorm or a class named ...Norm): there is nothing that SAM-ON could perturb"
+            "InstanceNorm, RMSNorm or a class named ...Norm): SAM-ON has nothing to perturb"
         )
     others = [p for p in model.parameters() if id(p) not in norms]
     groups = [{**options, "params": list(norms.values())}]

@@ -1,7 +1,7 @@
 """The backends under test: all that this machine can run on CPU tensors.
 
-The C++ backend runs in each instruction set, and the CUDA kernels' source if it can be compiled for the host. Triton runs
-in its interpreter if TRITON_INTERPRET=1 is set.
+The C++ backend runs in each instruction set. The CUDA kernels' source runs if it can be compiled for the host, and
+Triton if TRITON_INTERPRET=1 is set.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A pytest plugin for processes that interpret Triton kernels: fp32 rounds to the nearest bf16, as on GPUs.
 
-Triton 3.9's interpreter cuts the lower bits off. Tests may then ask of bf16 what they ask of fp16.
+Triton 3.9's interpreter cuts the lower bits off. With this plugin, tests check bf16 as strictly as fp16.
 """
 
 from __future__ import annotations

@@ -59,6 +59,7 @@ def bias_correction(log_beta, t):
 
 @triton.jit
 def _step(w, d, block, u, own, BLOCK: tl.constexpr, PATH: tl.constexpr):
+    """Return the new param, and write the moving averages."""
     moved = mask_if(u.move, block, BLOCK, PATH)
     exp_avg = elements(own.exp_avg_ptr, block, BLOCK, PATH)
     exp_avg_sq = elements(own.exp_avg_sq_ptr, block, BLOCK, PATH)

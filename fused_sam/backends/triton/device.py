@@ -14,7 +14,7 @@ import torch
 
 @dataclass(frozen=True)
 class Device:
-    """A device, and the numbers of it that launches depend on."""
+    """A device, with the numbers that decide how kernels are launched on it."""
 
     device: torch.device
     processors: int

@@ -35,6 +35,7 @@ class LionStep(NamedTuple):
 
 @triton.jit
 def _step(w, d, block, u, own, BLOCK: tl.constexpr, PATH: tl.constexpr):
+    """Return the new param, and write the moving average."""
     moved = mask_if(u.move, block, BLOCK, PATH)
     exp_avg = elements(own.exp_avg_ptr, block, BLOCK, PATH)
     m = tl.load(exp_avg, moved, 0)

@@ -33,6 +33,7 @@ class SGDStep(NamedTuple):
 
 @triton.jit
 def _step(w, d, block, u, own, BLOCK: tl.constexpr, PATH: tl.constexpr):
+    """Return the new param, and write the momentum buffer."""
     with_momentum = mask_if(u.move & is_set(address(own.buffer_ptr)), block, BLOCK, PATH)
     buffer = elements(own.buffer_ptr, block, BLOCK, PATH)
     before = tl.load(buffer, with_momentum, 0)

@@ -32,14 +32,20 @@ from .device import Blocks, device_of
 from .memory import WORD, Memory, Reserve
 
 ROW = layout.ROW  # words, as all sizes and offsets below
-GROUP = layout.GROUP_SIZE // 2
+GROUP_WORDS = layout.GROUP_SIZE // 2
 
 UpdateGroup = SGDGroup | AdamGroup | LionGroup
 AnyGroup = PerturbGroup | UpdateGroup
 
 
 class Native:
-    """The backend's form of a table: its cut into blocks, its memory, and the launchers of compiled kernels."""
+    """The backend's form of a table: its cut into blocks, its memory, and the launchers of compiled kernels.
+
+    Args:
+        tensors: one per row.
+        sums: how many numbers each program of a reduction leaves in slots.
+        changing: words of each array that is sent again when it has changed.
+    """
 
     def __init__(self, tensors: Sequence[Tensor], sums: int, changing: dict[str, int]) -> None:
         self.device = device_of(tensors[0].device)
@@ -77,7 +83,7 @@ class NativeTable(Native):
 
     def __init__(self, table: Table) -> None:
         params, self._groups = table.params, max(table.group_ids) + 1
-        changing = {"grads": len(params), "lrs": self._groups, "groups": GROUP * self._groups}
+        changing = {"grads": len(params), "lrs": self._groups, "groups": GROUP_WORDS * self._groups}
         super().__init__(params, 1, changing)
         self._fill(layout.PARAM, params)
         self._fill(layout.CLEAN, table.masters or table.backups or params)
@@ -90,7 +96,8 @@ class NativeTable(Native):
         self.masters = bool(table.masters)
         self.amsgrad = any(t is not None for t in table.state.get("max_exp_avg_sq", ()))
         self._grads = NO_ADDRESSES
-        self._sent: dict[int, Any] = {}  # what was sent of the groups, by the first place of the part
+        self._written: dict[int, Any] = {}  # the groups in the memory's image, by the first place of their part
+        self._unsent = 0  # words of the image that the device does not have yet
         self._captured: Memory | None = None
 
     def _fill(self, place: int, column: Sequence[Tensor | None]) -> None:
@@ -116,37 +123,42 @@ class NativeTable(Native):
 
     def for_restore(self, table: Table, reserve: Reserve) -> Memory:
         """Return the memory with the rows; all else in it may be old."""
-        if not self.device.capturing():
-            return self._memory or self._refreshed(table, None, reserve)
-        if self._memory is None:
-            return self._for_capture(table, None, reserve)
+        capturing = self.device.capturing()
+        if self._memory is None or self._unsent:
+            return (self._for_capture if capturing else self._refreshed)(table, None, reserve)
+        if not capturing:
+            return self._memory
         reserve.keep(self._memory)
         return self._memory
 
     def _refreshed(self, table: Table, groups: Sequence[AnyGroup] | None, reserve: Reserve) -> Memory:
-        memory = self._memory or self.new_memory()
-        stale = False
+        """Return the memory after sending what has changed; outside captures."""
+        new = self._memory is None
+        memory = self._memory = self._memory or self.new_memory()
+        if new:
+            self._unsent = memory.sent
+        # An interrupt may come at any line. `_unsent` is raised before the image changes, and cleared after the copy.
         if table.grad_addresses is not table.bound_grads and table.grad_addresses != self._grads:
+            self._unsent = max(self._unsent, memory.changing)
             memory.write("grads", table.grad_addresses)
             self._grads = table.grad_addresses
-            stale = True
         table.bound_grads = table.grad_addresses
         if groups is not None:
             kind, groups = type(groups[0]), groups[: self._groups]
             part = layout.NUMBERS[kind][0]
-            sent = (kind, table.seed, _by_value(groups))
-            if self._sent.get(part) != sent:
+            written = (kind, table.seed, _by_value(groups))
+            if self._written.get(part) != written:
+                self._unsent = max(self._unsent, memory.changing)
                 self._write_groups(memory, groups, table.seed)
-                self._sent[part] = sent
-                stale = True
-        new = self._memory is None
-        if new or stale:
-            memory.send(memory.sent if new else memory.changing)
+                self._written[part] = written
+        if self._unsent:
+            memory.send(self._unsent)
+            self._unsent = 0
         reserve.stock(memory, new=new)
-        self._memory = memory
         return memory
 
     def _for_capture(self, table: Table, groups: Sequence[AnyGroup] | None, reserve: Reserve) -> Memory:
+        """Return new memory, which a captured copy fills."""
         pinned = reserve.take(self.words_to_send)
         memory = self.new_memory()
         memory.write("grads", table.grad_addresses)
@@ -161,13 +173,14 @@ class NativeTable(Native):
         first, numbers_of = layout.NUMBERS[type(groups[0])]
         for k, group in enumerate(groups[: self._groups]):
             numbers = numbers_of(group)
-            memory.write_packed("groups", k * GROUP + first // 2, f"{len(numbers)}f", *numbers)
-            memory.write_packed("groups", k * GROUP + layout.SEED // 2, "Q", seed & 0xFFFFFFFFFFFFFFFF)
+            memory.write_packed("groups", k * GROUP_WORDS + first // 2, f"{len(numbers)}f", *numbers)
+            memory.write_packed("groups", k * GROUP_WORDS + layout.SEED // 2, "Q", seed & 0xFFFFFFFFFFFFFFFF)
             if not isinstance(group, PerturbGroup):
-                own = memory.addresses["groups"] + k * GROUP * WORD + layout.LR * 4
+                own = memory.addresses["groups"] + k * GROUP_WORDS * WORD + layout.LR * 4
                 memory.write_packed("lrs", k, "q", group.lr.data_ptr() if _read_in_place(group.lr, memory) else own)
-            elif k == 0 or group.mask_prob < 1:
-                memory.masked = group.mask_prob < 1
+        probs = [group.mask_prob for group in groups if isinstance(group, PerturbGroup)]
+        if probs:
+            memory.masked = min(probs) < 1
 
 
 def copy_lrs(memory: Memory, groups: Sequence[UpdateGroup]) -> None:

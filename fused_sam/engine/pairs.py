@@ -1,0 +1,115 @@
+"""Primitives over two vectors of all parameters, such as the two gradients of a step.
+
+A vector is a list with one tensor, or None, per parameter of the plan. A row counts where both vectors have a tensor.
+Rows are sorted by dtype and layout once, and the plan keeps the result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fused_sam.backends.contract import YY, Backend, Status, VectorPair, status_dtype
+
+from .layout import same_layout
+from .plan import Plan
+
+Vector = Sequence[Tensor | None]
+Number = Tensor | float
+
+
+@dataclass(eq=False)
+class Rows:
+    """Rows of equal dtypes, the backend that runs them, and their fraction in a global sum (see sharding.py)."""
+
+    backend: Backend
+    numbers: list[int]
+    fraction: float
+    native: Any = None  # the backend's own form for these rows
+
+
+def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPair]]:
+    """Yield the rows of two vectors, by dtype and layout. Rows whose layouts differ take the reference backend."""
+    key = tuple(
+        None
+        if a is None or b is None or not a.numel()
+        else (a.dtype, b.dtype, dense and same_layout(p, a) and same_layout(p, b))
+        for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
+    )
+    rows = plan.pairs.get(key)
+    if rows is None:
+        rows = plan.pairs[key] = _sorted_rows(plan, key)
+    for row in rows:
+        pair = VectorPair([x[i] for i in row.numbers], [y[i] for i in row.numbers], row.native)  # type: ignore[misc]
+        yield row, pair
+        row.native = pair.native
+
+
+def _sorted_rows(plan: Plan, key: tuple[tuple[torch.dtype, torch.dtype, bool] | None, ...]) -> list[Rows]:
+    buckets: dict[tuple[tuple[torch.dtype, torch.dtype, bool], float], list[int]] = {}
+    for i, kind in enumerate(key):
+        if kind is not None:
+            fraction = 1.0 if plan.sharding is None else plan.sharding.fractions[i]
+            buckets.setdefault((kind, fraction), []).append(i)
+    return [
+        Rows(plan.backend if kind[2] else plan.fallback, numbers, fraction)
+        for (kind, fraction), numbers in buckets.items()
+    ]
+
+
+def device_of(plan: Plan) -> torch.device:
+    """Return the device of the plan's parameters; the CPU if there are none."""
+    return plan.local_params[0].device if plan.local_params else torch.device("cpu")
+
+
+def dot(plan: Plan, x: Vector, y: Vector) -> Tensor:
+    """Return <x, y>, ||x||^2 and ||y||^2 over all parameters of all processes: shape (3,), on the device."""
+    device = device_of(plan)
+    total = torch.zeros(YY + 1, dtype=status_dtype(device), device=device)
+    if plan.sharding is None:
+        for i, (row, pair) in enumerate(pairs_of(plan, x, y)):
+            row.backend.dot(pair, total, reset=i == 0)
+        return total
+    part = torch.zeros_like(total)
+    for row, pair in pairs_of(plan, x, y):
+        row.backend.dot(pair, part, reset=True)
+        total += part * row.fraction
+    plan.sharding.all_reduce(total)
+    return total
+
+
+def axpby(
+    plan: Plan, x: Vector, y: Vector, out: Vector, a: Number, b: Number, status: Status | None = None
+) -> None:
+    """Write out = a * x + b * y where x and y have a tensor; `out` may be x or y.
+
+    Args:
+        a, b: numbers, or 0-dim tensors, which are not waited for.
+        status: if given, nothing is written where skip is set.
+    """
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        device = device_of(plan)
+        numbers = [as_scalar(a, device), as_scalar(b, device)]
+        coefficients: Any = torch.stack(numbers)
+    else:
+        coefficients = numbers = (float(a), float(b))  # type: ignore[assignment]
+    for row, pair in pairs_of(plan, x, y):
+        to: list[Tensor] = [out[i] for i in row.numbers]  # type: ignore[misc]
+        if to[0].dtype in (pair.x[0].dtype, pair.y[0].dtype):
+            row.backend.axpby(pair, to, coefficients, status)
+            continue
+        # A third dtype takes two passes.
+        for kept, column, c in ((0.0, pair.x, numbers[0]), (1.0, pair.y, numbers[1])):
+            step = torch.stack([torch.full_like(c, kept), c]) if isinstance(c, Tensor) else (kept, c)
+            row.backend.axpby(VectorPair(to, column), to, step, status)
+
+
+def as_scalar(c: Number, device: torch.device) -> Tensor:
+    """Return c as a 0-dim tensor on the device, filled there: a copy from the host cannot be in a CUDA graph."""
+    if isinstance(c, Tensor):
+        return c.to(device, status_dtype(device)).reshape(())
+    return torch.full((), c, dtype=status_dtype(device), device=device)

@@ -1,0 +1,184 @@
+"""docs/writing-a-method.md runs as it is written, and docs/methods.md has every method with every option.
+
+The blocks of other pages that show fragments run after a preamble that defines the names that they use.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import nets
+from support.bits import assert_same_bits
+from torch import nn
+
+import fused_sam
+from examples.methods import vasso
+from fused_sam import backends
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGE = "writing-a-method.md"
+
+
+def blocks(name: str) -> list[tuple[int, str]]:
+    """Return the Python blocks of a page, each with the number of lines before it."""
+    text = (DOCS / name).read_text()
+    found = re.finditer(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
+    return [(text[: block.start(1)].count("\n"), block[1]) for block in found]
+
+
+def run(name: str, names: dict[str, Any] | None = None, broken: int | None = None) -> dict[str, Any]:
+    """Run the blocks of a page in order; return what they defined.
+
+    Args:
+        names: what the page uses without defining it.
+        broken: the number of a block that gets a line with an unknown name at its end.
+    """
+    found: dict[str, Any] = {"__name__": "page", **(names or {})}
+    for k, (line, source) in enumerate(blocks(name)):
+        source += "no_such_name\n" if k == broken else ""
+        exec(compile("\n" * line + source, str(DOCS / name), "exec"), found)
+    return found
+
+
+# ---- the page on writing a method -----------------------------------------------------------------------------------
+
+
+def test_the_page_on_writing_a_method_runs() -> None:
+    found = run(PAGE)
+    assert {"VaSSO", "PlainVaSSO", "UnnormalisedSAM", "StableSAM", "Mean", "Mine"} <= found.keys()
+
+
+@pytest.mark.parametrize("k", range(len(blocks(PAGE))))
+def test_a_broken_block_fails(k: int) -> None:
+    with pytest.raises(NameError, match="no_such_name"):
+        run(PAGE, broken=k)
+
+
+@pytest.mark.parametrize("page", sorted(path.name for path in DOCS.glob("*.md")))
+def test_every_fence_is_read(page: str) -> None:
+    """A fence that is indented, left open or of an unknown language would hide a block from the tests."""
+    fences = [line for line in (DOCS / page).read_text().splitlines() if "```" in line]
+    assert {*fences[::2]} <= {"```python", "```sh"} and {*fences[1::2]} <= {"```"}
+    assert len(blocks(page)) == fences.count("```python")
+
+
+def test_the_pages_method_is_the_example(backend: str) -> None:
+    """The method that the page builds takes the steps of examples/methods/vasso.py, to the bit."""
+    ours, theirs = nets.net(), nets.net()
+    options = {"theta": 0.3, "rho": 0.1, "lr": 0.1, "momentum": 0.9, "backend": backend}
+    optimizers = [
+        run(PAGE)["VaSSO"](ours.parameters(), **options),
+        vasso.VaSSO(theirs.parameters(), **options),
+    ]
+    for step in range(4):
+        for model, optimizer in zip((ours, theirs), optimizers, strict=True):
+            optimizer.step(nets.closure_for(model, step))
+    assert_same_bits(list(ours.parameters()), list(theirs.parameters()))
+
+
+@pytest.mark.parametrize("method", ["VaSSO", "UnnormalisedSAM", "StableSAM", "Mean"])
+def test_the_pages_methods_take_the_same_steps_under_a_grad_scaler(method: str) -> None:
+    """What the page says of GradScaler: vectors and norms count without the loss scale."""
+    cls = run(PAGE)[method]
+
+    def train(scaler: Any) -> list[nn.Parameter]:
+        model = nets.net(dtype=torch.float64)
+        optimizer = cls(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
+        for step in range(6):
+            batch = nets.batch(step, torch.float64)
+            fused_sam.training.sam_step(model, loss_fn, batch, optimizer, scaler=scaler)
+        return list(model.parameters())
+
+    def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    scaled = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)  # grows within the run
+    for p, q in zip(train(None), train(scaled), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["VaSSO", "Mean"])
+def test_the_pages_methods_skip_a_step_that_is_not_finite(method: str) -> None:
+    """What the page says of skipped steps: weights and state vectors stay, counters in the groups go on."""
+    optimizer = run(PAGE)[method]([p := nn.Parameter(torch.ones(3))], rho=0.1, lr=0.1)
+    for bad in (False, True, False):
+        before = [p.detach().clone(), *(v.clone() for v in optimizer.state[p].values())]
+        for _ in range(2):
+            p.grad = torch.full((3,), torch.nan if bad else 1.0)
+            if optimizer.needs_second_pass and not optimizer.perturbed:
+                optimizer.first_step()
+        optimizer.step()
+        after = [p.detach(), *optimizer.state[p].values()]
+        assert bool(optimizer.skipped) == bad
+        if bad:
+            assert_same_bits(after, before)
+        else:
+            assert not torch.equal(after[0], before[0])
+    if method == "Mean":
+        assert optimizer.param_groups[0]["mean_step"] == 3
+
+
+# ---- the page on the methods of the package -------------------------------------------------------------------------
+
+
+def rows_of_methods() -> dict[str, str]:
+    """Return the rows of the table in docs/methods.md by the method's name."""
+    rows = re.findall(r"^\| `(\w+)`.*$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+    lines = re.findall(r"^\| `\w+`.*$", (DOCS / "methods.md").read_text(), re.MULTILINE)
+    return dict(zip(rows, lines, strict=True))
+
+
+@pytest.mark.parametrize("name", fused_sam.METHODS)
+def test_every_method_has_a_row_with_its_options(name: str) -> None:
+    row = rows_of_methods().get(name)
+    assert row is not None, f"docs/methods.md has no row for {name}"
+    cls = fused_sam.METHODS[name]
+    missing = [option for option in {**cls.OPTIONS, **cls.DEFAULTS} if f"`{option}`" not in row and option != "adaptive"]
+    assert not missing, f"the row of {name} does not name {missing}"
+
+
+@pytest.mark.parametrize("name", fused_sam.METHODS)
+def test_the_row_has_the_default_of_every_option(name: str) -> None:
+    row, cls = rows_of_methods()[name], fused_sam.METHODS[name]
+    for option, declared in cls.OPTIONS.items():
+        default = declared.default
+        if default is fused_sam.step.REQUIRED:
+            assert f"`{option}` (required)" in row
+        else:
+            shown = f'"{default}"' if isinstance(default, str) else f"{default:g}" if default is not True else "True"
+            assert f"`{option}` ({shown})" in row, f"{name}: `{option}` ({shown})"
+
+
+# ---- pages with fragments -------------------------------------------------------------------------------------------
+
+
+def preamble() -> dict[str, Any]:
+    """Return a small model, its data and an optimizer, under the names that fragments use."""
+    model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
+    optimizer = fused_sam.SAM(model.parameters(), rho=0.05, lr=0.1, momentum=0.9)
+    loss_fn = nn.functional.cross_entropy
+    x, y = torch.randn(16, 6), torch.randint(0, 3, (16,))
+
+    def closure() -> torch.Tensor:
+        loss = loss_fn(model(x), y)
+        loss.backward()
+        return loss
+
+    return {
+        "torch": torch, "fused_sam": fused_sam, "SAM": fused_sam.SAM, "model": model, "optimizer": optimizer,
+        "loss_fn": loss_fn, "x": x, "y": y, "closure": closure, "steps": 100,
+        "weights": [model[0].weight], "norms": list(model[1].parameters()), "head": list(model[2].parameters()),
+        "scaler": torch.amp.GradScaler("cpu"), "scheduler": torch.optim.lr_scheduler.ConstantLR(optimizer),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["methods.md", "usage.md", "precision.md", "architecture.md"])
+def test_the_fragments_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))  # a page may register a backend
+    assert blocks(page)
+    run(page, preamble())
