@@ -1,7 +1,7 @@
-"""Builds the native modules by CMake while setuptools builds the package; what is missing, one line says.
+"""Builds the native modules with CMake while setuptools builds the package. One line says what is missing.
 
-FUSED_SAM_CUDA (0, 1 or auto) chooses whether fused_sam._cuda is built, FUSED_SAM_CUDA_ARCHS for which GPUs.
-FUSED_SAM_NATIVE=0 builds nothing: a package of Python alone, with the backends triton, foreach and reference.
+FUSED_SAM_CUDA (0, 1 or auto) chooses whether fused_sam._cuda is built, and FUSED_SAM_CUDA_ARCHS for which GPUs.
+FUSED_SAM_NATIVE=0 compiles nothing: the package is Python alone, with the backends triton, foreach and reference.
 """
 
 from __future__ import annotations
@@ -24,39 +24,42 @@ ROOT = Path(__file__).resolve().parent
 
 
 def stop(message: str) -> NoReturn:
-    """End with the message alone: a missing compiler is no bug, and a traceback would hide the words."""
+    """End with the message alone: a missing compiler is no bug, and a traceback would hide the message."""
     raise SystemExit(f"fused_sam: {message}")
 
 
-# An older one reads `license` in pyproject.toml as an error, of sixty lines.
+# An older version reports `license` in pyproject.toml as an error of sixty lines.
 if int(setuptools.__version__.split(".")[0]) < 77:
     stop(f"setuptools {setuptools.__version__} is too old to build with: pip install --upgrade 'setuptools>=77.0.3'")
 
 
 def find_nvcc() -> str | None:
-    """Where nvcc is: as CUDACXX says, on the path, in CUDA_HOME, or where NVIDIA's installer puts it."""
+    """Return the path of nvcc from CUDACXX, from PATH, from CUDA_HOME, or from where NVIDIA's installer puts it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
 
 
 def gpu_visible() -> bool:
+    """Return True if nvidia-smi lists a GPU."""
     smi = shutil.which("nvidia-smi")
     return smi is not None and b"GPU" in subprocess.run([smi, "-L"], capture_output=True, check=False).stdout
 
 
 def wants_native() -> bool:
+    """Return True unless FUSED_SAM_NATIVE is 0."""
     choice = os.environ.get("FUSED_SAM_NATIVE") or "1"
     if choice not in ("0", "1"):
-        stop(f"FUSED_SAM_NATIVE is {choice!r}; it takes 0 (Python alone, nothing is compiled) or 1")
+        stop(f"FUSED_SAM_NATIVE is {choice!r}; it takes 0 (compile nothing, Python alone) or 1")
     if choice == "0" and os.environ.get("FUSED_SAM_CUDA") == "1":
-        stop("FUSED_SAM_NATIVE=0 compiles nothing and FUSED_SAM_CUDA=1 the CUDA module: leave one of them out")
+        stop("FUSED_SAM_NATIVE=0 compiles nothing, but FUSED_SAM_CUDA=1 needs the CUDA module: leave one of them out")
     return choice == "1"
 
 
 def wants_cuda() -> bool:
+    """Return True if the CUDA module is to be built, as FUSED_SAM_CUDA says."""
     choice = os.environ.get("FUSED_SAM_CUDA") or "auto"
     if choice not in ("0", "1", "auto"):
-        stop(f"FUSED_SAM_CUDA is {choice!r}; it takes 0 (no CUDA module), 1 (build it), auto (1 with a GPU)")
+        stop(f"FUSED_SAM_CUDA is {choice!r}; it takes 0 (no CUDA module), 1 (build it) or auto (1 if there is a GPU)")
     if choice == "0":
         return False
     missing = None
@@ -70,7 +73,7 @@ def wants_cuda() -> bool:
 
 
 def cuda_archs() -> str:
-    """FUSED_SAM_CUDA_ARCHS as CMake writes a list; empty means all that the kernels are built for."""
+    """Return FUSED_SAM_CUDA_ARCHS as a CMake list; empty means all architectures of the kernels."""
     value = os.environ.get("FUSED_SAM_CUDA_ARCHS", "")
     archs = [arch for arch in re.split(r"[;,\s]+", value) if arch]
     if archs != ["native"] and not all(re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", a) for a in archs):
@@ -79,11 +82,12 @@ def cuda_archs() -> str:
 
 
 def check_compiler() -> None:
+    """End with a message if there is no C++ compiler or no Python.h."""
     wanted = os.environ.get("CXX", "").split()[:1] or ["c++", "g++", "clang++"]
     if not any(shutil.which(name) for name in wanted):
         stop(
             f"no C++ compiler found (looked for {', '.join(wanted)}): apt install g++, "
-            "or set FUSED_SAM_NATIVE=0 to go without (slower on a CPU; on a GPU the triton backend needs none of it)"
+            "or set FUSED_SAM_NATIVE=0 to build without it (slower on a CPU; a GPU's triton backend does not need it)"
         )
     include = Path(sysconfig.get_path("include"))
     if not (include / "Python.h").is_file():
@@ -91,7 +95,7 @@ def check_compiler() -> None:
 
 
 def build_tool(name: str) -> str:
-    """cmake or ninja: the one that its Python package brings, else the system's."""
+    """Return the path of cmake or ninja: from its Python package, else from the system."""
     folder = None
     try:
         module = importlib.import_module(name)
@@ -103,7 +107,7 @@ def build_tool(name: str) -> str:
 
 
 def run(command: list[str], log: Path) -> None:
-    """Run one command into the log; where it fails, show the first error, not the thousand lines after it."""
+    """Run one command with output to the log; if it fails, end with its first error alone."""
     with log.open("ab") as out:
         start = out.tell()
         code = subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, check=False).returncode
@@ -114,14 +118,14 @@ def run(command: list[str], log: Path) -> None:
         rest = lines[first : first + 12]
         end = next((n for n, line in enumerate(rest) if n and re.match(r"\[\d+/|FAILED:", line)), len(rest))
         excerpt = "\n  ".join(line for line in rest[:end] if line.strip())
-        stop(f"the native build failed, and this is where it begins:\n  {excerpt}\nThe whole log: {log}")
+        stop(f"the native build failed, and its first error is this:\n  {excerpt}\nThe whole log: {log}")
     for line in lines:
         if "warning" in line.lower():
             print(line, file=sys.stderr)
 
 
 class CMakeBuild(build_ext):
-    """One CMake build makes both modules; setuptools then puts them where it wants them."""
+    """One CMake build for both modules; setuptools then copies them to their place."""
 
     def run(self) -> None:
         self.with_cuda = wants_cuda()
@@ -133,7 +137,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def copy_file(self, infile: Any, outfile: Any, *args: Any, **options: Any) -> Any:
-        """To another name, then renamed: whoever imports the module meanwhile gets the old one or the new one."""
+        """Copy to another name, then rename, so that an import at the same time gets the old module or the new one."""
         scratch = f"{outfile}.{os.getpid()}"
         done = super().copy_file(infile, scratch, *args, **options)
         if os.path.exists(scratch):
@@ -162,7 +166,7 @@ class CMakeBuild(build_ext):
         }
         if self.with_cuda:
             settings |= {"CMAKE_CUDA_COMPILER": find_nvcc(), "FUSED_SAM_CUDA_ARCHS": cuda_archs()}
-        # Another folder, compiler or (in pip's isolated builds) pybind11: CMake must forget what it remembers.
+        # CMake's cache is discarded if the folder, the compiler or (in pip's isolated builds) pybind11 has changed.
         made_by = repr([ROOT, settings["pybind11_DIR"], find_nvcc(), *map(os.environ.get, ("CXX", "CXXFLAGS"))])
         used = build / "made-by.txt"
         fresh = [] if used.exists() and used.read_text() == made_by else ["--fresh"]
@@ -177,7 +181,7 @@ class CMakeBuild(build_ext):
 
 
 def remove_cuda_modules(folder: Path) -> None:
-    """A module of an earlier build would answer for sources that it was not made from."""
+    """Remove modules of an earlier build, which do not match the sources."""
     for stale in folder.glob("_cuda.*.so"):
         stale.unlink()
 

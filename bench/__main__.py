@@ -28,17 +28,22 @@ ADAMW_PEERS = ["per-tensor", "foreach-fused", "in-place", "ours-cpu"]
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
-Shapes = Annotated[list[str], typer.Option("--shape", help=f"Time {', '.join(NETWORKS)} or COUNTxSIZE; may be repeated.")]
-Peers = Annotated[list[str], typer.Option("--peer", help=f"Run {', '.join(peers.PEERS)}; may be repeated.")]
+SHAPE = f"one of {', '.join(NETWORKS)}, or COUNTxSIZE"
+
+Shapes = Annotated[list[str], typer.Option("--shape", help=f"Measure {SHAPE}; may be repeated.")]
+Peers = Annotated[list[str], typer.Option("--peer", help=f"Run one of {', '.join(peers.PEERS)}; may be repeated.")]
 Methods = Annotated[list[str], typer.Option("--method", help="Run this method; may be repeated. The default is all.")]
+Networks = Annotated[list[str], typer.Option("--network", help="Train one of cnn, mlp; may be repeated.")]
+Processes = Annotated[list[int], typer.Option(min=1, help="Run this many processes; may be repeated.")]
 Device = Annotated[str, typer.Option(help="Run on cpu or cuda.")]
 Threads = Annotated[int, typer.Option(min=0, help="Use this many CPU threads; 0 leaves torch's own choice.")]
 Out = Annotated[Path | None, typer.Option(help="Write JSON and plots into its subfolder named after the machine.")]
 Seconds = Annotated[float, typer.Option(min=0.0, help="Give a network's rounds this time; COUNTxSIZE takes a third.")]
 Rounds = Annotated[int, typer.Option(min=0, help="Run this many rounds per shape; 0 goes by --seconds.")]
-Compiled = Annotated[bool, typer.Option("--compile", help="Add the multi-tensor code under torch.compile, for minutes.")]
+RoundCount = Annotated[int, typer.Option("--rounds", min=1, help="Run this many rounds.")]
+Compiled = Annotated[bool, typer.Option("--compile", help="Add the multi-tensor code under torch.compile (minutes).")]
 Bf16 = Annotated[bool, typer.Option("--bf16", help="Use bf16 weights and gradients; this package keeps fp32 momentum.")]
-Quick = Annotated[bool, typer.Option("--quick", help="Run small and short, as a check that it runs; its times mean nothing.")]
+Quick = Annotated[bool, typer.Option("--quick", help="Show that it runs, small and short; its times mean nothing.")]
 WeightDecay = Annotated[float, typer.Option(min=0.0, help="Set SGD's weight decay.")]
 
 DECAY = Hyper.weight_decay
@@ -129,11 +134,9 @@ def memory_command(
 
 @app.command("distributed")
 def distributed_command(
-    shape: Annotated[
-        str, typer.Option(help=f"Give each process {', '.join(NETWORKS)} or COUNTxSIZE.")
-    ] = "resnet18",
-    processes: Annotated[list[int], typer.Option(min=1, help="Run this many processes; may be repeated.")] = [1, 2, 4],  # noqa: B006
-    rounds: Annotated[int, typer.Option(min=1)] = 30,
+    shape: Annotated[str, typer.Option(help=f"Give each process {SHAPE}.")] = "resnet18",
+    processes: Processes = [1, 2, 4],  # noqa: B006
+    rounds: RoundCount = 30,
     repeats: Annotated[int, typer.Option(min=1, help="Take this many steps per turn; their median counts.")] = 5,
     out: Out = None,
     quick: Quick = False,
@@ -157,9 +160,9 @@ def distributed_command(
 @app.command("methods")
 def methods_command(
     method: Methods = [],  # noqa: B006
-    network: Annotated[list[str], typer.Option(help="Train cnn or mlp; may be repeated.")] = ["cnn", "mlp"],  # noqa: B006
+    network: Networks = ["cnn", "mlp"],  # noqa: B006
     shape: Annotated[str, typer.Option(help="Run the optimizers alone on this shape.")] = "transformer24m",
-    rounds: Annotated[int, typer.Option(min=1)] = 15,
+    rounds: RoundCount = 15,
     threads: Threads = 0,
     out: Out = None,
     quick: Quick = False,
@@ -194,8 +197,10 @@ def methods_command(
 @app.command("accuracy")
 def accuracy_command(
     method: Methods = [],  # noqa: B006
-    seeds: Annotated[int, typer.Option(min=1)] = 5,
-    data_dir: Annotated[Path, typer.Option(help="Read Fashion-MNIST's four IDX .gz files from here.")] = FASHION_FOLDER,
+    seeds: Annotated[int, typer.Option(min=1, help="Train every chosen trial on this many seeds.")] = 5,
+    data_dir: Annotated[
+        Path, typer.Option(help="Read Fashion-MNIST's four IDX .gz files from this folder.")
+    ] = FASHION_FOLDER,
     threads: Threads = 0,
     out: Out = HERE / "results",
     quick: Quick = False,
@@ -228,7 +233,7 @@ def accuracy_command(
 @app.command("host-cost")
 def host_cost_command(
     peer: Annotated[str, typer.Option(help="Measure this peer; the default is this package.")] = "",
-    rounds: Annotated[int, typer.Option(min=1)] = HOST_ROUNDS,
+    rounds: RoundCount = HOST_ROUNDS,
     device: Device = "cpu",
     threads: Threads = 0,
     out: Out = None,

@@ -318,7 +318,7 @@ def estimate(setting: Setting, source: Source, names: Sequence[str], seeds: int,
     """Return the seconds that a setting's missing runs take, estimated from one short trial of SGD."""
     task = make_task(source, 0, setting.noise, setting.validation_share)
     trial = trials_of("sgd", family.RATES, [{}])[0]
-    train(task, trial, 0, replace(setting, epochs=1))  # threads settle
+    train(task, trial, 0, replace(setting, epochs=1))  # lets threads settle
     short = train(task, trial, 0, replace(setting, epochs=1))
     passes = sum(
         count * family.METHODS[name].passes * family.METHODS[name].stretch for name, count in runs_of(names, seeds)

@@ -19,7 +19,7 @@ def table(result: Result) -> Table:
     seeds = len(result.outcomes[0].runs)
     made = Table(
         title=f"{result.setting.title}: accuracy on clean test labels, mean and standard deviation of {seeds} seeds",
-        caption="time is that of the training steps, median of the seeds; * means that no method is both faster and better",
+        caption="time of the training steps, median of the seeds; * means that no method is both faster and better",
     )
     made.add_column("method")
     made.add_column("chosen")

@@ -36,7 +36,7 @@ def check(peers: dict[str, tuple[Peer, list[Parameter]]], shapes: list[Shape], s
     """
     (first, (_, anchor)), *others = peers.items()
     device = anchor[0].device
-    kept = [param.grad.clone() for param in anchor if param.grad is not None]
+    original = [param.grad.clone() for param in anchor if param.grad is not None]
     rounding = 4 * torch.finfo(anchor[0].dtype).eps
     for step in range(steps):
         before = [param.detach().clone() for param in anchor]
@@ -52,7 +52,7 @@ def check(peers: dict[str, tuple[Peer, list[Parameter]]], shapes: list[Shape], s
                     apart = f"{off:.2e} apart, {allowed:.2e} allowed"
                     raise BenchError(f"no ratio: {name} disagrees with {first} at {where}: {apart}")
     for _, params in peers.values():
-        set_gradients(params, kept)
+        set_gradients(params, original)
 
 
 @torch.no_grad()

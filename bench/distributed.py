@@ -100,7 +100,7 @@ def timed(rank: int, world: int, shape: str, hyper: Hyper, rounds: int, repeats:
         shapes = by_name(shape)
         models[way] = spread.trained(grown(shapes, world) if way == "FSDP2" else shapes, way)
         turns[way] = [distributed.barrier, *phases(list(models[way].parameters()), hyper)]
-        for phase in turns[way]:  # the first step makes the state, and the processes check that they have the same parameters
+        for phase in turns[way]:  # the first step makes the state and compares the processes' parameters
             phase()
     samples = interleave(turns, HostClock(), rounds, repeats=repeats)
     distributed.barrier()

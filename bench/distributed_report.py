@@ -24,7 +24,7 @@ COLUMNS = (
 def table(found: Sequence[Spread], cores: int) -> Table:
     result = Table(
         title=f"Time of SAM's step, {found[0].local:,} elements per process, medians of {len(found[0].reduces)} rounds",
-        caption=f"times are those of the slowest process; each has one thread, and all share {cores} cores and their memory",
+        caption=f"times of the slowest process; each has one thread, and all share {cores} cores and their memory",
     )
     result.add_column("processes", justify="right")
     for column in COLUMNS:

@@ -1,9 +1,13 @@
-"""The methods of the SAM family that are compared: how each is built, stepped, and tried, and what it should cost."""
+"""The methods that are compared: how each is built, stepped and tried, and what it should cost.
+
+All methods of fused_sam.METHODS are here. A new one needs no entry: it runs with its default options and three values
+of rho. OWN adds what the class does not say.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -13,15 +17,17 @@ from torch.optim import SGD, Optimizer
 
 import fused_sam
 from bench.errors import BenchError
+from fused_sam import SAM
 from fused_sam.schedule import Every, LastSteps
 from fused_sam.training import sam_step
 
 MOMENTUM = 0.9
 MICROBATCHES = 2
-Build = Callable[..., Optimizer]  # of parameters, total steps, and options
+RHO = 0.2  # the middle value that is tried, if a class has no default of its own
+Build = Callable[..., Optimizer]  # takes parameters, total steps, and options
 
-# Bytes a parameter in fp32 with SGD-momentum. An update without undo reads w, g and m and writes w and m; before it the
-# finite check reads g.
+# Bytes per fp32 parameter with SGD-momentum. An update without undo reads w, g and m and writes w and m; the finite
+# check before it reads g.
 PLAIN_UPDATE, WHOLE_STEP = 24.0, 44.0
 
 
@@ -29,9 +35,14 @@ PLAIN_UPDATE, WHOLE_STEP = 24.0, 44.0
 class Method:
     """One row of the tables.
 
-    `bytes` is what the optimizer moves a step and parameter at least, fp32 with SGD-momentum, averaged over `period`
-    steps; `target` the time of a training step over SGD's that it is to reach; `grid` the method's own options, which a
-    validation split chooses from after the learning rate.
+    Attributes:
+        grid: the method's own options, from which a validation split chooses after the learning rate.
+        bytes: the least that the optimizer moves per step and parameter, fp32 with SGD-momentum, averaged over `period`
+            steps; None if it is not known.
+        target: the time of a training step over SGD's that the method should reach.
+        passes: forward and backward passes per step, for estimates.
+        stretch: the factor on the other methods' epochs.
+        accuracy: True if its accuracy is measured by default.
     """
 
     label: str
@@ -40,17 +51,32 @@ class Method:
     bytes: float | None = None
     period: int = 1
     target: float | None = None
-    passes: float = 2.0  # forward and backward passes a step, for estimates
-    stretch: int = 1  # times the epochs of the others
-    accuracy: bool = True  # whether its accuracy is measured unasked
+    passes: float = 2.0
+    stretch: int = 1
+    accuracy: bool = True
+
+
+@dataclass(frozen=True)
+class Own:
+    """What a benchmark sets for a class of fused_sam.METHODS.
+
+    Attributes:
+        key: the name on the command line and in JSON files; empty: the class's name in lower case.
+        options: the class's options that are not its defaults.
+        facts: fields of Method that are not their defaults.
+    """
+
+    key: str = ""
+    options: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def sgd(params: Iterable[Tensor], total: int, *, lr: float) -> Optimizer:
     return SGD(params, lr, MOMENTUM, fused=True)
 
 
-def of(cls: type[fused_sam.SAM], **fixed: Any) -> Build:
-    """A method of this package over SGD with momentum."""
+def of(cls: type[SAM], **fixed: Any) -> Build:
+    """Return how a method of this package is built over SGD with momentum."""
 
     def build(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
         return cls(params, SGD, momentum=MOMENTUM, **{**fixed, **options})
@@ -59,50 +85,70 @@ def of(cls: type[fused_sam.SAM], **fixed: Any) -> Build:
 
 
 def tail(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
-    return of(fused_sam.SAM, schedule=LastSteps(0.7, total))(params, total, **options)
+    return of(SAM, schedule=LastSteps(0.7, total))(params, total, **options)
 
 
 def rhos(*values: float) -> tuple[dict[str, float], ...]:
+    """Return a grid of rho alone."""
     return tuple({"rho": value} for value in values)
 
 
-def pairs(name: str, values: tuple[float, ...], rho: float) -> tuple[dict[str, float], ...]:
-    """One option varied, at a rho that suits the method."""
+def pairs(name: str, values: tuple[float, ...], rho: float = RHO) -> tuple[dict[str, float], ...]:
+    """Return a grid of one option, at a rho that suits the method."""
     return tuple({"rho": rho, name: value} for value in values)
 
 
-RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # learning rates that every method chooses from
+RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # learning rates from which every method chooses
+
+ESAM_OPTIONS = {"beta": 0.6, "gamma": 0.6}
+OWN: dict[str, Own] = {
+    "SAM": Own(facts={"bytes": WHOLE_STEP, "target": 2.05}),
+    # Its norm reads the weights and the gradients.
+    "ASAM": Own(facts={"grid": rhos(0.5, 1.0, 2.0), "bytes": WHOLE_STEP + 4}),
+    "ESAM": Own(options=ESAM_OPTIONS, facts={"label": "ESAM(0.6, 0.6)", "bytes": WHOLE_STEP, "target": 1.4}),
+    "FriendlySAM": Own("friendly", facts={"grid": pairs("lmbda", (0.6, 0.9, 0.95)), "bytes": 68}),
+    "GCSAM": Own(facts={"bytes": 56}),
+    "GSAM": Own(facts={"grid": pairs("alpha", (0.2, 0.4, 0.7)), "bytes": 64}),
+    "LookSAM": Own(
+        options={"k": 5},
+        facts={
+            "label": "LookSAM(5)", "grid": pairs("alpha", (0.1, 0.3, 0.7)), "bytes": (64 + 4 * 44) / 5, "period": 5,
+            "target": 1.25, "passes": 1.2,
+        },
+    ),
+    "MicrobatchSAM": Own(
+        "microbatch", {"num_microbatches": MICROBATCHES},
+        {"label": f"MicrobatchSAM({MICROBATCHES})", "bytes": 20 * MICROBATCHES + 8 * (MICROBATCHES - 1) + 24},
+    ),
+    "MomentumSAM": Own(
+        "momentum", facts={"grid": rhos(0.3, 1.0, 3.0), "bytes": WHOLE_STEP, "target": 1.05, "passes": 1}
+    ),
+    "WSAM": Own(facts={"grid": pairs("gamma", (0.8, 0.9, 0.95)), "bytes": 76}),
+}  # fmt: skip
+
+
+def entries(classes: Mapping[str, type[SAM]]) -> dict[str, Method]:
+    """Return an entry for each class, by key."""
+    found = {}
+    for name, cls in classes.items():
+        own = OWN.get(name, Own())
+        rho = cls.DEFAULTS.get("rho", RHO)
+        usual = {"label": name, "build": of(cls, **own.options), "grid": rhos(rho / 2, rho, 2 * rho)}
+        found[own.key or name.lower()] = Method(**{**usual, **own.facts})
+    return found
+
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", sgd, ({},), bytes=20, passes=1),
     "sgd-2x": Method("SGD, 2x epochs", sgd, ({},), passes=1, stretch=2),
-    "sam": Method("SAM", of(fused_sam.SAM), rhos(0.1, 0.2, 0.4), bytes=WHOLE_STEP, target=2.05),
-    # its norm reads the weights beside the gradients
-    "asam": Method("ASAM", of(fused_sam.ASAM), rhos(0.5, 1.0, 2.0), bytes=WHOLE_STEP + 4),
-    "microbatch": Method(
-        f"MicrobatchSAM({MICROBATCHES})", of(fused_sam.MicrobatchSAM, num_microbatches=MICROBATCHES),
-        rhos(0.1, 0.2, 0.4), bytes=20 * MICROBATCHES + 8 * (MICROBATCHES - 1) + 24,
-    ),
-    "esam": Method(
-        "ESAM(0.6, 0.6)", of(fused_sam.ESAM, beta=0.6, gamma=0.6), rhos(0.1, 0.2, 0.4), bytes=WHOLE_STEP, target=1.4
-    ),
+    **entries(fused_sam.METHODS),
+    # The same method with another mask, whose accuracy is not measured again.
     "esam-tensors": Method(
-        "ESAM(0.6, 0.6), whole tensors", of(fused_sam.ESAM, beta=0.6, gamma=0.6, mask="tensors"), rhos(0.1, 0.2, 0.4),
-        target=1.4, accuracy=False,  # the same method with another mask
+        "ESAM(0.6, 0.6), whole tensors", of(fused_sam.ESAM, mask="tensors", **ESAM_OPTIONS), rhos(0.1, 0.2, 0.4),
+        target=1.4, accuracy=False,
     ),
-    "looksam": Method(
-        "LookSAM(5)", of(fused_sam.LookSAM, k=5), pairs("alpha", (0.1, 0.3, 0.7), 0.2), bytes=(64 + 4 * 44) / 5,
-        period=5, target=1.25, passes=1.2,
-    ),
-    "gsam": Method("GSAM", of(fused_sam.GSAM), pairs("alpha", (0.2, 0.4, 0.7), 0.2), bytes=64),
-    "friendly": Method("FriendlySAM", of(fused_sam.FriendlySAM), pairs("lmbda", (0.6, 0.9, 0.95), 0.2), bytes=68),
-    "gcsam": Method("GCSAM", of(fused_sam.GCSAM), rhos(0.1, 0.2, 0.4), bytes=56),
-    "momentum": Method(
-        "MomentumSAM", of(fused_sam.MomentumSAM), rhos(0.3, 1.0, 3.0), bytes=WHOLE_STEP, target=1.05, passes=1
-    ),
-    "wsam": Method("WSAM", of(fused_sam.WSAM), pairs("gamma", (0.8, 0.9, 0.95), 0.2), bytes=76),
     "interval": Method(
-        "SAM, every 10th step", of(fused_sam.SAM, schedule=Every(10)), rhos(0.2, 0.4, 0.8),
+        "SAM, every 10th step", of(SAM, schedule=Every(10)), rhos(0.2, 0.4, 0.8),
         bytes=(WHOLE_STEP + 9 * PLAIN_UPDATE) / 10, period=10, target=1.12, passes=1.1,
     ),
     "tail": Method(
@@ -113,9 +159,9 @@ METHODS: dict[str, Method] = {
 
 
 def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
-    """One training step on a batch; the loss at the weights, detached."""
+    """Take one training step on a batch, and return the loss at the weights, detached."""
     if getattr(optimizer, "selects", None) is not None:
-        assert isinstance(optimizer, fused_sam.SAM)
+        assert isinstance(optimizer, SAM)
         return sam_step(model, sample_losses, (x, y), optimizer).loss
     if isinstance(optimizer, fused_sam.MicrobatchSAM):
         return optimizer.step(partial(part_loss, model, x.chunk(MICROBATCHES), y.chunk(MICROBATCHES)))
@@ -126,12 +172,12 @@ def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor
         loss.backward()
         return loss.detach()
 
-    loss: Any = optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float; it hands on what it gets
+    loss: Any = optimizer.step(closure)  # type: ignore[arg-type]  # torch's stubs want a float; any type is passed on
     return loss
 
 
 def sample_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """[B]: data selection compares them one by one."""
+    """Return the losses [B], because data selection compares them sample by sample."""
     return cross_entropy(model(batch[0]), batch[1], reduction="none")
 
 
@@ -142,20 +188,20 @@ def part_loss(model: nn.Module, xs: tuple[Tensor, ...], ys: tuple[Tensor, ...], 
 
 
 def rewind(optimizer: Optimizer) -> None:
-    """Let a schedule over the whole of training begin again."""
+    """Let a schedule over the whole of training start again."""
     for group in optimizer.param_groups:
-        if "updates" in group:
+        if "sam_step" in group:
             group["sam_step"] = 0
 
 
-def at_rest(optimizer: Optimizer) -> None:
-    """The clean weights, for evaluating: Momentum-SAM's are displaced between steps."""
+def restore_clean_weights(optimizer: Optimizer) -> None:
+    """Restore the clean weights for evaluating: Momentum-SAM's are displaced between steps."""
     if isinstance(optimizer, fused_sam.MomentumSAM):
         optimizer.eval()
 
 
 def chosen(names: Iterable[str]) -> list[str]:
-    """The names, each once, in the table's order; all of them where none is named.
+    """Return the names, each once and in the table's order; all methods if there are no names.
 
     Raises:
         BenchError: a name is unknown.

@@ -1,4 +1,4 @@
-"""Tables, targets and plots of the family's speed: training steps over SGD's, and the optimizers' own work."""
+"""Tables, targets and plots of the family's speed: training steps over SGD's, and the optimizers alone."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def training_table(run: Training) -> Table:
     table = Table(
         title=f"{NETWORKS[run.network].title}: {run.parameters:,} parameters, batches of {run.batch}, medians of "
         f"{len(run.steps[BASELINE])} rounds of ten steps",
-        caption="over a step of torch.optim.SGD(fused=True); 95% intervals",
+        caption="ratios to a step of torch.optim.SGD(fused=True), with 95% intervals",
     )
     table.add_column("method")
-    for column in ("a step", "quartiles", "times SGD's (95%)", "target"):
+    for column in ("step", "quartiles", "times SGD's (95%)", "target"):
         table.add_column(column, justify="right")
     for name in run.steps:
         step, target = run.step(name), METHODS[name].target
@@ -42,10 +42,10 @@ def training_table(run: Training) -> Table:
 def work_table(work: Work) -> Table:
     table = Table(
         title=f"The optimizers alone, {work.shape}: {work.numel:,} parameters, medians of {len(work.copy)} rounds",
-        caption=f"copy_ of one weight tensor takes {duration(summary(work.copy).median)}, 8 bytes a parameter",
+        caption=f"copy_ of all weights at once takes {duration(summary(work.copy).median)}, 8 bytes per parameter",
     )
     table.add_column("method")
-    for column in ("bytes a parameter", "a step", "quartiles", "GB/s", "of copy_'s rate (95%)"):
+    for column in ("bytes per parameter", "step", "quartiles", "GB/s", "of copy_'s rate (95%)"):
         table.add_column(column, justify="right")
     for name in work.steps:
         table.add_row(
@@ -78,7 +78,7 @@ def outcomes(trainings: Iterable[Training], work: Work | None) -> list[Outcome]:
 
 
 def plot_training(runs: Sequence[Training], path: Path, machine: str) -> Path:
-    """A panel a network: each method's step in steps of SGD, and its target as a mark."""
+    """Plot each method's step in steps of SGD, with its target as a mark, one panel per network."""
     with plt.rc_context(STYLE):
         rows = max(len(run.steps) for run in runs)
         figure, grid = plt.subplots(1, len(runs), figsize=(6.2 * len(runs), 0.36 * rows + 1.4), squeeze=False)
@@ -108,7 +108,7 @@ def training_panel(axes: Axes, run: Training) -> None:
 
 
 def plot_work(work: Work, path: Path, machine: str) -> Path:
-    """Each optimizer's rate over copy_'s."""
+    """Plot each optimizer's rate over copy_'s."""
     with plt.rc_context(STYLE):
         names = list(work.steps)
         figure, axes = plt.subplots(figsize=(7.6, 0.36 * len(names) + 1.4))

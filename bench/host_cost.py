@@ -1,4 +1,4 @@
-"""What a step costs on the host whatever the tensors' size, from 10 to 10,000 tensors."""
+"""The host time of a step regardless of the tensors' size, with 10 to 10,000 tensors."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from bench.side_by_side import build
 from bench.stats import Line, Samples, Summary, fit_line, summary
 
 COUNTS = (10, 30, 100, 161, 300, 1000, 3000, 10000)
-# Where the time outside the kernels is taken: small tensors, and real ones, whose kernels leave the caches cold.
+# The time outside the kernels is taken on small tensors, and on real ones, whose kernels leave the caches cold.
 BESIDE = ("161x1", "resnet50")
-KERNELS = ("norm", "perturb", "sgd", "restore")  # methods of the compiled module's Table
+KERNELS = ("norm", "perturb", "sgd", "adam", "lion", "restore")  # methods of the compiled module's Table
 
 
 @dataclass(frozen=True)
 class HostCost:
-    """Seconds a step by number of one-element tensors, the line through them, the share beside kernels."""
+    """Seconds per step by number of one-element tensors, the line through them, and the time outside the kernels."""
 
     peer: str
     counts: list[int]
     steps: list[Summary]
     line: Line
-    beside_kernels: dict[str, Summary]  # by shape; empty where the kernels do not run inside the call
+    beside_kernels: dict[str, Summary]  # by shape; empty if the kernels do not run inside the call
 
     def at(self, count: int) -> float:
-        """The median step in seconds at one of the counts."""
+        """Return the median step in seconds at one of the counts."""
         return self.steps[self.counts.index(count)].median
 
     def as_json(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure(
     shapes: tuple[str, ...] = BESIDE,
     progress: Callable[[float], None] = lambda fraction: None,
 ) -> HostCost:
-    """Time one-element tensors, whose kernels have next to nothing to do, in rounds over all counts."""
+    """Time steps of one-element tensors, whose kernels do almost nothing, in rounds over all counts."""
     steppers = [build([peer], f"{count}x1", device, hyper)[peer][0] for count in counts]
     for stepper in steppers * 2:
         host_seconds(stepper, device)
@@ -64,12 +64,12 @@ def measure(
             progress((done + 1) / rounds)
     steps = [summary(column) for column in samples.T]
     line = fit_line(np.array(counts, dtype=float), np.array([step.median for step in steps]))
-    beside = {shape: beside_kernels(peer, shape, hyper, 5 * rounds) for shape in shapes if peer == "ours-cpu"}
-    return HostCost(peer, list(counts), steps, line, beside)
+    outside = {shape: beside_kernels(peer, shape, hyper, 5 * rounds) for shape in shapes if peer == "ours-cpu"}
+    return HostCost(peer, list(counts), steps, line, outside)
 
 
 def host_seconds(stepper: Peer, device: torch.device) -> float:
-    """How long the two calls hold the host; a GPU has nothing queued before them."""
+    """Return how long the two calls hold the host; a GPU has nothing queued before them."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     started = time.perf_counter_ns()
@@ -79,7 +79,7 @@ def host_seconds(stepper: Peer, device: torch.device) -> float:
 
 
 def beside_kernels(peer: str, shape: str, hyper: Hyper, rounds: int) -> Summary:
-    """Seconds of a CPU step on real shapes that are spent outside the compiled kernels."""
+    """Return the seconds of a CPU step that are spent outside the compiled kernels."""
     cpu = torch.device("cpu")
     stepper = build([peer], shape, cpu, hyper)[peer][0]
     outside: list[float] = []
@@ -93,7 +93,7 @@ def beside_kernels(peer: str, shape: str, hyper: Hyper, rounds: int) -> Summary:
 
 @contextmanager
 def kernel_stopwatch() -> Iterator[list[float]]:
-    """Collects the seconds of every call into the compiled kernels."""
+    """Collect the seconds of every call into the compiled kernels."""
     table = importlib.import_module("fused_sam._cpu").Table
     spent: list[float] = []
     plain = {name: getattr(table, name) for name in KERNELS}

@@ -12,7 +12,7 @@ OF_SAM = ("rho", "eps")
 
 @dataclass(frozen=True)
 class Hyper:
-    """SAM with SGD; the defaults are those of a usual training of an image classifier."""
+    """Hyper-parameters of SAM with SGD; the defaults suit the training of an image classifier."""
 
     rho: float = 0.05
     eps: float = 1e-12
@@ -27,13 +27,13 @@ class Hyper:
         return SGD
 
     def options(self) -> dict[str, Any]:
-        """The keyword arguments of the base optimizer."""
+        """Return the keyword arguments of the base optimizer."""
         return {key: value for key, value in asdict(self).items() if key not in OF_SAM}
 
 
 @dataclass(frozen=True)
 class AdamHyper(Hyper):
-    """SAM with AdamW; the defaults are those of a usual training of a transformer."""
+    """Hyper-parameters of SAM with AdamW; the defaults suit the training of a transformer."""
 
     lr: float = 1e-3
     beta1: float = 0.9

@@ -1,4 +1,4 @@
-"""What the numbers were measured on: printed above every table and kept in every JSON file."""
+"""The machine of a run, which is printed above every table and stored in every JSON file."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from bench.errors import BenchError
 
 @dataclass(frozen=True)
 class Machine:
-    """Processor, software and time of a run; `load` is the machine's load average when it began."""
+    """Processor, software and time of a run; `load` is the machine's load average at its start."""
 
     device: str
     processor: str
@@ -34,23 +34,27 @@ class Machine:
 
     @property
     def slug(self) -> str:
-        """A folder's name for this machine's results, such as cpu-2-cores-amd-epyc."""
+        """The name of the folder for this machine's results, such as cpu-2-cores-amd-epyc."""
         name = self.gpu or f"cpu-{self.threads}-cores-{self.processor}"
         return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
     @property
     def title(self) -> str:
-        """The machine in a few words, for tables and plots."""
+        """The machine's short description for tables and plots."""
         return f"{self.gpu or f'{self.processor}, {self.threads} threads'}, torch {self.torch}"
 
     @property
     def busy(self) -> bool:
-        """Whether other work was using the processor when the run began."""
+        """True if other work used the processor when the run began."""
         return self.load > 0.5
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name, if it is one that can be timed and is there."""
+    """Return the device of that name.
+
+    Raises:
+        BenchError: it cannot be timed, or it is not present.
+    """
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -80,14 +84,14 @@ def describe(device: torch.device) -> Machine:
 
 
 def processor() -> str:
-    """The processor's name as Linux tells it, or the best that Python knows."""
+    """Return the processor's name from Linux, or else the best name from Python."""
     listing = Path("/proc/cpuinfo")
     found = re.search(r"^model name\s*:\s*(.+)$", listing.read_text(), re.MULTILINE) if listing.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def commit() -> str:
-    """The project's commit, with "+" when files differ from it; empty outside a git checkout."""
+    """Return the project's commit, with "+" if files differ from it; empty outside a git checkout."""
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""What a step allocates: memory kept beside weights, gradients and momentum, and temporaries."""
+"""The memory of a step: what it keeps beyond weights, gradients and momentum, and its temporaries."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bench.work import example
 
 @dataclass(frozen=True)
 class Usage:
-    """Bytes. `weights` is the size of one copy of the weights, `smallest_tensor` of the smallest of them."""
+    """Bytes of a step. `weights` is the size of one copy of the weights, `smallest_tensor` that of the smallest one."""
 
     peer: str
     shape: str
@@ -32,21 +32,21 @@ class Usage:
     temporary: int  # highest rise above that inside the step
     largest: int  # largest single allocation inside the step
     allocations: int  # number of allocations inside the step
-    resident: int | None  # rise of the process's (on a GPU: the device's) memory inside the step, if the system tells
+    resident: int | None  # rise of the process's (on a GPU, the device's) memory inside the step; None: unknown
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def measure(peer: str, shape: str, device: torch.device, hyper: Hyper) -> Usage:
-    """Run a few steps of one peer and read the allocator's own record of the second.
+    """Run a few steps of one peer and return the memory of the second, from the allocator's own record.
 
-    The record covers what torch allocates; `resident` covers compiled code that asks the system itself.
+    The record covers what torch allocates; `resident` also covers what compiled code requests from the system.
     """
     sizes: dict[str, int] = {}
     stepper: list[Callable[[], object]] = []
 
-    def birth() -> None:
+    def build_and_step() -> None:
         params = example(by_name(shape), device)
         sizes["weights"] = sum(param.numel() * param.element_size() for param in params)
         sizes["smallest"] = min(param.numel() * param.element_size() for param in params)
@@ -61,11 +61,11 @@ def measure(peer: str, shape: str, device: torch.device, hyper: Hyper) -> Usage:
         for half in stepper:
             half()
 
-    with quiet():  # what another peer left behind is freed before, not during
-        before = asked_for(device)
-        lived = sum(allocations(birth, device))
-        if device.type == "cuda":  # there the record holds blocks, of up to 1 MB more than was asked for
-            lived = asked_for(device) - before
+    with quiet():  # what another peer left behind is freed before, and not during
+        before = requested(device)
+        lived = sum(allocations(build_and_step, device))
+        if device.type == "cuda":  # a GPU's record holds blocks, of up to 1 MB more than was requested
+            lived = requested(device) - before
         events = allocations(step, device)
         resident = resident_rise(step, device)
     live = highest = 0
@@ -86,7 +86,7 @@ def measure(peer: str, shape: str, device: torch.device, hyper: Hyper) -> Usage:
 
 
 def allocations(work: Callable[[], None], device: torch.device) -> list[int]:
-    """Sizes of torch's allocations on `device` while `work` runs, in order; frees are negative."""
+    """Return the sizes of torch's allocations on `device` while `work` runs, in order; frees are negative."""
     with profile(profile_memory=True) as record:
         work()
         if device.type == "cuda":
@@ -100,20 +100,20 @@ def allocations(work: Callable[[], None], device: torch.device) -> list[int]:
     return [event["args"]["Bytes"] for event in sorted(memory, key=lambda event: event["args"]["Ev Idx"])]
 
 
-def asked_for(device: torch.device) -> int:
-    """Bytes of all live tensors on a GPU; 0 elsewhere."""
+def requested(device: torch.device) -> int:
+    """Return the bytes of all live tensors on a GPU; 0 on other devices."""
     return int(torch.cuda.memory_stats(device)["requested_bytes.all.current"]) if device.type == "cuda" else 0
 
 
 def resident_rise(work: Callable[[], None], device: torch.device) -> int | None:
-    """How far memory in use rises above its start while `work` runs; None where the system does not tell."""
+    """Return how far memory in use rises above its start while `work` runs; None if that is unknown."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
     try:
-        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to what is resident now
+        Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present size
     except OSError:
         return None
     before = status("VmRSS")
@@ -122,6 +122,6 @@ def resident_rise(work: Callable[[], None], device: torch.device) -> int | None:
 
 
 def status(field: str) -> int:
-    """A size from Linux's account of this process, in bytes."""
+    """Return a size from Linux's status of this process, in bytes."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024

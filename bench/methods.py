@@ -1,6 +1,6 @@
-"""Time of a training step of every method over SGD's, on networks whose passes outweigh the optimizer's work.
+"""The time of a training step of every method over SGD's, on networks whose passes outweigh the optimizer's work.
 
-A turn is ten steps: a whole period of the methods that perturb now and then, and for the tail a whole run in small.
+A turn is ten steps, a whole period of the methods that do not perturb in every step. For the tail it is a whole run.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bench import family
 from bench.clock import HostClock
-from bench.rounds import Progress, Turn, interleave, unwatched
+from bench.rounds import Progress, Turn, interleave, no_progress
 from bench.stats import Ratio, Samples, Summary, ratio_of_medians, summary
 from fused_sam.demo.model import mlp
 
@@ -26,7 +26,7 @@ LR, BASELINE = 1e-3, "sgd"
 
 
 def cnn(seed: int) -> nn.Module:
-    """3 x 32 x 32 pixels through three 3 x 3 convolutions of 32, 64 and 128 channels: 94,538 parameters."""
+    """Return three 3 x 3 convolutions of 32, 64 and 128 channels for 3 x 32 x 32 pixels: 94,538 parameters."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers: list[nn.Module] = []
@@ -38,12 +38,12 @@ def cnn(seed: int) -> nn.Module:
 @dataclass(frozen=True)
 class Network:
     title: str
-    build: Callable[[int], nn.Module]  # of a seed
+    build: Callable[[int], nn.Module]  # takes a seed
     input: tuple[int, ...]
     batch: int
 
 
-# 2 GFLOP a pass each: the optimizer's work is small beside them.
+# Each takes 2 GFLOP per pass, so that the optimizer's work is small in comparison.
 NETWORKS = {
     "cnn": Network("CNN, 3 convolutions, 32 x 32 pixels", cnn, (3, 32, 32), 32),
     "mlp": Network("MLP 784-512-512-10", partial(mlp, 784, CLASSES), (784,), 512),
@@ -52,7 +52,7 @@ NETWORKS = {
 
 @dataclass(frozen=True)
 class Training:
-    """Seconds a step [rounds] of every method on one network."""
+    """Seconds per step [rounds] of every method on one network."""
 
     network: str
     parameters: int
@@ -63,7 +63,7 @@ class Training:
         return summary(self.steps[method])
 
     def ratio(self, method: str) -> Ratio:
-        """Over a step of SGD."""
+        """Return the ratio to a step of SGD."""
         return ratio_of_medians(self.steps[method], self.steps[BASELINE])
 
     def as_json(self) -> dict[str, Any]:
@@ -80,9 +80,9 @@ class Training:
 
 
 def measure(
-    network: str, methods: Sequence[str], rounds: int, batch: int = 0, progress: Progress = unwatched
+    network: str, methods: Sequence[str], rounds: int, batch: int = 0, progress: Progress = no_progress
 ) -> Training:
-    """Time `rounds` interleaved rounds; SGD is always among them, SGD with twice the epochs never."""
+    """Time `rounds` interleaved rounds. They always include SGD, and never SGD with twice the epochs."""
     entry = NETWORKS[network]
     size = batch or entry.batch
     names = list(dict.fromkeys([BASELINE, *(name for name in methods if family.METHODS[name].stretch == 1)]))
@@ -94,7 +94,7 @@ def measure(
         model = entry.build(0)
         optimizer = family.METHODS[name].build(model.parameters(), STEPS, lr=LR)
         turns[name] = [partial(ten_steps, model, optimizer, x, y)]
-        turns[name][0]()  # state and plans are made now, and threads settle
+        turns[name][0]()  # makes state and plans, and lets threads settle
     samples = interleave(turns, HostClock(), rounds, progress=progress, repeats=1)
     parameters = sum(param.numel() for param in entry.build(0).parameters())
     return Training(network, parameters, size, {name: seconds[:, 0] / STEPS for name, seconds in samples.items()})

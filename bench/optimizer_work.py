@@ -1,4 +1,4 @@
-"""The optimizers of all methods without a network: bytes that each has to move over its time, beside copy_'s rate."""
+"""The optimizers of all methods without a network: the rate at which each moves its bytes, over copy_'s rate."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from bench import family, traffic
 from bench.clock import HostClock
-from bench.rounds import Progress, Turn, interleave, unwatched
+from bench.rounds import Progress, Turn, interleave, no_progress
 from bench.shapes import by_name, numel
 from bench.stats import Ratio, Samples, Summary, ratio_of_medians, summary
 from bench.work import GRADIENT_SCALE, WEIGHT_SCALE, noise
@@ -27,7 +27,7 @@ WITHIN = 0.85  # of copy_'s rate is the target
 
 @dataclass(frozen=True)
 class Work:
-    """Seconds a step [rounds] of the optimizers alone; `copy` [rounds] is one copy_ of the weights' size."""
+    """Seconds per step [rounds] of the optimizers alone; `copy` [rounds] is one copy_ of the weights' size."""
 
     shape: str
     numel: int
@@ -38,15 +38,15 @@ class Work:
         return summary(self.steps[method])
 
     def floor(self, method: str) -> float:
-        """Bytes a parameter."""
+        """Return the bytes per parameter that a step must move."""
         return family.METHODS[method].bytes or 0.0
 
     def rate(self, method: str) -> float:
-        """Bytes a second."""
+        """Return the bytes per second that the method moves."""
         return self.floor(method) * self.numel / self.step(method).median
 
     def copy_fraction(self, method: str) -> Ratio:
-        """The method's rate over copy_'s."""
+        """Return the method's rate over copy_'s."""
         work = self.floor(method) * self.numel / traffic.copy_bytes(self.numel)
         ratio = ratio_of_medians(self.copy, self.steps[method])
         return Ratio(work * ratio.value, work * ratio.low, work * ratio.high)
@@ -66,43 +66,43 @@ class Work:
 
 
 class Stepper:
-    """One optimizer, fed with two sets of gradients by turns, as a step's two passes would."""
+    """An optimizer that gets two sets of gradients alternately, as from the two passes of a step."""
 
     def __init__(self, params: list[Parameter], optimizer: Optimizer, given: list[list[Tensor]]) -> None:
         self.params, self.optimizer = params, optimizer
-        self.given = given  # of both passes; methods may change them
+        self.given = given  # of both passes; they are copied, because methods may change gradients
         self.copies = [[torch.empty_like(g) for g in grads] for grads in given]
 
     def feed(self, which: int) -> None:
-        """Set fresh gradients of one of the passes, which the method then finds."""
+        """Set fresh gradients of one of the passes."""
         torch._foreach_copy_(self.copies[which], self.given[which])
         for param, grad in zip(self.params, self.copies[which], strict=True):
             param.grad = grad
 
-    def climb(self) -> None:
-        """Where this step perturbs; asked here because that is part of its cost."""
+    def perturb(self) -> None:
+        """Perturb if this step does; the decision is a part of its cost."""
         if isinstance(self.optimizer, SAM) and self.optimizer.needs_second_pass:
             self.optimizer.first_step()
 
-    def descend(self) -> None:
+    def update(self) -> None:
         self.optimizer.step()
 
     def phases(self) -> list[Callable[[], object]]:
-        """Of one step; those with odd numbers are timed."""
-        found: list[Callable[[], object]] = [partial(self.feed, 0), self.climb, partial(self.feed, 1)]
+        """Return the phases of one step; those with odd numbers are timed."""
+        found: list[Callable[[], object]] = [partial(self.feed, 0), self.perturb, partial(self.feed, 1)]
         if isinstance(self.optimizer, MicrobatchSAM):
-            # Later second gradients need no feeding: backward() adds them to the sum that p.grad is.
+            # Later second gradients are not set, because backward() adds them to the sum in p.grad.
             for _ in range(self.optimizer.num_microbatches - 1):
-                found += [self.optimizer.next_microbatch, partial(self.feed, 0), self.climb, nothing]
-        return [*found, self.descend]
+                found += [self.optimizer.next_microbatch, partial(self.feed, 0), self.perturb, nothing]
+        return [*found, self.update]
 
 
 def nothing() -> None:
     pass
 
 
-def measure(shape: str, methods: Sequence[str], rounds: int, progress: Progress = unwatched) -> Work:
-    """Time `rounds` interleaved rounds of a whole period of every method whose bytes are known."""
+def measure(shape: str, methods: Sequence[str], rounds: int, progress: Progress = no_progress) -> Work:
+    """Time `rounds` interleaved rounds, each a whole period of every method whose bytes are known."""
     shapes = by_name(shape)
     cpu = torch.device("cpu")
     given = [noise(shapes, GRADIENT_SCALE, seed, cpu) for seed in (1, 2)]
@@ -116,7 +116,7 @@ def measure(shape: str, methods: Sequence[str], rounds: int, progress: Progress 
         optimizer = method.build(params, method.period, lr=LR)
         stepper = Stepper(params, optimizer, given)
         periods[name] = method.period
-        # Every period begins with the same step, so that a tail is run through each time.
+        # Every period begins with the same step, so that each one includes a whole tail.
         turns[name] = [partial(family.rewind, optimizer), nothing, *stepper.phases() * method.period]
         for phase in turns[name]:
             phase()

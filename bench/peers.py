@@ -1,4 +1,4 @@
-"""The ways to run a SAM step that are compared, by name: how each is built and where it runs."""
+"""The implementations of a SAM step that are compared, by name: how each is built and where it runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.stock import Compiled, Foreach, InPlace, PerTensor
 
 
 class Peer(Protocol):
-    """Takes `.grad` of its parameters as the first, then as the second gradient."""
+    """An implementation that takes `.grad` of its parameters as the first gradient, then as the second."""
 
     def first_step(self) -> object: ...
 
@@ -27,23 +27,23 @@ class Peer(Protocol):
 
 
 def pytorch_optimizer_sam(params: list[Parameter], hyper: Hyper) -> Peer:
-    """The `pytorch-optimizer` package's SAM, as a user gets it."""
+    """Return the `pytorch-optimizer` package's SAM, as a user gets it."""
     sam = importlib.import_module("pytorch_optimizer").SAM
     return sam(params, hyper.base, rho=hyper.rho, perturb_eps=hyper.eps, **hyper.options())
 
 
 def fused_sam(params: list[Parameter], hyper: Hyper, backend: str) -> Peer:
-    """This package."""
+    """Return this package's SAM."""
     sam = importlib.import_module("fused_sam").SAM
     with warnings.catch_warnings():  # bf16 weights are timed here, not trained
         warnings.simplefilter("ignore", UserWarning)
-        # Over AdamW `eps` would be AdamW's; SAM's own is hyper.eps by default.
+        # With AdamW, `eps` would set AdamW's own; SAM's is hyper.eps by default.
         return sam(params, hyper.base, rho=hyper.rho, backend=backend, **hyper.options())
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A peer's label in tables and plots, how to build it, and the devices where it runs unasked."""
+    """A peer's label in tables and plots, how to build it, and the devices where it runs by default."""
 
     pattern: str
     build: Callable[[list[Parameter], Hyper], Peer]
@@ -60,7 +60,8 @@ PEERS: dict[str, Entry] = {
     "foreach": Entry("foreach SAM + {base}(foreach)", partial(Foreach, foreach=True), ("cpu", "cuda")),
     "foreach-fused": Entry("foreach SAM + {base}(fused)", partial(Foreach, fused=True), ("cpu", "cuda")),
     "in-place": Entry("foreach in place + {base}(fused)", InPlace, ("cpu", "cuda")),
-    "compiled": Entry("foreach in place, compiled", Compiled),  # on no device unasked: minutes of compiling
+    # on no device by default, because compiling takes minutes
+    "compiled": Entry("foreach in place, compiled", Compiled),
     "ours-cpu": Entry("fused_sam (cpu)", partial(fused_sam, backend="cpu"), ("cpu",), ours=True),
     "ours-cuda": Entry("fused_sam (cuda)", partial(fused_sam, backend="cuda"), ("cuda",), ours=True),
     "ours-triton": Entry("fused_sam (triton)", partial(fused_sam, backend="triton"), ("cuda",), ours=True),
@@ -69,17 +70,18 @@ PEERS: dict[str, Entry] = {
 }
 
 
-# On a CPU torch's fused SGD (2.13) leaves bf16 weights where they are, but for the last few of a tensor.
+# On a CPU torch's fused SGD (2.13) does not move bf16 weights, except for the last few of a tensor.
 WRONG_IN_BF16 = ("foreach-fused", "in-place")
 
 
 def choose(device: torch.device, names: Sequence[str], compiled: bool = False) -> tuple[list[str], list[str]]:
-    """The peers to run and notes on those left out: what is named, or the device's usual that can run.
+    """Return the peers to run, and notes on those left out.
 
-    `compiled` adds the multi-tensor code under torch.compile.
+    The peers are those named, or else the device's usual ones that can run. `compiled` adds the multi-tensor code under
+    torch.compile.
 
     Raises:
-        BenchError: a peer that is named is unknown, or none is left.
+        BenchError: a named peer is unknown, or none is left.
     """
     for name in names:
         if name not in PEERS:
@@ -96,7 +98,7 @@ def choose(device: torch.device, names: Sequence[str], compiled: bool = False) -
 
 
 def problem(name: str, device: torch.device) -> str:
-    """Why a peer cannot run on the device, in one line; empty where it can."""
+    """Return one line that says why a peer cannot run on the device; empty if it can."""
     param = Parameter(torch.zeros(1, device=device))
     try:
         PEERS[name].build([param], Hyper())
@@ -106,5 +108,5 @@ def problem(name: str, device: torch.device) -> str:
 
 
 def baseline(names: list[str]) -> str:
-    """The peer that the ratios are over: the first of ours, or the last named where none is ours."""
+    """Return the peer that ratios are taken to: the first of ours, or the last named one if none is ours."""
     return next((name for name in names if PEERS[name].ours), names[-1])

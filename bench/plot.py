@@ -1,4 +1,4 @@
-"""PNG plots: how many times ours each peer takes, growth with the number of tensors, and bandwidth."""
+"""PNG plots: each peer's time over ours, its growth with the number of tensors, and bandwidth."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from bench.stats import summary
 from bench.targets import HOST_SECONDS, HOST_TENSORS
 
 OURS = "#c2410c"
-# Distinct in print and to colour-blind readers, ours apart from all others.
+# The colours differ in print and for colour-blind readers, and ours differs from all others.
 COLOURS = {
     "per-tensor": "#64748b",
     "pytorch-optimizer": "#94a3b8",
@@ -51,7 +51,7 @@ def colour(peer: str) -> str:
 
 
 def save(figure: Figure, path: Path, machine: str) -> Path:
-    """Write the figure with the machine named below it."""
+    """Write the figure with the machine named below it, and return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.text(0.995, 0.005, machine, ha="right", va="bottom", fontsize=7.5, color="#64748b")
     figure.savefig(path)
@@ -60,14 +60,14 @@ def save(figure: Figure, path: Path, machine: str) -> Path:
 
 
 def name_rows(axes: Axes, names: Sequence[str]) -> None:
-    """A name for each row of bars 0, 1, ..., the first one on top."""
+    """Name the rows of bars 0, 1, ..., with the first one on top."""
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
 
 
 def ratios(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
-    """A panel a shape: bars of each peer's step in units of ours, split into the two halves of the step."""
+    """Plot each peer's step in units of ours, split into the step's two halves, one panel per shape."""
     with plt.rc_context(STYLE):
         columns = min(2, len(runs))
         rows = -(-len(runs) // columns)
@@ -116,7 +116,7 @@ def ratio_panel(axes: Axes, run: Comparison) -> None:
 
 
 def plain_log(axes: Axes) -> None:
-    """Logarithmic axes whose ticks are numbers as people write them."""
+    """Make the axes logarithmic, with ticks in ordinary notation."""
     axes.set(xscale="log", yscale="log")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
@@ -125,7 +125,7 @@ def plain_log(axes: Axes) -> None:
 
 
 def scaling(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
-    """Time of a step against the number of tensors of equal size, a line a peer."""
+    """Plot the time of a step against the number of tensors of equal size, one line per peer."""
     runs = sorted(runs, key=lambda run: run.tensors)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.4, 4.6))
@@ -148,7 +148,7 @@ def scaling(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
 
 
 def bandwidth(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
-    """Bytes a second of ours and of `copy_`, a pair of bars a shape."""
+    """Plot the bytes per second of ours and of `copy_`, one pair of bars per shape."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.6, 0.85 * len(runs) + 1.3))
         for row, run in enumerate(runs):
@@ -164,14 +164,14 @@ def bandwidth(runs: Sequence[Comparison], path: Path, machine: str) -> Path:
                     fontweight=weight, color="white" if tint == OURS else "black",
                 )  # fmt: skip
         name_rows(axes, [run.title.replace(": ", "\n") for run in runs])
-        axes.set_xlabel("GB/s: bytes that the work has to move, over its time")
+        axes.set_xlabel("GB/s: bytes that the work must move, over its time")
         axes.set_title(f"Memory bandwidth of a SAM + {runs[0].base.__name__} step")
         figure.tight_layout(rect=(0, 0.04, 1, 1))
         return save(figure, path, machine)
 
 
 def host_cost(cost: HostCost, path: Path, machine: str) -> Path:
-    """Step time of one-element tensors against their number, with the fitted line."""
+    """Plot the step time of one-element tensors against their number, with the fitted line."""
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(figsize=(7.0, 4.3))
         counts = np.array(cost.counts, dtype=float)
@@ -188,7 +188,7 @@ def host_cost(cost: HostCost, path: Path, machine: str) -> Path:
         )
         line = cost.line
         dense = np.geomspace(counts.min(), counts.max(), 200)
-        text = f"{line.intercept * 1e6:.1f} us + {line.slope * 1e6:.2f} us a tensor"
+        text = f"{line.intercept * 1e6:.1f} us + {line.slope * 1e6:.2f} us per tensor"
         axes.plot(dense, (line.intercept + line.slope * dense) * 1e6, color="#64748b", lw=1.2, label=text, zorder=1)
         axes.plot(
             [HOST_TENSORS], [HOST_SECONDS * 1e6], marker="v", color="#1e293b", ls="none",
@@ -205,7 +205,7 @@ def host_cost(cost: HostCost, path: Path, machine: str) -> Path:
 def all_of(
     runs: Sequence[Comparison], cost: HostCost | None, folder: Path, machine: str, prefix: str = ""
 ) -> list[Path]:
-    """Every plot that the measurements allow; `prefix` begins the files' names."""
+    """Write every plot that the measurements allow, and return the paths. File names begin with `prefix`."""
     rows = [run for run in runs if equal_tensors(run.shape) in (None, (1000, 256))] or list(runs)
     large = [run for run in runs if equal_tensors(run.shape) is None]
     equal = [run for run in runs if (equal_tensors(run.shape) or (0, 0))[1] == 256]

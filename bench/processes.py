@@ -1,4 +1,4 @@
-"""Several processes joined by gloo, each with one thread, that run one function together."""
+"""Several processes, joined by gloo and with one thread each, that run one function together."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from torch import distributed
 
 from bench.errors import BenchError
 
-PATIENCE = timedelta(minutes=2)  # that a process waits for the others
+PATIENCE = timedelta(minutes=2)  # how long a process waits for the others
 
 
 def together(world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What function(rank, world, *arguments) returned on each of `world` processes; it must be a module's own.
+    """Run function(rank, world, *arguments) on each of `world` processes, and return the results.
+
+    The function must be at the top level of a module.
 
     Raises:
         BenchError: torch has no gloo, or a process died.
@@ -29,7 +31,7 @@ def together(world: int, function: Callable[..., Any], *arguments: Any) -> list[
         raise BenchError("this torch has no gloo: several processes cannot be measured with it")
     with tempfile.TemporaryDirectory() as folder:
         meeting = str(Path(folder, "meeting"))
-        # Each process waits for all others in its first call, so that none takes two of them.
+        # Each process waits for all others in its first call, so that none takes two calls.
         with ProcessPoolExecutor(world, multiprocessing.get_context("spawn")) as pool:
             waiting = [pool.submit(work, rank, world, meeting, function, arguments) for rank in range(world)]
             try:

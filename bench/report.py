@@ -1,4 +1,4 @@
-"""Tables for the terminal and JSON files of what was measured."""
+"""Tables for the terminal and JSON files of the measurements."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from bench.targets import Outcome
 
 
 def write(path: Path, machine: Machine, hyper: Hyper, name: str, items: Sequence[Any]) -> None:
-    """One JSON file: the machine, the hyper-parameters, and `items` under `name`, each by its `as_json`."""
+    """Write one JSON file: the machine, the hyper-parameters, and each item's `as_json` under `name`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"machine": asdict(machine), "hyper": asdict(hyper), name: [item.as_json() for item in items]}
     path.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def duration(seconds: float) -> str:
-    """Three significant digits in the unit that suits."""
+    """Return the text of a duration: three significant digits in a suitable unit."""
     for scale, unit in ((1.0, "s"), (1e-3, "ms")):
         if seconds >= scale:
             return f"{seconds / scale:.3g} {unit}"
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def size(bytes_: int) -> str:
-    """Bytes up to 10,000, megabytes above."""
+    """Return the text of a size: bytes up to 10,000, megabytes above."""
     return f"{bytes_ / 1e6:.1f} MB" if bytes_ > 10_000 else f"{bytes_} B"
 
 
@@ -80,8 +80,8 @@ def comparison_table(run: Comparison) -> Table:
 
 
 def bandwidth(run: Comparison) -> str:
-    rates = f"{run.rate() / 1e9:.1f} GB/s where copy_ moves {run.copy_rate() / 1e9:.1f}"
-    return f"{run.label(run.baseline)}: {rates}, {times(run.copy_fraction())} of it"
+    rate, copy = run.rate() / 1e9, run.copy_rate() / 1e9
+    return f"{run.label(run.baseline)} moves {rate:.1f} GB/s, {times(run.copy_fraction())} of copy_'s {copy:.1f} GB/s"
 
 
 def memory_table(usages: Iterable[Usage]) -> Table:
@@ -106,11 +106,11 @@ def memory_table(usages: Iterable[Usage]) -> Table:
 
 def host_table(cost: HostCost) -> Table:
     line = cost.line
-    caption = f"{line.intercept * 1e6:.1f} us + {line.slope * 1e6:.3f} us a tensor, within {line.worst:.0%}"
+    caption = f"{line.intercept * 1e6:.1f} us + {line.slope * 1e6:.3f} us per tensor, within {line.worst:.0%}"
     for shape, seconds in cost.beside_kernels.items():
-        caption += f"; {shape}: {duration(seconds.median)} beside the kernels"
+        caption += f"; {shape}: {duration(seconds.median)} outside the kernels"
     table = Table(title=f"{PEERS[cost.peer].label()}: cost of a step with tensors of one element", caption=caption)
-    for column in ("tensors", "step", "quartiles", "a tensor"):
+    for column in ("tensors", "step", "quartiles", "per tensor"):
         table.add_column(column, justify="right")
     for count, step in zip(cost.counts, cost.steps, strict=True):
         table.add_row(f"{count:,}", duration(step.median), spread(step), duration(step.median / count))
@@ -118,7 +118,7 @@ def host_table(cost: HostCost) -> Table:
 
 
 def print_targets(console: Console, outcomes: Sequence[Outcome]) -> None:
-    """A table of what a run was to reach, where it has anything to be held against."""
+    """Print a table of the targets and what a run reached, if it has targets."""
     if not outcomes:
         return
     table = Table(title="Target and reached")

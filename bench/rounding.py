@@ -1,8 +1,8 @@
-"""What bf16 and fp16 make of a perturbation: its realised length, its direction, and how many weights move at all.
+"""The effect of bf16 and fp16 on a perturbation: its realised length, its direction, and how many weights move at all.
 
-`python -m bench.rounding` prints the table of docs/precision.md: ResNet-50's 25.6M weights as Kaiming initialises
-them, gradients of the same spread, e = rho * g / ||g||. What is realised is the difference between the weights that
-the network computes with before and after first_step().
+`python -m bench.rounding` prints the table of docs/precision.md. The weights are ResNet-50's 25.6M, as Kaiming
+initialises them; all gradients have the same spread, and e = rho * g / ||g||. The realised e is the difference between
+the weights that the network computes with before and after first_step().
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from bench.shapes import by_name
-from fused_sam import SAM
-from fused_sam.engine.rounding import RoundingWarning
+from fused_sam import SAM, RoundingWarning
 
 MODES: dict[str, dict[str, Any]] = {
     "to nearest": {},
@@ -32,9 +31,10 @@ def drawn(shape: tuple[int, ...], generator: torch.Generator, spread: float) -> 
 
 
 def realised(shapes: list[tuple[int, ...]], dtype: torch.dtype, rho: float, mode: dict[str, Any]) -> dict[str, float]:
-    """Length of the realised e over rho, cosine to the wanted direction, share of weights that did not move.
+    """Return the realised e's length over rho, its cosine to the gradient, and the share of weights that did not move.
 
-    With masters, these are fp32 numbers that bf16 or fp16 does not hold, as in the middle of a training.
+    `along` is its part along the gradient, over rho. The masters are fp32 numbers that bf16 or fp16 does not hold, as
+    in the middle of a training.
     """
     generator = torch.Generator().manual_seed(0)
     fine = [drawn(s, generator, math.sqrt(2 / max(math.prod(s[1:]), 1)) if len(s) > 1 else 1.0) for s in shapes]
@@ -67,7 +67,7 @@ def realised(shapes: list[tuple[int, ...]], dtype: torch.dtype, rho: float, mode
     }
 
 
-def main(shape: Annotated[str, typer.Option(help="As in python -m bench.")] = "resnet50") -> None:
+def main(shape: Annotated[str, typer.Option(help="Use a shape of python -m bench.")] = "resnet50") -> None:
     """Print the table."""
     warnings.simplefilter("ignore", RoundingWarning)
     dtypes, rhos = (torch.bfloat16, torch.float16), (0.05, 0.5, 2.0)

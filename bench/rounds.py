@@ -1,4 +1,4 @@
-"""Interleaved rounds: every turn once a round, in another order each round, so that a slow moment hits all alike."""
+"""Interleaved rounds: each takes every turn once, in another order, so that a slow moment affects all alike."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bench.clock import Clock, quiet
 from bench.stats import Samples
 
 MIN_ROUNDS, MAX_ROUNDS = 15, 200
-PATIENCE, FEWEST_ROUNDS = 4, 5  # past so many times its seconds, as on a busy machine, it ends with fewer
-TURN_SECONDS = 2e-3  # a turn of short steps repeats them this long, so that caches and branch predictors settle
+PATIENCE, FEWEST_ROUNDS = 4, 5  # after this many times its seconds, as on a busy machine, it ends with fewer
+TURN_SECONDS = 2e-3  # a turn repeats short steps this long, so that caches and branch predictors settle
 
 Turn = Sequence[Callable[[], object]]
 Progress = Callable[[float], None]
 
 
-def unwatched(fraction: float) -> None:
-    """A progress bar that nobody looks at."""
+def no_progress(fraction: float) -> None:
+    """Show nothing."""
 
 
 def interleave(
@@ -29,13 +29,13 @@ def interleave(
     clock: Clock,
     rounds: int | None = None,
     seconds: float = 20.0,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
     repeats: int | None = None,
 ) -> dict[str, Samples]:
-    """Seconds [rounds, phases] of every turn, a turn being its phases one after the other.
+    """Return the seconds [rounds, phases] of every turn, which runs its phases in order.
 
-    `rounds` rounds, or as many as fit into `seconds`; in each, a turn is repeated `repeats` times, or as often as it
-    takes to settle, and every phase's median is kept. Processes that work together must name both.
+    There are `rounds` rounds, or as many as fit into `seconds`. In each, a turn is repeated `repeats` times, or as
+    often as it takes to settle, and every phase's median counts. Processes that work together must name both.
     """
     with quiet():
         often = {name: repeats or settled(turn, clock) for name, turn in turns.items()}
@@ -57,7 +57,7 @@ def settled(turn: Turn, clock: Clock) -> int:
 
 
 def take_turn(turn: Turn, repeats: int, clock: Clock) -> Samples:
-    """[phases] seconds: of each phase the median over the repeats."""
+    """Return the seconds [phases], each the median over the repeats."""
     clock.mark()
     for _ in range(repeats):
         for phase in turn:

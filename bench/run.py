@@ -22,7 +22,7 @@ console = Console(width=None if sys.stdout.isatty() else 132, highlight=False)
 
 
 class Run:
-    """One invocation; `name` is the prefix of its files, where several comparisons share a folder."""
+    """One invocation; `name` is the prefix of its files, so that several comparisons can share a folder."""
 
     def __init__(self, device: str, threads: int, out: Path | None, hyper: Hyper | None = None, name: str = "") -> None:
         if threads:
@@ -54,7 +54,7 @@ class Run:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         for shape in shapes:
-            by_name(shape)  # every name is good before the first is timed
+            by_name(shape)  # all names are checked before the first shape is timed
         for shape in shapes:
             budget = seconds if shape in NETWORKS else seconds / 3
             with bar(f"side by side: {shape}") as progress:
@@ -63,10 +63,10 @@ class Run:
                 )
             self.comparisons.append(run)
             console.print(report.comparison_table(run))
-            self.write("side_by_side", self.comparisons, announce=False)  # a run that is stopped keeps what it has
+            self.write("side_by_side", self.comparisons, announce=False)  # a stopped run keeps what it has
 
     def weigh(self, shapes: Sequence[str], names: list[str]) -> None:
-        # Ours first, on a heap where no other peer has left holes for a temporary to hide in.
+        # Ours comes first, because other peers leave holes in the heap that would hide a temporary.
         ordered = sorted(names, key=lambda name: not peers.PEERS[name].ours)
         with bar("memory") as progress:
             for done, (shape, name) in enumerate((shape, name) for shape in shapes for name in ordered):
@@ -80,7 +80,7 @@ class Run:
         console.print(report.host_table(self.cost))
 
     def write(self, name: str, items: Sequence[Any], *, announce: bool = True) -> None:
-        """One JSON file, where there is a folder and something to write."""
+        """Write one JSON file, if there are a folder and items."""
         if self.folder is not None and items:
             path = self.folder / f"{self.name}{name}.json"
             report.write(path, self.machine, self.hyper, name, items)
@@ -88,7 +88,7 @@ class Run:
                 console.print(f"Written to {path}", soft_wrap=True)
 
     def finish(self) -> None:
-        """Targets against what was reached, then the files."""
+        """Print the targets and what was reached, then write the files."""
         if self.device.type == "cpu":
             report.print_targets(console, targets.outcomes(self.comparisons, self.usages, self.cost))
         if self.folder is None:
@@ -101,7 +101,7 @@ class Run:
 
 @contextmanager
 def bar(what: str) -> Iterator[Watch]:
-    """A progress bar that goes when the work is done; yields a function that takes the fraction done."""
+    """Show a progress bar until the work is done; yield a function that takes the fraction done."""
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task(what, total=1.0)

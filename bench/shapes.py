@@ -12,7 +12,7 @@ Shape = tuple[int, ...]
 
 
 def transformer24m(width: int = 960, vocabulary: int = 2048, blocks: int = 2) -> list[Shape]:
-    """24.1M parameters in 26 tensors: an embedding, two transformer blocks, a last norm without bias."""
+    """Return an embedding, two transformer blocks and a last norm without bias: 24.1M parameters in 26 tensors."""
     block: list[Shape] = [
         (width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,),
         (width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,),
@@ -21,7 +21,7 @@ def transformer24m(width: int = 960, vocabulary: int = 2048, blocks: int = 2) ->
 
 
 def resnet18(classes: int = 1000) -> list[Shape]:
-    """ResNet-18 (arXiv 1512.03385, table 1): 11,689,512 parameters in 62 tensors."""
+    """Return ResNet-18's shapes (arXiv 1512.03385, table 1): 11,689,512 parameters in 62 tensors."""
     shapes: list[Shape] = [(64, 3, 7, 7), (64,), (64,)]
     channels = 64
     for stage in range(4):
@@ -35,7 +35,7 @@ def resnet18(classes: int = 1000) -> list[Shape]:
 
 
 def resnet50(classes: int = 1000) -> list[Shape]:
-    """ResNet-50 (arXiv 1512.03385, table 1): 25,557,032 parameters in 161 tensors."""
+    """Return ResNet-50's shapes (arXiv 1512.03385, table 1): 25,557,032 parameters in 161 tensors."""
     shapes: list[Shape] = []
 
     def conv_norm(out: int, into: int, kernel: int) -> None:
@@ -56,7 +56,7 @@ def resnet50(classes: int = 1000) -> list[Shape]:
 
 
 def vit_b16(classes: int = 1000, image: int = 224) -> list[Shape]:
-    """ViT-B/16 (arXiv 2010.11929, table 1) at 224 pixels: 86,567,656 parameters in 152 tensors."""
+    """Return ViT-B/16's shapes (arXiv 2010.11929, table 1) at 224 pixels: 86,567,656 parameters in 152 tensors."""
     width, patch = 768, 16
     tokens = (image // patch) ** 2 + 1
     block: list[Shape] = [
@@ -77,7 +77,11 @@ TITLES = {"transformer24m": "Transformer", "resnet18": "ResNet-18", "resnet50": 
 
 
 def by_name(name: str) -> list[Shape]:
-    """The shapes of a network in `NETWORKS`, or of COUNTxSIZE ("1000x256": 1,000 tensors of 256 elements)."""
+    """Return the shapes of a network in `NETWORKS`, or of COUNTxSIZE ("1000x256": 1,000 tensors of 256 elements).
+
+    Raises:
+        BenchError: the name is neither.
+    """
     if name in NETWORKS:
         return NETWORKS[name]()
     equal = equal_tensors(name)
@@ -88,13 +92,13 @@ def by_name(name: str) -> list[Shape]:
 
 
 def equal_tensors(name: str) -> tuple[int, int] | None:
-    """Count and size of a COUNTxSIZE name, None for a network."""
+    """Return count and size of a COUNTxSIZE name; None for a network."""
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name)
     return (int(match[1]), int(match[2])) if match else None
 
 
 def title(name: str) -> str:
-    """A name as people write it, for plots."""
+    """Return the title of a shape for plots."""
     if equal := equal_tensors(name):
         return f"{equal[0]:,} tensors of {equal[1]:,}"
     shapes = by_name(name)
@@ -102,5 +106,5 @@ def title(name: str) -> str:
 
 
 def numel(shapes: list[Shape]) -> int:
-    """The number of elements of all the tensors together."""
+    """Return the number of elements of all tensors together."""
     return sum(math.prod(shape) for shape in shapes)

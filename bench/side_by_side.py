@@ -1,4 +1,4 @@
-"""Times peers in one process in interleaved rounds, with torch's `copy_` of the same size among them."""
+"""Times of peers in one process in interleaved rounds, with torch's `copy_` of the same size among them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bench.clock import clock_for
 from bench.errors import BenchError
 from bench.hyper import Hyper
 from bench.peers import PEERS, Peer, baseline
-from bench.rounds import Progress, Turn, interleave, unwatched
+from bench.rounds import Progress, Turn, interleave, no_progress
 from bench.shapes import by_name, numel, title
 from bench.stats import Ratio, Samples, Summary, ratio_of_medians, summary
 from bench.work import GRADIENT_SCALE, WEIGHT_SCALE, noise, parameters
@@ -35,7 +35,7 @@ class Comparison:
 
     @property
     def moved(self) -> int:
-        """Bytes that the baseline's step has to move."""
+        """Bytes that the baseline's step must move."""
         return traffic.step_bytes(self.numel, self.dtype.itemsize, self.base)
 
     @property
@@ -54,28 +54,28 @@ class Comparison:
         return self.steps[peer].sum(axis=1)
 
     def ratio(self, peer: str) -> Ratio:
-        """How many times the baseline's step fits into the peer's."""
+        """Return the peer's step over the baseline's."""
         return ratio_of_medians(self.total(peer), self.total(self.baseline))
 
     def phases(self, peer: str) -> tuple[Summary, Summary]:
         return summary(self.steps[peer][:, 0]), summary(self.steps[peer][:, 1])
 
     def copy_rate(self) -> float:
-        """Bytes a second of torch's `copy_`, read and written."""
+        """Return the bytes per second of torch's `copy_`, read and written."""
         return self.copied / float(np.median(self.copy))
 
     def rate(self) -> float:
-        """Bytes a second of the baseline's step, counted at the fused floor."""
+        """Return the bytes per second of the baseline's step, counted at the fused floor."""
         return self.moved / float(np.median(self.total(self.baseline)))
 
     def copy_fraction(self) -> Ratio:
-        """The baseline's rate over that of `copy_`."""
+        """Return the baseline's rate over that of `copy_`."""
         work = self.moved / self.copied
         ratio = ratio_of_medians(self.copy, self.total(self.baseline))
         return Ratio(work * ratio.value, work * ratio.low, work * ratio.high)
 
     def as_json(self) -> dict[str, Any]:
-        """Times in seconds, rates in bytes a second."""
+        """Return what the JSON file holds: times in seconds, rates in bytes per second."""
         peers = {}
         for name in self.steps:
             first, second = self.phases(name)
@@ -102,17 +102,17 @@ def compare(
     hyper: Hyper,
     rounds: int | None = None,
     seconds: float = 20.0,
-    progress: Progress = unwatched,
+    progress: Progress = no_progress,
     dtype: torch.dtype = torch.float32,
 ) -> Comparison:
-    """Check that the peers agree, then time them: `rounds` rounds, or as many as fit into `seconds`.
+    """Check that the peers agree, then time them in `rounds` rounds, or in as many as fit into `seconds`.
 
-    Every peer owns its weights, gradients and state, so none finds its data in the cache because of another.
+    Every peer has its own weights, gradients and state, so that none finds its data in the cache because of another.
     """
     shapes = by_name(shape)
     peers = build(names, shape, device, hyper, dtype)
     agreement.check(peers, shapes)
-    flat = torch.zeros(2, numel(shapes), device=device, dtype=dtype)  # written now: no page faults later
+    flat = torch.zeros(2, numel(shapes), device=device, dtype=dtype)  # written now, against page faults later
     turns: dict[str, Turn] = {name: [peer.first_step, peer.second_step] for name, (peer, _) in peers.items()}
     turns["copy_"] = [lambda: flat[0].copy_(flat[1])]
     samples = interleave(turns, clock_for(device), rounds, seconds, progress)
@@ -123,7 +123,7 @@ def compare(
 def build(
     names: list[str], shape: str, device: torch.device, hyper: Hyper, dtype: torch.dtype = torch.float32
 ) -> dict[str, tuple[Peer, list[torch.nn.Parameter]]]:
-    """Every peer on parameters of its own, all with the same values."""
+    """Return every peer on parameters of its own, all with the same values."""
     shapes = by_name(shape)
     weights, grads = (noise(shapes, scale, seed, device) for scale, seed in ((WEIGHT_SCALE, 0), (GRADIENT_SCALE, 1)))
     built = {}

@@ -1,4 +1,4 @@
-"""Weights as data-parallel training holds them: whole on every process (DDP), or a part on each (FSDP2)."""
+"""Weights as data-parallel training holds them: whole on every process (DDP), or in parts (FSDP2)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WAYS = ("plain", "DDP", "FSDP2")
 
 
 class Weights(nn.Module):
-    """Parameters of these shapes, and a loss whose gradient is a constant of the usual size."""
+    """A model with parameters of these shapes, and a loss whose gradient is a constant of the usual size."""
 
     def __init__(self, shapes: list[Shape]) -> None:
         super().__init__()
@@ -25,12 +25,12 @@ class Weights(nn.Module):
 
 
 def trained(shapes: list[Shape], way: str) -> nn.Module:
-    """A model whose parameters have the gradients that a real backward pass left."""
+    """Return a model whose parameters have gradients from a real backward pass."""
     model: nn.Module = Weights(shapes)
     if way == "DDP":
         model = nn.parallel.DistributedDataParallel(model)
     elif way == "FSDP2":
-        # Here, because importing them takes a second.
+        # Imported here, because that takes a second.
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

@@ -46,7 +46,7 @@ def summary(samples: Samples) -> Summary:
 
 
 def ratio_of_medians(top: Samples, bottom: Samples, resamples: int = 2000) -> Ratio:
-    """Median of `top` over median of `bottom`, both [rounds]; rounds are resampled, so pairs stay pairs."""
+    """Return the median of `top` over that of `bottom`, both [rounds]; rounds are resampled, which keeps pairs."""
     rounds = np.random.default_rng(0).integers(len(top), size=(resamples, len(top)))
     ratios = np.median(top[rounds], axis=1) / np.median(bottom[rounds], axis=1)
     low, high = np.percentile(ratios, [2.5, 97.5]).tolist()
@@ -54,7 +54,7 @@ def ratio_of_medians(top: Samples, bottom: Samples, resamples: int = 2000) -> Ra
 
 
 def fit_line(x: Samples, y: Samples) -> Line:
-    """Least squares of the relative error, so that samples of every magnitude count alike; `y` above zero."""
+    """Fit least squares of the relative error, so that samples of every magnitude count alike; y must be above zero."""
     design = np.stack([1 / y, x / y], axis=1)
     (intercept, slope), *_ = np.linalg.lstsq(design, np.ones_like(y), rcond=None)
     worst = np.abs((intercept + slope * x) / y - 1).max()

@@ -1,7 +1,7 @@
 """SAM with SGD or AdamW in torch's own operations, three ways: a loop over tensors, multi-tensor operations, compiled.
 
-All compute arXiv 2010.01412, equation 2: e = rho * g / (||g|| + eps), the norm over all tensors; the weights
-go to w + e, then back to w, and the base optimizer steps from there with the second gradient.
+All compute equation 2 of arXiv 2010.01412, e = rho * g / (||g|| + eps), with the norm over all tensors. The weights go
+to w + e, then back to w, and the base optimizer steps from there with the second gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bench.hyper import Hyper
 
 
 def base(params: list[Parameter], hyper: Hyper, **how: Any) -> Optimizer:
-    """torch's own base optimizer, in the implementation that `how` names."""
+    """Return torch's own base optimizer in the implementation that `how` names."""
     return hyper.base(params, **hyper.options(), **how)
 
 
@@ -27,16 +27,16 @@ def gradients(params: list[Parameter]) -> list[Tensor]:
 
 
 def scale_of(grads: list[Tensor], hyper: Hyper) -> Tensor:
-    """rho / (||g|| + eps), 0-dim."""
+    """Return rho / (||g|| + eps), 0-dim."""
     norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
     return hyper.rho / (norm + hyper.eps)
 
 
 class PerTensor:
-    """The public SAM package's way, operation by operation, in a loop over tensors.
+    """SAM as the public SAM package computes it, operation by operation, in a loop over tensors.
 
-    T_w = 1 multiplies every gradient, in the norm and in e, as that package does where it is not adaptive; the clone
-    takes the weight's place again, and the next step replaces it.
+    T_w = 1 multiplies every gradient, in the norm and in e, as in that package if it is not adaptive. The clone takes
+    the weight's place again, and the next step replaces it.
     """
 
     def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
@@ -61,7 +61,7 @@ class PerTensor:
 
 
 class Foreach:
-    """Multi-tensor operations as they are usually written: a fresh clone, and e as tensors of its own."""
+    """SAM in multi-tensor operations as they are usually written, with a fresh clone and with e as new tensors."""
 
     def __init__(self, params: list[Parameter], hyper: Hyper, **how: bool) -> None:
         self.params, self.hyper = params, hyper
@@ -83,7 +83,7 @@ class Foreach:
 
 
 class InPlace:
-    """The best that torch's multi-tensor operations do: no temporaries, a backup that is allocated once."""
+    """SAM in torch's multi-tensor operations at their best, without temporaries and with one backup for all steps."""
 
     def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
         self.params, self.hyper = params, hyper
@@ -96,7 +96,7 @@ class InPlace:
         grads = gradients(self.params)
         scale = scale_of(grads, self.hyper)
         torch._foreach_copy_(self.backup, self.weights)
-        if scale.is_cuda:  # a temporary costs less than waiting for the device to read the scale
+        if scale.is_cuda:  # a temporary costs less than a wait for the device's scale
             torch._foreach_add_(self.weights, list(torch._foreach_mul(grads, scale)))
         else:
             torch._foreach_add_(self.weights, grads, alpha=scale.item())
@@ -108,7 +108,7 @@ class InPlace:
 
 
 class Compiled:
-    """The multi-tensor code, SGD included, under `torch.compile`: as few passes as the compiler finds."""
+    """The multi-tensor code with SGD under `torch.compile`, in as few passes as the compiler finds."""
 
     def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
         if hyper.base is not SGD:
@@ -117,8 +117,8 @@ class Compiled:
         self.weights = [param.detach() for param in params]
         self.backup = [torch.empty_like(weight) for weight in self.weights]
         self.momentum: list[Tensor] = []
-        torch._inductor.config.compile_threads = 1  # no compiler processes beside the clock
-        torch._dynamo.reset()  # one graph a list of shapes: none may count against another's recompile limit
+        torch._inductor.config.compile_threads = 1  # no compiler processes run during the timing
+        torch._dynamo.reset()  # so that no list of shapes counts against another's recompile limit
         self.perturb = torch.compile(perturb, dynamic=False, fullgraph=True)
         self.undo_sgd = torch.compile(undo_sgd, dynamic=False, fullgraph=True)
 
@@ -132,7 +132,7 @@ class Compiled:
         if self.momentum:
             self.undo_sgd(self.weights, grads, self.backup, self.momentum, self.hyper)
             return
-        # SGD's momentum starts as the first gradient, undamped
+        # SGD's momentum starts as the first gradient, without dampening
         self.momentum = list(torch._foreach_add(grads, self.backup, alpha=self.hyper.weight_decay))
         torch._foreach_copy_(self.weights, self.backup)
         lookahead = self.hyper.momentum if self.hyper.nesterov else 0.0

@@ -1,4 +1,4 @@
-"""The numbers that a step is designed to reach on a CPU, and whether a run reached them."""
+"""The numbers that a step is designed to reach on a CPU, and the verdicts on a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bench.memory import Usage
 from bench.peers import PEERS
 from bench.side_by_side import Comparison
 
-# How many times faster than the peer, as a ratio of medians in one run.
+# The peer's time over ours, as a ratio of medians in one run.
 SPEED = {
     "SGD": {
         ("transformer24m", "per-tensor"): 3.5,
@@ -25,15 +25,15 @@ SPEED = {
     },
     "AdamW": {("transformer24m", "foreach-fused"): 1.4, ("resnet50", "foreach-fused"): 1.4},
 }
-COPY_FRACTION = 1.0  # bytes moved at no less than the rate of torch's copy_
+COPY_FRACTION = 1.0  # the least rate of moving bytes over that of torch's copy_
 COPY_SHAPE = "transformer24m"
 HOST_SECONDS, HOST_TENSORS = 100e-6, 161
-LINEAR = 2.0  # cost a tensor at 10,000 tensors over that at 1,000: 1 when the growth is linear
+LINEAR = 2.0  # cost per tensor at 10,000 tensors over that at 1,000, which is 1 if the growth is linear
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One target beside what the run reached, as text."""
+    """One target and what the run reached, as text."""
 
     what: str
     target: str
@@ -42,7 +42,7 @@ class Outcome:
 
 
 def outcomes(comparisons: Iterable[Comparison], usages: Iterable[Usage], cost: HostCost | None) -> list[Outcome]:
-    """What can be told from what was measured."""
+    """Return the outcomes of all targets that were measured."""
     return [*speed(comparisons), *memory(usages), *(host(cost) if cost else [])]
 
 
@@ -89,6 +89,6 @@ def host(cost: HostCost) -> list[Outcome]:
         found.append(Outcome(what, limit, f"{seconds * 1e6:.0f} us", seconds < HOST_SECONDS))
     if {1000, 10000} <= set(cost.counts):
         growth = cost.at(10000) / cost.at(1000) / 10
-        what = "host cost a tensor, 10,000 tensors over 1,000"
+        what = "host cost per tensor, 10,000 tensors over 1,000"
         found.append(Outcome(what, f"< {LINEAR:g}", f"{growth:.2f}", growth < LINEAR))
     return found

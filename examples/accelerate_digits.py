@@ -1,4 +1,4 @@
-"""SAM with accelerate: digits, gradients accumulated over two micro-batches, bf16 autocast if asked for.
+"""SAM with accelerate trains on digits and accumulates gradients over two micro-batches; --bf16 adds autocast.
 
     accelerate launch examples/accelerate_digits.py        or        python examples/accelerate_digits.py [--bf16]
 """

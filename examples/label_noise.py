@@ -1,4 +1,4 @@
-"""SGD beside SAM on digits of which 40% have a wrong label: a plain loop around sam_step().
+"""A plain loop around sam_step() compares SGD with SAM on digits, 40% of which have a wrong label.
 
     python examples/label_noise.py [--epochs 40] [--samples 1000]
 """
@@ -21,7 +21,7 @@ def loss_fn(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def train(rho: float, epochs: int, samples: int) -> float:
-    """Accuracy on clean test labels. With rho 0 a step is SGD's, and one pass."""
+    """Train, and return the accuracy on clean test labels. With rho 0 a step is SGD's, in one pass."""
     task = digits(noise=0.4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 10))
@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    # As many passes over the data for both: SAM makes two a step.
+    # SAM makes two passes per step, so SGD gets twice the epochs.
     sgd = train(0.0, 2 * options.epochs, options.samples)
     sam = train(0.5, options.epochs, options.samples)
     print(f"40% wrong labels, accuracy on clean test images: SGD {sgd:.1%}, SAM {sam:.1%}")

@@ -1,4 +1,4 @@
-"""SAM in Lightning: digits with automatic optimization; the mixin is all that differs from a module without SAM.
+"""SAM trains on digits in Lightning, with automatic optimization. Only the mixin and the optimizer are new.
 
     python examples/lightning_digits.py [--epochs 15] [--samples 1000]
 """
@@ -27,7 +27,7 @@ class Digits(SAMMixin, lightning.LightningModule):
 
     def training_step(self, batch: tuple[Tensor, Tensor], _: int) -> Tensor:
         loss = cross_entropy(self.net(batch[0]), batch[1])
-        self.log("train_loss", loss, on_step=False, on_epoch=True)  # the first pass's alone
+        self.log("train_loss", loss, on_step=False, on_epoch=True)  # logged in the first pass only
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], _: int) -> None:

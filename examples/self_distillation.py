@@ -1,10 +1,10 @@
-"""SAM with self-distillation (SADT): at the climbed weights, the model also learns from what it said before the climb.
+"""SAM with self-distillation (SADT): the second pass also learns from the first pass's predictions.
 
     first pass:   L(w)      = CE(f_w(x), y)
     second pass:  L(w + e)  = CE(f_{w+e}(x), y) + distill * T^2 * KL(softmax(f_w(x) / T) || softmax(f_{w+e}(x) / T))
 
-The idea, a SAM step whose weights before the climb teach those after it, is Fahim & Boutellier's ("SADT", 2022,
-arXiv 2211.00310); the loss is the usual one of distillation (Hinton et al., arXiv 1503.02531), T^2 included.
+The idea is Fahim & Boutellier's ("SADT", 2022, arXiv 2211.00310): the unperturbed weights teach the perturbed ones.
+The loss is the usual one of distillation (Hinton et al., arXiv 1503.02531), T^2 included.
 
     python examples/self_distillation.py [--epochs 30] [--samples 1000] [--distill 1.0] [--temperature 2.0]
 """
@@ -23,7 +23,10 @@ from fused_sam.training import sam_step
 
 
 class Distilled:
-    """A loss_fn for sam_step() that keeps the first pass's predictions for the second. One micro-batch a step."""
+    """Computes the losses of both passes; keeps the first pass's predictions for the second.
+
+    Pass an instance to sam_step() as loss_fn, with one micro-batch per step.
+    """
 
     def __init__(self, optimizer: SAM, distill: float, temperature: float) -> None:
         self._optimizer = optimizer
@@ -45,7 +48,7 @@ class Distilled:
 
 
 def train(distill: float, temperature: float, epochs: int, samples: int) -> tuple[float, float]:
-    """Accuracy on clean test labels, and mean cross-entropy there."""
+    """Train, and return the accuracy and the mean cross-entropy on clean test labels."""
     task = digits(noise=0.4)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.BatchNorm1d(256), nn.ReLU(), nn.Dropout(0.1), nn.Linear(256, 10))

@@ -1,4 +1,4 @@
-"""SAM with AdamW in transformers' Trainer: a small GPT-2 that learns to write Python, byte by byte.
+"""SAM with AdamW trains a small GPT-2 in transformers' Trainer to write Python, byte by byte.
 
     python examples/transformers_text.py [--epochs 1] [--samples 400]
 """
@@ -16,7 +16,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PrinterCallback, TrainingA
 from fused_sam import SAM
 from fused_sam.integrations.transformers import SAMTrainer
 
-LENGTH = 64  # bytes a sample
+LENGTH = 64  # bytes per sample
 
 
 def main() -> None:
@@ -68,7 +68,7 @@ def main() -> None:
         trainer.train()
         after = trainer.evaluate()["eval_loss"]
     before, after = before / math.log(2), after / math.log(2)
-    print(f"bits a byte on held-out source: {before:.2f} before training, {after:.2f} after")
+    print(f"bits per byte on held-out source: {before:.2f} before training, {after:.2f} after")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tools for a machine with a GPU, as far as they can be tried without one: steps of the script, and targets."""
+"""The tools for a machine with a GPU, as far as they run without one: steps of the script, and targets."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ echo "ran $*"
 
 
 def check(tmp_path: Path, *stages: str, gpu: str = "Some GPU", failing: str = "nothing") -> tuple[int, dict[str, Any]]:
-    """Run the script with stubs for Python, nvidia-smi and compute-sanitizer; its exit status and summary."""
+    """Run the script with stubs for Python, nvidia-smi and compute-sanitizer; return its exit status and summary."""
     programs = tmp_path / "bin"
     programs.mkdir()
     nvidia_smi = f"#!/bin/sh\necho '{gpu}'\n" if gpu else "#!/bin/sh\nexit 9\n"
@@ -53,7 +53,7 @@ def test_every_step_runs_in_the_order_of_what_it_decides(tmp_path: Path) -> None
     assert {row["result"] for row in steps.values()} == {"ok"}
     assert "ran -m pytest" in steps["tests"]["note"]
     assert "kernel_substring=fused_sam" in steps["memcheck"]["note"] + steps["racecheck"]["note"]
-    assert "kernel_substring" not in steps["initcheck"]["note"], "what unwatched kernels write counts as unwritten"
+    assert "kernel_substring" not in steps["initcheck"]["note"], "what unchecked kernels write counts as unwritten"
 
 
 @pytest.mark.parametrize(
@@ -65,8 +65,8 @@ def test_every_step_runs_in_the_order_of_what_it_decides(tmp_path: Path) -> None
         ("-m pytest", "tests", "adamw"),
     ],
 )
-def test_a_step_that_fails_is_told_with_its_last_words(tmp_path: Path, failing: str, step: str, last: str) -> None:
-    """Without a build or the CUDA backend it ends there; nothing else ends it."""
+def test_a_step_that_fails_is_noted_with_its_last_line(tmp_path: Path, failing: str, step: str, last: str) -> None:
+    """The run ends without a build or without the CUDA backend; nothing else ends it."""
     code, summary = check(tmp_path, "build", "tests", "bench", failing=failing)
     (failed,) = [row for row in summary["steps"] if row["result"] != "ok"]
     assert code == 1 and failed["step"] == step and summary["steps"][-1]["step"] == last
@@ -135,8 +135,8 @@ def test_targets_are_numbers_with_a_verdict(tmp_path: Path) -> None:
         "triton: time of a SAM + SGD step over cuda's, resnet50": (1.6, False),
         "triton: time of a SAM + AdamW step over cuda's, 128x1048576": (1.04, True),
         "triton: time of a SAM + AdamW step over cuda's, resnet50": (1.6, False),
-        "cuda: bytes a second of a SAM + AdamW step over copy_'s, 128x1048576": (0.92, True),
-        "triton: bytes a second of a SAM + AdamW step over copy_'s, 128x1048576": (0.92 / 1.04, False),
+        "cuda: bytes per second of a SAM + AdamW step over copy_'s, 128x1048576": (0.92, True),
+        "triton: bytes per second of a SAM + AdamW step over copy_'s, 128x1048576": (0.92 / 1.04, False),
     }
     assert rows[f"triton: {differ}"]["why"] == "RuntimeError: no graph"
     assert rows[f"triton: {launches}"]["why"] == "norm; perturb; Memcpy; sgd"

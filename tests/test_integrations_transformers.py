@@ -180,5 +180,5 @@ def test_an_exception_between_the_passes_restores_the_weights(tmp_path: Path) ->
 def test_other_optimizers_are_refused(tmp_path: Path) -> None:
     model = Model()
     run = trainer(model, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"accelerator.prepare\(\), not AcceleratedOptimizer around SGD; a Trainer"):
+    with pytest.raises(TypeError, match=r"accelerator.prepare\(\), not AcceleratedOptimizer around SGD\. A Trainer"):
         train(run)

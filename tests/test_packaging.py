@@ -1,4 +1,4 @@
-"""Set-up behaves as promised: errors of one line, a whole source distribution, modules that load anywhere."""
+"""The set-up: errors of one line, a complete source distribution, modules that load on any processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not HAS_BUILD_FILES, reason="runs in a source tr
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """A copy of the sources that a build may write into."""
+    """Return a copy of the sources that a build may write to."""
     skip = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=skip))
 
@@ -33,7 +33,7 @@ def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[
 
 
 def refused(tree: Path, **env: str) -> str:
-    """The one line with which a build in place refuses to start."""
+    """Return the one line with which a build in place refuses to start."""
     done = setup(tree, "build_ext", "--inplace", **env)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and len(lines) == 1, done.stderr
@@ -64,14 +64,14 @@ def test_without_a_compiler_a_package_of_python_alone(tree: Path, tmp_path: Path
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
     shutil.unpack_archive(wheel, tmp_path / "installed", "zip")
-    script = (  # a package that is installed in place would lend its modules
+    script = (  # a package that is installed in place would provide its modules
         "import sys; sys.meta_path = [finder for finder in sys.meta_path if 'Editable' not in str(finder)]\n"
         "import fused_sam as f; print(f.backends.available()['cpu']); print(f.SAM([f.sam.torch.ones(1)]).backend)"
     )
-    told = subprocess.run(
+    printed = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     ).stdout
-    assert "fused_sam._cpu is not built" in told and told.endswith("foreach\n")
+    assert "fused_sam._cpu is not built" in printed and printed.endswith("foreach\n")
     assert "FUSED_SAM_NATIVE=0" in refused(tree, FUSED_SAM_CUDA="0", CXX="no-such-compiler")
     assert "leave one of them out" in refused(tree, FUSED_SAM_CUDA="1", FUSED_SAM_NATIVE="0")
 
@@ -95,7 +95,7 @@ def test_source_distribution_is_whole(tree: Path, tmp_path: Path) -> None:
     wanted = {str(path.relative_to(tree)) for path in (tree / "csrc").rglob("*") if path.is_file()}
     wanted |= {str(path.relative_to(tree)) for path in (tree / "fused_sam").rglob("*.py")}
     wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"}
-    wanted |= {"examples/README.md"}  # docs/ and README.md lead there
+    wanted |= {"examples/README.md"}  # docs/ and README.md link to it
     assert wanted <= inside
 
 
@@ -126,11 +126,11 @@ def test_wide_kernels_share_no_symbol() -> None:
 
 
 def test_no_file_names_a_package_registry() -> None:
-    """Where packages come from is the user's pip configuration, never this tree."""
+    """The user's pip configuration names package registries, and this tree does not."""
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    # In pieces, so that this file holds none of them either.
+    # The names are in pieces, so that this file does not contain them either.
     parts = [("pypi", "."), ("python", "hosted"), ("download.", "pytorch"), ("anaconda", "."), ("npm", "js")]
     names = [first + second for first, second in parts]
     hosts = re.compile("|".join(map(re.escape, names)).encode())

@@ -1,26 +1,13 @@
-"""The snippets of docs/training.md and docs/integrations.md run, one after the other."""
+"""The snippets of docs/training.md and docs/integrations.md run in order."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
-import re
-from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-
-DOCS = Path(__file__).parents[1] / "docs"
-
-
-def run(name: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    text = (DOCS / name).read_text()
-    for block in re.finditer(r"```python\n(.*?)```", text, re.DOTALL):
-        line = text[: block.start(1)].count("\n")
-        exec(compile("\n" * line + block[1], str(DOCS / name), "exec"), found)
-    return found
+from test_docs_methods import run
 
 
 def test_the_snippets_on_training(capsys: pytest.CaptureFixture[str]) -> None:

@@ -230,7 +230,7 @@ def main() -> None:
     copy_rate = 2 * source.numel() * 4 / seconds_of(lambda: target.copy_(source), flush)
     name = torch.cuda.get_device_name()
     print(f"{name}, torch {torch.__version__}; device-to-device copy of 512 MB: {copy_rate / 1e9:.0f} GB/s")
-    source = target = flush[:0]  # free
+    source = target = flush[:0]  # frees their memory
     folder.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"device": name, "torch": torch.__version__, "copy_rate": copy_rate, "rounds": ROUNDS}
     rows: list[dict[str, Any]] = []

@@ -75,7 +75,7 @@ def of_comparisons(base: str, runs: dict[str, dict[str, Any]]) -> list[dict[str,
             run = runs.get(LARGE)
             share, ratio = dig(run, "copy_fraction", "value"), dig(run, "peers", f"ours-{backend}", "ratio", "value")
             reached = None if share is None or ratio is None or run["baseline"] != "ours-cuda" else share / ratio
-            what = f"{backend}: bytes a second of a SAM + AdamW step over copy_'s, {LARGE}"
+            what = f"{backend}: bytes per second of a SAM + AdamW step over copy_'s, {LARGE}"
             rows.append(outcome(what, ">=", COPY_FRACTION, reached, "" if reached else "not measured"))
     return rows
 

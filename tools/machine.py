@@ -1,4 +1,4 @@
-"""Says what a machine has of what tools/gpu_check.sh works with, before anything can fail for want of it."""
+"""Prints which of the programs and packages that tools/gpu_check.sh uses this machine has, and their versions."""
 
 from __future__ import annotations
 

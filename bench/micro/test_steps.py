@@ -1,4 +1,4 @@
-"""Both halves of a step one by one, under pytest-benchmark: a group a shape and half, a row a peer."""
+"""Both halves of a step separately under pytest-benchmark: one group per shape and half, one row per peer."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def peer(request: pytest.FixtureRequest, shape: str) -> Peer:
 
 @pytest.mark.parametrize("half", ["first_step", "second_step"])
 def test_step(benchmark: BenchmarkFixture, shape: str, peer: Peer, half: str) -> None:
-    """The other half runs before (second_step) or after (first_step) each round, outside the clock."""
+    """Time one half; the other runs untimed, before (second_step) or after (first_step) each round."""
     benchmark.group = f"{shape} {half}"
     rounds = 20 if shape in ("transformer24m", "resnet50") else 100
 
     def finished(half: str) -> None:
         getattr(peer, half)()
-        if DEVICE.type == "cuda":  # also of the other half, whose work would end under the clock
+        if DEVICE.type == "cuda":  # the other half's work, too, must not end within the timed part
             torch.cuda.synchronize()
 
     if half == "first_step":

@@ -8,6 +8,7 @@
 #include "bindings/addresses.h"
 #include "bindings/groups.h"
 #include "bindings/reader.h"
+#include "bindings/versions.h"
 #include "cpu/table.h"
 #include "cpu/vectors.h"
 
@@ -128,6 +129,11 @@ PYBIND11_MODULE(_cpu, m) {
       .def(py::init<py::object, py::tuple, py::list>(), py::arg("tensor_base"), py::arg("plain"), py::arg("params"))
       .def("read", &Reader::read, py::arg("groups"))
       .def_static("unchanged", &Reader::unchanged);
+
+  py::class_<VersionBumper>(m, "VersionBumper", "Raises the version counters of a list of tensors.")
+      .def(py::init<py::object, py::object, py::handle>(), py::arg("tensor_base"), py::arg("increment_version"),
+           py::arg("tensor"))
+      .def("__call__", &VersionBumper::operator(), py::arg("tensors"));
 
   m.def("finish_norm", [](uintptr_t status, bool ascent, bool keep_skip, double eps) {
     finish_norm(status_at(status), eps, {ascent, keep_skip});

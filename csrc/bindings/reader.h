@@ -105,9 +105,8 @@ class Reader {
   uintptr_t viewed(py::ssize_t i, py::handle p, const py::object& g) const {
     const TensorView param = view_(p), grad = view_(g);
     if (!(place(param) == places_[size_t(i)]) || !same_form(param, grad)) return kNotUsual;
-    // Complex arithmetic may leave a gradient whose memory has the opposite sign. Every second element of it is another
-    // number's, which same_form detects, unless it has only one element.
-    if (grad.numel() == 1 && is_true(is_neg_.call(g, is_plain(g)))) return kNotUsual;
+    // Complex arithmetic may leave a gradient whose memory has the opposite sign.
+    if (view_.is_neg(g, true) && is_true(is_neg_.call(g, is_plain(g)))) return kNotUsual;
     return grad.address();
   }
 

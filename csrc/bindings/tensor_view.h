@@ -3,6 +3,9 @@
 // torch exports C functions for this, with a stable interface: torch/csrc/inductor/aoti_torch/c/shim.h. Their handle is
 // the address of an at::Tensor, which every Python tensor contains. An at::Tensor is a pointer to the implementation,
 // and the attribute `_cdata` is the same pointer. Its place in a Python object is therefore found by comparison, once.
+//
+// Two more functions are C++: at::native::is_neg and torch::autograd::impl::bump_version. Both take an at::Tensor by
+// reference, which is the same handle. A torch that lacks one of these names is asked through Python instead.
 #pragma once
 
 #include <dlfcn.h>
@@ -62,6 +65,8 @@ class TensorViewer {
              find("aoti_torch_get_strides", strides_) && find("aoti_torch_get_dim", dim_) &&
              find("aoti_torch_get_dtype", dtype_) && find("aoti_torch_get_device_type", device_type_) &&
              find("aoti_torch_get_device_index", device_index_);
+    find("_ZN2at6native6is_negERKNS_6TensorE", is_neg_);
+    find("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", bump_version_);
     // Newer than the others. Without it the address of a sparse tensor fails, which torch also prints.
     int32_t (*strided)() = nullptr;
     if (find("aoti_torch_layout_strided", strided) && find("aoti_torch_get_layout", layout_)) strided_ = strided();
@@ -69,6 +74,7 @@ class TensorViewer {
   }
 
   bool usable() const { return place_ != 0; }
+  bool has_bump() const { return usable() && bump_version_ != nullptr; }
 
   // Finds the at::Tensor in a Python tensor. It is in the same place in all, of any class.
   void locate(pybind11::handle tensor) {
@@ -80,9 +86,17 @@ class TensorViewer {
       if (words[i] == implementation) place_ = i;
   }
 
+  // Returns false only if the tensor's memory has the sign of its value; `unknown` if torch cannot be asked.
+  bool is_neg(pybind11::handle tensor, bool unknown) const {
+    return is_neg_ == nullptr ? unknown : is_neg_(handle_of(tensor));
+  }
+
+  // Raises the version counter, by which autograd notices that a tensor was written.
+  void bump_version(pybind11::handle tensor) const { bump_version_(handle_of(tensor)); }
+
   // Throws std::runtime_error if the tensor is not a strided array, such as a sparse one.
   TensorView operator()(pybind11::handle tensor) const {
-    void* handle = reinterpret_cast<uintptr_t*>(tensor.ptr()) + place_;
+    void* handle = handle_of(tensor);
     TensorView out;
     int32_t layout = strided_;
     if (layout_ != nullptr && layout_(handle, &layout) != 0) layout = ~strided_;
@@ -97,6 +111,8 @@ class TensorViewer {
   }
 
  private:
+  void* handle_of(pybind11::handle tensor) const { return reinterpret_cast<uintptr_t*>(tensor.ptr()) + place_; }
+
   bool found_ = false;
   size_t place_ = 0;  // in words from the beginning of the Python object; 0: unknown
   int32_t strided_ = 0;
@@ -108,6 +124,8 @@ class TensorViewer {
   int32_t (*device_type_)(void*, int32_t*) = nullptr;
   int32_t (*device_index_)(void*, int32_t*) = nullptr;
   int32_t (*layout_)(void*, int32_t*) = nullptr;
+  bool (*is_neg_)(const void*) = nullptr;
+  void (*bump_version_)(const void*) = nullptr;
 };
 
 }  // namespace fused_sam

@@ -45,9 +45,20 @@ def status_dtype(device: torch.device) -> torch.dtype:
     return torch.float64 if device.type == "cpu" else torch.float32
 
 
-def _version_bumper() -> Callable[[Sequence[Tensor]], None]:
-    """Return torch's C function where it takes many tensors at once, else a loop over its public form."""
-    in_one_call: Callable[[Sequence[Tensor]], None] | None = getattr(torch._C, "_increment_version", None)
+def _version_bumper() -> Callable[[list[Tensor]], None]:
+    """Return the fastest form of torch.autograd.graph.increment_version that this machine has."""
+    in_torch = _torchs_version_bumper()
+    try:
+        from fused_sam import _cpu  # type: ignore[attr-defined]
+    except ImportError:
+        return in_torch
+    compiled: Callable[[list[Tensor]], None] = _cpu.VersionBumper(torch._C.TensorBase, in_torch, torch.empty(0))
+    return compiled
+
+
+def _torchs_version_bumper() -> Callable[[list[Tensor]], None]:
+    """Return torch's C function if it takes many tensors at once, else a loop over its public form."""
+    in_one_call: Callable[[list[Tensor]], None] | None = getattr(torch._C, "_increment_version", None)
     if in_one_call is not None:
         try:
             in_one_call([])
@@ -55,7 +66,7 @@ def _version_bumper() -> Callable[[Sequence[Tensor]], None]:
         except (TypeError, RuntimeError):  # an older torch takes one tensor at a time
             pass
 
-    def one_by_one(tensors: Sequence[Tensor]) -> None:
+    def one_by_one(tensors: list[Tensor]) -> None:
         for t in tensors:
             increment_version(t)
 

@@ -52,7 +52,7 @@ def demo(
     ] = None,
     noise: Annotated[
         str,
-        typer.Option(metavar="SHARE", help="Fraction of training and validation labels to replace at random."),
+        typer.Option(metavar="FRACTION", help="Fraction of training and validation labels to replace at random."),
     ] = "0.4",
     batch_size: Annotated[
         str | None,
@@ -72,7 +72,7 @@ def demo(
 ) -> None:
     """Train a small network on images with wrong labels: SGD, SGD for twice the epochs, and fused SAM.
 
-    Learning rates and rho are chosen on a validation split, whose labels are as wrong as the training labels.
+    Learning rates and rho are chosen on a validation split with labels as wrong as the training labels.
     The accuracies shown are those on clean test labels.
     """
     try:

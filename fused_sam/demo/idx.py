@@ -38,7 +38,7 @@ def read_idx(path: Path, dimensions: int) -> Tensor:
     header = 4 + 4 * dimensions
     magic = bytes((0, 0, UNSIGNED_BYTE, dimensions))
     if content[:4] != magic:
-        raise DemoError(f"{path} starts with {content[:4].hex() or 'nothing'} where IDX has {magic.hex()}: wrong file")
+        raise DemoError(f"{path} starts with {content[:4].hex() or 'nothing'}, but IDX has {magic.hex()}: wrong file")
     if len(content) < header:
         raise DemoError(f"{path} is truncated or corrupt: get it again")
     shape = struct.unpack(f">{dimensions}I", content[4:header])

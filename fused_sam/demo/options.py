@@ -151,6 +151,6 @@ def _check_writable(option: str, path: Path) -> None:
     try:
         path.open("ab").close()
     except OSError as error:
-        raise DemoError(f"{option}: cannot write {str(path)!r}: {error.strerror}") from None
+        raise DemoError(f"{option}: cannot write {str(path)!r} ({error.strerror})") from None
     if not existed:
         path.unlink()

@@ -27,6 +27,7 @@ class Outcome:
 
     @property
     def method(self) -> Method:
+        """The method of all trials."""
         return self.winner.method
 
 

@@ -58,7 +58,7 @@ class PythonReader:
             g = p.grad
             if g is None or g.dtype is not p.dtype or (p.data_ptr(), p.dtype, p.shape) != place:
                 return None
-            if not (g.is_contiguous() and p.is_contiguous()):
+            if g.is_neg() or not (g.is_contiguous() and p.is_contiguous()):
                 return None
             grads.append(g)
         return grads, array("q", [g.data_ptr() for g in grads]).tobytes()

@@ -44,7 +44,7 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequ
                 if p.is_complex()
                 else "leave it out, as in SAM([p for p in model.parameters() if p.requires_grad], ...)"
             )
-            raise TypeError(f"{names[i]} is {p.dtype}: SAM takes weights of fp32, fp64, bf16 and fp16; {advice}")
+            raise TypeError(f"{names[i]} is {p.dtype}, but SAM takes weights of fp32, fp64, bf16 and fp16: {advice}")
         if p.numel():
             if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":
                 raise ValueError(
@@ -55,7 +55,7 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequ
             spans.append((p.device.index or 0, p.data_ptr(), p.data_ptr() + size * p.element_size(), i))
     if len(devices) > 1:
         where = ", ".join(f"{names[i]} on {device}" for device, i in devices.items())
-        raise ValueError(f"SAM takes parameters of one device; got {where}: use one optimizer per device")
+        raise ValueError(f"SAM takes parameters of one device, but got {where}: use one optimizer per device")
     spans.sort()
     for (device, _, end, i), (other_device, begin, _, j) in itertools.pairwise(spans):
         # Columns of one matrix are not dense: their address ranges overlap, but their elements do not.

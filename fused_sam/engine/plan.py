@@ -97,6 +97,8 @@ class Plan:
         self._all_supported = all(self._supported) and not sharded
         self._all_same_dtype = bytes([SAME_DTYPE]) * len(self.params)
         self.none_perturbed: list[KernelCall] = []  # what an update undoes if nothing was perturbed
+        self._packed = b""  # the gradients' addresses as the reader gave them last ...
+        self._addresses = NO_ADDRESSES  # ... and as an array
         self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
         self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see pairs.py
@@ -136,7 +138,9 @@ class Plan:
             except RuntimeError:  # a sparse gradient
                 reading = None
             if reading is not None:
-                return GradSnapshot(reading[0], self._all_same_dtype, array("q", reading[1]))  # type: ignore[arg-type]
+                if reading[1] is not self._packed:  # the same object while no address changes
+                    self._packed, self._addresses = reading[1], array("q", reading[1])
+                return GradSnapshot(reading[0], self._all_same_dtype, self._addresses)  # type: ignore[arg-type]
         if not self.matches(groups):
             return None
         grads = [self._grad(p, i) for i, p in enumerate(self.params)]
@@ -171,7 +175,7 @@ class Plan:
                 f"{self.name(i)} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}: "
                 "zero the gradients and run the backward pass again after moving or reshaping parameters"
             )
-        if not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
+        if g.is_neg() or g.is_conj() or not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
             return LAYOUT_MISMATCH
         return SAME_DTYPE if g.dtype is p.dtype else WIDER_GRAD
 

@@ -23,7 +23,7 @@ class RoundingWarning(UserWarning):
     """Warns that rounding keeps weights from being perturbed."""
 
 
-_MAX_SAMPLES = 4096  # weights looked at per tensor; the fraction that moves is then accurate to within 2%
+_MAX_SAMPLES = 4096  # weights checked per tensor; the fraction that moves is then accurate to within 2%
 _TOLERATED = 0.1  # fraction of the weights that may stay unperturbed without a warning
 
 

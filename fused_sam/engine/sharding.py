@@ -1,8 +1,8 @@
 """Weights may be sharded over processes (DTensor). This module gives their local parts, and sums over all processes.
 
 A primitive works on each process's own part. Only the sum of squares is global. Every process adds up its parts, each
-divided by the number of processes that hold the same numbers. One all-reduce of one small vector turns these sums into
-the norm of the whole gradient on all processes, so that all make the same decision.
+divided by the number of processes that hold the same numbers. One all-reduce of one small vector gives all processes
+the norm of the whole gradient, so that all make the same decision.
 """
 
 from __future__ import annotations

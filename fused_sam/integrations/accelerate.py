@@ -32,6 +32,7 @@ class _ReportsSkips(AcceleratedOptimizer):
 
     @property
     def step_was_skipped(self) -> bool:
+        """True if the last step changed nothing, because a gradient was not finite."""
         return bool(self.optimizer.step_was_skipped)
 
 

@@ -38,6 +38,7 @@ class SAMMixin:
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
+        """Step a fused_sam optimizer in two passes, and any other one as usual. Lightning calls it."""
         module: Any = self
         sam = optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer
         if not isinstance(sam, SAM) or optimizer_closure is None:

@@ -39,10 +39,12 @@ class SAMTrainerMixin:
     _micro_batches: list[tuple[Any, ReplayedRNG]]  # those of this update, each with its random numbers
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train as Trainer.train() does."""
         self._micro_batches = []
         return super().train(*args, **kwargs)  # type: ignore[misc]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Run a micro-batch, and after the last one of an update the second pass. Trainer calls it."""
         trainer: Any = self
         sam = wrapped_sam(trainer.optimizer)
 

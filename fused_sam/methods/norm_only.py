@@ -21,8 +21,8 @@ def norm_only_groups(model: nn.Module, **options: Any) -> list[dict[str, Any]]:
     arXiv 2306.04226. Published: can outperform perturbing all weights.
 
     Norm layers are BatchNorm, SyncBatchNorm, InstanceNorm, LayerNorm, GroupNorm and RMSNorm. Any class named ...Norm
-    (or ...Norm2d) whose `weight` has one dimension is one too, with its parameters of one dimension. Each parameter is
-    in one group, once, even if modules share it.
+    (or ...Norm2d) is one too if its `weight` has one dimension; only its parameters of one dimension then count. Each
+    parameter is in one group, once, even if modules share it.
 
     Args:
         options: options of the norm layers' group: rho, adaptive, eta, weight_decay, ...

@@ -53,7 +53,7 @@ def local_perturbation(model: nn.Module, optimizer: SAM) -> Iterator[None]:
     if schedule is not None and schedule.needs_gradients:
         raise ValueError(
             f"{type(schedule).__name__} decides by the first gradient, which a local perturbation leaves different on "
-            "each process: use a schedule that counts steps, or perturb by the averaged gradient (local=False)"
+            "each process. Use a schedule that counts steps, or perturb by the averaged gradient (local=False)"
         )
     optimizer.stepper.skip_process_group = wrapped.process_group
     with wrapped.no_sync() if optimizer.needs_second_pass else nullcontext():

@@ -1,4 +1,4 @@
-"""Both passes use the same dropout masks if torch's random generators start the second pass where the first began.
+"""Both passes use the same dropout masks if torch's random generators start from the same states.
 
     rng = ReplayedRNG()
     loss_fn(model(x), y).backward()
@@ -26,7 +26,7 @@ class ReplayedRNG:
     times, but not while its body runs.
 
     Args:
-        devices: devices with generators to replay, besides the CPU; None: all CUDA devices, if CUDA is in use.
+        devices: devices with generators to replay, besides the CPU. None: all CUDA devices, if CUDA is in use.
 
     Generators of Python, of NumPy and your own are not replayed. Nothing is replayed within a CUDA graph's capture.
 

@@ -14,7 +14,7 @@ def set_ascent_grad_scale(optimizer: SAM, scaler: Any) -> None:
     averages gradients, and AE-SAM's rule because it compares their norms. Reading the scale waits for the device.
 
     Args:
-        scaler: a torch.amp.GradScaler; None: no scaling, and nothing happens.
+        scaler: a torch.amp.GradScaler. None: nothing happens.
     """
     if scaler is not None and optimizer.needs_grad_scale:
         optimizer.ascent_grad_scale = scaler.get_scale()

@@ -1,4 +1,4 @@
-"""ESAM's sharpness-sensitive data selection keeps the samples whose loss the perturbation raised most.
+"""ESAM's sharpness-sensitive data selection keeps the samples with the largest rise in loss.
 
     d_i = L_i(w + e) - L_i(w);  keep the max(1, round(gamma B)) samples with the largest d_i
 

@@ -34,7 +34,7 @@ class StepResult:
     """Holds what sam_step() returns: 0-dim tensors on the model's device. Reading their values waits for it."""
 
     loss: Tensor  # mean of the first pass, at the weights, detached
-    perturbed_loss: Tensor | None  # mean of the second pass, detached; None: the step needed no second pass
+    perturbed_loss: Tensor | None  # mean of the second pass, detached; None if the step needed no second pass
     skipped: Tensor  # True if a gradient was not finite, so that the update changed nothing
 
 
@@ -59,11 +59,11 @@ def sam_step(
 
     Args:
         model: the model as training calls it. DistributedDataParallel averages once per pass.
-        loss_fn: loss_fn(model, batch) returns the batch's mean loss, or its samples' losses, whose mean is used:
+        loss_fn: loss_fn(model, batch) returns the batch's mean loss, or its samples' losses, which are then averaged.
+            It runs once per micro-batch and pass. Examples:
             `lambda model, batch: cross_entropy(model(batch[0]), batch[1])`, `lambda model, batch: model(**batch).loss`.
-            It runs once per micro-batch and pass.
-        batch: anything that loss_fn takes. If it must be cut (microbatches, ascent_fraction, selection), it is a nest
-            of tuples, lists and mappings, and the first dimension of every tensor counts samples.
+        batch: anything that loss_fn takes. To be cut (microbatches, ascent_fraction, selection), it must be a nest of
+            tuples, lists and mappings. The first dimension of its tensors then counts samples.
         optimizer: a fused_sam optimizer without a wrapper. MicrobatchSAM makes both passes for one micro-batch after
             the other; it needs num_microbatches of them, and each weighs as its samples. ESAM with gamma below 1 has
             its samples selected here (arXiv 2110.03141). A forward pass without graph gives the losses at the perturbed
@@ -71,9 +71,9 @@ def sam_step(
             instead of 1.
         scaler: scales the losses, steps, and is updated. None: no scaling.
         autocast: dtype of torch.autocast around loss_fn, on the device of the model's first parameter.
-        microbatches: a number cuts the batch into that many, whose gradients are accumulated. An iterable of batches
-            replaces `batch`, which must be None. Each weighs as its samples. The step is that of the whole batch if
-            the loss is a mean over samples and no layer mixes samples.
+        microbatches: a number cuts the batch into that many, and their gradients are accumulated. An iterable of
+            batches replaces `batch`, which must be None. Each weighs as its samples. The step is that of the whole
+            batch if the loss is a mean over samples and no layer mixes samples.
         ascent_fraction: the perturbation follows the gradient of the first max(1, round(fraction * B)) samples (partial
             batch ascent, Bahri et al., arXiv 2110.08529: 1/4). Dropout masks then differ between the passes. A step
             that does not perturb uses the whole batch. Not for GSAM, WSAM, LookSAM and AdaptiveSchedule.

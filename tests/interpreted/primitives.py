@@ -21,6 +21,7 @@ from support.triton_tables import (
     SIZES,
     Case,
     assert_near,
+    columns,
     draw_case,
     draw_pairs,
     place,
@@ -405,6 +406,33 @@ def test_only_what_changed_is_sent_and_only_when_it_changed(sent: list[int]) -> 
     case.norm(backend, ascent=True)
     step(case, backend)
     assert sent == [memory.changing]
+
+
+@pytest.mark.parametrize("call", range(4))
+def test_an_interrupted_copy_is_made_at_the_next_call(call: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a new table, of new groups of the update, of new gradients, and of new groups of the perturbation."""
+    case, backend, send, calls = plain_case([600, 3]), Triton(), Memory.send, iter(range(10))
+
+    def interrupted(memory: Memory, words: int) -> None:
+        if next(calls) == call:
+            raise KeyboardInterrupt
+        send(memory, words)
+
+    def run() -> None:
+        step(case, backend)
+        case.attach([g * 2 for g in case.table.grads])
+        step(case, backend)
+        case.perturb_groups = [PerturbGroup(0.3)]
+        step(case, backend)
+
+    monkeypatch.setattr(Memory, "send", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    for ours, twin in zip(columns(case.table).values(), columns(case.twin).values(), strict=True):
+        for a, b in zip(ours, twin, strict=True):
+            if a is not None and b is not None:
+                b.copy_(a)  # the reference has not run what was interrupted
+    run()
 
 
 class Recorded:

@@ -133,11 +133,12 @@ class NativeTable(Native):
 
     def _refreshed(self, table: Table, groups: Sequence[AnyGroup] | None, reserve: Reserve) -> Memory:
         """Return the memory after sending what has changed; outside captures."""
+        # An interrupt may come at any line. `_unsent` is raised before the image changes, and cleared after the copy.
         new = self._memory is None
-        memory = self._memory = self._memory or self.new_memory()
+        memory = self._memory or self.new_memory()
         if new:
             self._unsent = memory.sent
-        # An interrupt may come at any line. `_unsent` is raised before the image changes, and cleared after the copy.
+            self._memory = memory
         if table.grad_addresses is not table.bound_grads and table.grad_addresses != self._grads:
             self._unsent = max(self._unsent, memory.changing)
             memory.write("grads", table.grad_addresses)

@@ -1,7 +1,7 @@
 """What the update kernels share: the undo of the perturbation and one step of the base optimizer, in one pass.
 
-Each rule has a file (sgd.py, adam.py, lion.py) with its formula and its kernel. The kernel loads the numbers of its rule,
-and `run_update` calls the formula on each block. The kernels read what norm.py describes, and
+Each rule has a file (sgd.py, adam.py, lion.py) with its formula and its kernel. The kernel loads the numbers of the
+rule, and `run_update` calls the formula on each block. The kernels read what norm.py describes, and
 
     lrs         int64 (groups)   addresses of the learning rates, each one fp32 number
     grad_scale  fp32             one number by which every gradient is divided
