@@ -3,20 +3,14 @@
     optimizer = fused_sam.SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.1, momentum=0.9)
 """
 
-from importlib.metadata import PackageNotFoundError, version
-
 from . import backends, schedule, training
 from .engine.rounding import RoundingWarning
 from .engine.user_warnings import PlainStepWarning
+from .info import __version__
 from .methods import *  # noqa: F403  # every method of the registry
 from .methods import METHODS
 from .optimizers import Lion
 from .step import Step, TensorVector, option
-
-try:
-    __version__ = version("fused_sam")
-except PackageNotFoundError:  # a source tree that was not installed
-    __version__ = "0+unknown"
 
 __all__ = [
     "METHODS",

@@ -5,8 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from . import __version__
-from .info import report
+from .info import __version__, report
 
 
 def main(arguments: list[str]) -> int:

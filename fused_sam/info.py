@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from . import __version__, backends
+from . import backends
 from .backends import cuda
+
+try:
+    __version__ = version("fused_sam")
+except PackageNotFoundError:  # a source tree that was not installed
+    __version__ = "0+unknown"
 
 
 def report() -> str:

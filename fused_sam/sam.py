@@ -37,8 +37,7 @@ from .engine.options import (
 from .engine.plan import Precision
 from .engine.stale_grads import has_new_grads
 from .engine.stepper import Settings, Stepper
-from .schedule import Schedule
-from .step import Number, Step
+from .step import Number, Schedule, Step
 
 _EPS = 1e-12
 _DEFAULT: Any = object()  # the class's default: see DEFAULTS

@@ -11,12 +11,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 from .engine.options import check_count, check_range
 from .rho import RhoProportionalToLR, RhoSchedule, RhoWarmup
-from .step import Step
+from .step import Schedule, Step
 
 __all__ = [
     "AdaptiveSchedule",
@@ -29,32 +28,6 @@ __all__ = [
     "RhoWarmup",
     "Schedule",
 ]
-
-
-class Schedule(ABC):
-    """Decides for each step whether it perturbs.
-
-    Subclass it to write a schedule of your own. It keeps its state in the parameter groups.
-    """
-
-    needs_gradients: ClassVar[bool] = False
-    """True if `due` reads the gradients of the first pass."""
-
-    needs_grad_scale: ClassVar[bool] = False
-    """True if the schedule compares gradients of several steps, and so needs a GradScaler's scale."""
-
-    def group_state(self) -> dict[str, Any]:
-        """Return names and first values of its state. Every group gets them, and those of the first group count."""
-        return {"sam_step": 0}
-
-    @abstractmethod
-    def due(self, step: Step) -> bool:
-        """Return True if the step that begins now perturbs."""
-
-    def stepped(self, step: Step) -> None:
-        """Count an update, skipped or not."""
-        for group in step.groups:
-            group["sam_step"] += 1
 
 
 def _step_number(step: Step) -> int:

@@ -13,9 +13,10 @@ count without the loss scale of a GradScaler, and norms and dot products are glo
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ from .engine.stepper import Stepper
 from .engine.vectors import Combination, Number, Products, TensorVector, is_one, over, terms_of, times
 
 __all__ = [
-    "REQUIRED", "Combination", "GroupRho", "Number", "Option", "Products", "Step", "TensorVector", "option",
+    "REQUIRED", "Combination", "GroupRho", "Number", "Option", "Products", "Schedule", "Step", "TensorVector", "option",
 ]  # fmt: skip
 
 
@@ -408,6 +409,32 @@ class Step:
             p.grad = like(g, p)
         snapshot.addresses = None
         self._vectors["grad"] = second
+
+
+class Schedule(ABC):
+    """Decides for each step whether it perturbs.
+
+    Subclass it to write a schedule of your own. It keeps its state in the parameter groups.
+    """
+
+    needs_gradients: ClassVar[bool] = False
+    """True if `due` reads the gradients of the first pass."""
+
+    needs_grad_scale: ClassVar[bool] = False
+    """True if the schedule compares gradients of several steps, and so needs a GradScaler's scale."""
+
+    def group_state(self) -> dict[str, Any]:
+        """Return names and first values of its state. Every group gets them, and those of the first group count."""
+        return {"sam_step": 0}
+
+    @abstractmethod
+    def due(self, step: Step) -> bool:
+        """Return True if the step that begins now perturbs."""
+
+    def stepped(self, step: Step) -> None:
+        """Count an update, skipped or not."""
+        for group in step.groups:
+            group["sam_step"] += 1
 
 
 def _check_none(result: Any, step: Step) -> None:

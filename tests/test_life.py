@@ -296,7 +296,8 @@ class Lives(RuleBasedStateMachine):
                 return float(count)
 
             try:
-                extra = {"fresh": runs[id(self.ours[0])] == 1 and life.optimizer.needs_second_pass} if life.plain else {}
+                fresh = runs[id(self.ours[0])] == 1 and life.optimizer.needs_second_pass
+                extra = {"fresh": fresh} if life.plain else {}
                 result = life.optimizer.step(closure, **extra)
                 assert result == 1.0 or self.method == "MicrobatchSAM of two"
             except OnPurposeError:

@@ -15,7 +15,7 @@ from support.family import train
 from torch import nn
 
 from fused_sam import SAM, LookSAM
-from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Random, Schedule, LastSteps
+from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, LastSteps, Random, Schedule
 
 STEPS = 20
 

@@ -9,7 +9,7 @@ from support.bits import Snapshot, assert_same_bits
 from support.family import METHODS, built, clean, sam_steps, train
 from torch import Tensor, nn
 
-from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, Schedule, LastSteps
+from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, LastSteps, Schedule
 
 every_method = pytest.mark.parametrize("method", METHODS)
 

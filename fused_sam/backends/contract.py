@@ -132,7 +132,7 @@ class StateColumn(NamedTuple):
 
     name: str  # as in optimizer.state[param]
     init: float = 0.0
-    scalar: bool = False  # True if it is one fp32 number on the parameter's device, not a tensor of the parameter's shape
+    scalar: bool = False  # True if it is one fp32 number on the parameter's device, not of the parameter's shape
 
 
 class UpdateRule(NamedTuple):
@@ -219,19 +219,19 @@ class Status:
 class Table:
     """Tensors of one device with equal dtypes, as columns of equal length. None of them is empty.
 
-    Unless `same_layout` is False, the tensors of a row are dense and have one order in memory, so that a kernel may treat
-    them as flat arrays of `params[i].numel()` elements.
+    Unless `same_layout` is False, the tensors of a row are dense and have one order in memory, so that a kernel may
+    treat them as flat arrays of `params[i].numel()` elements.
     """
 
     params: list[Tensor]  # what the network computes with
     group_ids: list[int]  # the parameter group of each
     grad_dtype: torch.dtype
     same_layout: bool = True
-    # The unperturbed parameters: written by `perturb`, read by updates and `restore`. A parameter that is not perturbed is
-    # its own backup. Empty where there are masters.
+    # The unperturbed parameters: written by `perturb`, read by updates and `restore`. A parameter that is not perturbed
+    # is its own backup. Empty if there are masters.
     backups: list[Tensor] = field(default_factory=list)
-    # fp32 copies of bf16 or fp16 parameters, which updates write and the parameters are rounded from; empty without. They
-    # are never perturbed, and so are the backup.
+    # fp32 copies of bf16 or fp16 parameters: updates write them and round the parameters from them. They are never
+    # perturbed, and so are the backup. Empty without master weights.
     masters: list[Tensor] = field(default_factory=list)
     # Optimizer state by name, in the arithmetic's dtype. None in a column: the parameter's group does not use it.
     rule: UpdateRule | None = None
@@ -266,7 +266,7 @@ class VectorPair:
 class Backend(ABC):
     """One way to run the primitives.
 
-    A backend that serves only some of them is a subclass of backends.Reference or backends.Foreach and inherits the rest.
+    A backend that serves only some of them is a subclass of backends.Reference or Foreach and inherits the rest.
     """
 
     name: ClassVar[str]
@@ -379,8 +379,8 @@ class Backend(ABC):
 
         Args:
             out: `pair.x`, `pair.y`, or a third column of the dtype of either.
-            coefficients: two numbers, on the host or on the device in `status_dtype`. A column with coefficient 0 counts
-                for nothing, even where it is not finite.
+            coefficients: two numbers, on the host or on the device in `status_dtype`. A column with coefficient 0
+                counts for nothing, even where it is not finite.
             status: if given, nothing is written where skip is set.
         """
 

@@ -59,7 +59,7 @@ def _dense_strides(t: Tensor) -> tuple[int, ...]:
 
 
 def mask_of(key: tuple[int, int], like: Tensor, mask_prob: float) -> Tensor:
-    """Return a bool tensor of the shape of `like`: each element True with probability `mask_prob`, in steps of 2^-24."""
+    """Return a bool tensor of the shape of `like`, True with probability `mask_prob`, in steps of 2^-24."""
     prob32 = torch.tensor(mask_prob, dtype=torch.float32, device=like.device)
     return (random_words(key, like) >> 8).to(torch.float32) * 2.0**-24 < prob32
 

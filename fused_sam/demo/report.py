@@ -15,7 +15,7 @@ import torch
 from rich import box
 from rich.table import Table
 
-from fused_sam import __version__
+from fused_sam.info import __version__
 
 from .options import Settings
 from .training import Clock

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from fused_sam import SAM
+from fused_sam.sam import SAM
 
 from .data import CLASSES, Part, Task
 from .methods import Method

@@ -14,7 +14,7 @@ from itertools import islice
 import torch
 from torch import nn
 
-from fused_sam import SAM
+from fused_sam.sam import SAM
 
 from .data import CLASSES, Part, Task
 from .model import mlp

@@ -175,7 +175,9 @@ class Plan:
                 f"{self.name(i)} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}: "
                 "zero the gradients and run the backward pass again after moving or reshaping parameters"
             )
-        if g.is_neg() or g.is_conj() or not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
+        if not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
+            return LAYOUT_MISMATCH
+        if g.is_neg():  # the memory does not have the sign of the value
             return LAYOUT_MISMATCH
         return SAME_DTYPE if g.dtype is p.dtype else WIDER_GRAD
 
