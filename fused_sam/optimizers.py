@@ -80,7 +80,8 @@ class Lion(Optimizer):
                 if not state:
                     state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 m = state["exp_avg"]
-                direction = m.lerp(g, 1 - beta1).sign_()
+                c = m.lerp(g, 1 - beta1)
+                direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
                 p.mul_(1 - lr * decay).sub_(lr * direction)
                 m.lerp_(g, 1 - beta2)
         return loss

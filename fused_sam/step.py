@@ -4,7 +4,7 @@ A method is a subclass of SAM that overrides hooks. Each gets the step and touch
 underscore; docs/writing-a-method.md teaches it.
 
     class StableSAM(SAM):                                     # d = (||g|| / ||g_s||) g_s   (arXiv 2401.07250)
-        def _run_descent(self, step):
+        def descent(self, step):
             step.grad.scale_(step.ascent_norm / step.grad.norm())
 
 Numbers are 0-dim tensors on the device or Python numbers; nothing here makes the host wait for the device. Gradients
@@ -260,6 +260,11 @@ class Step:
 
     def _run_updated(self) -> None:
         """Run the method's updated hook."""
+        self._vectors.pop("weights", None)  # the update has moved them
+        grad = self._vectors.get("grad")
+        if self._stepper.scaled_grads and (grad is None or grad._tensors is self._snapshot_grads()):
+            # A base optimizer with a step of its own got its gradients in p.grad, unscaled and clipped.
+            self._vectors["grad"] = TensorVector(self, self._snapshot_grads(), 1.0, "grad")
         with self._in("updated"):
             _check_none(self._optimizer.updated(self), self)
         if self._wrote_weights:
@@ -272,6 +277,11 @@ class Step:
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
         schedule = self._stepper.schedule
+        if self._phase == "wants_perturbation":
+            raise RuntimeError(
+                f"{self._where()} asks whether this step perturbs, which it is to decide: it may not read "
+                "step.scheduled or needs_second_pass"
+            )
         now, self._snapshot, self._vectors = (self._snapshot, self._vectors), None, {}
         try:
             with self._in("wants_perturbation"):
@@ -334,6 +344,11 @@ class Step:
             )
         return told if told is not None else 1.0 if self._update_scale is None else self._update_scale
 
+    def _snapshot_grads(self) -> list[Tensor | None]:
+        if self._snapshot is None:
+            self._snapshot = self._stepper.snapshot()[1]
+        return self._snapshot.grads
+
     def _vector(self, role: str, name: str = "") -> TensorVector:
         found = self._vectors.get(role + name)
         if found is None:
@@ -343,10 +358,8 @@ class Step:
     def _make(self, role: str, name: str) -> TensorVector:
         first = self._phase in ("ascent", "radius", "wants_perturbation")
         if role == "grad":
-            if self._snapshot is None:
-                self._snapshot = self._stepper.snapshot()[1]
             scale = self._ascent_scale if first else 1.0 if self._update_scale is None else self._update_scale
-            return TensorVector(self, self._snapshot.grads, scale, role)
+            return TensorVector(self, self._snapshot_grads(), scale, role)
         if role == "ascent_grad":
             if self._kept is None:
                 raise RuntimeError(

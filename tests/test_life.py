@@ -296,8 +296,9 @@ class Lives(RuleBasedStateMachine):
                 return float(count)
 
             try:
-                fresh = runs[id(self.ours[0])] == 1 and life.optimizer.needs_second_pass
-                extra = {"fresh": fresh} if life.plain else {}
+                extra: dict[str, Any] = {}
+                if life.plain:
+                    extra = {"fresh": runs[id(self.ours[0])] == 1 and life.optimizer.needs_second_pass}
                 result = life.optimizer.step(closure, **extra)
                 assert result == 1.0 or self.method == "MicrobatchSAM of two"
             except OnPurposeError:

@@ -121,6 +121,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
         assert torch.equal(entry["exp_avg"], before[1][key]["exp_avg"])
 
 
+def test_nan_stays_nan_where_nothing_is_checked(backend: str) -> None:
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = SAM([p], Lion, rho=0.0, lr=0.1, check_update=False, backend=backend)
+    plain = Lion([q], lr=0.1)
+    for w in (p, q):
+        w.grad = torch.tensor([1.0, float("nan"), -2.0])
+    optimizer.step()
+    plain.step()
+    for w in (p, q):
+        torch.testing.assert_close(w.detach(), torch.tensor([0.9, float("nan"), 1.1]), equal_nan=True)
+
+
 def test_momentum_sam_displaces_along_its_average(backend: str) -> None:
     model = nets.net()
     optimizer = MomentumSAM(model.parameters(), Lion, rho=0.5, backend=backend, **OPTIONS)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from support.bits import same_bits
 from torch import Tensor, nn
 
+from examples.methods.stable_sam import StableSAM
 from fused_sam import SAM, FriendlySAM, Step
 from fused_sam.schedule import Schedule
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, local_perturbation, paired_closure, select_sharp
@@ -214,6 +215,7 @@ def test_local_perturbation_refuses_what_would_part_the_processes() -> None:
     for optimizer, message in (
         (Mixing(model.parameters(), lr=0.1), "Mixing updates the weights with the first gradient"),
         (FriendlySAM(model.parameters(), lr=0.1), "FriendlySAM averages first gradients, which"),
+        (StableSAM(model.parameters(), lr=0.1), r"StableSAM has a descent\(\) that may use the norm of the first"),
         (SAM(model.parameters(), lr=0.1, schedule=Steep()), "Steep decides by the first gradient"),
     ):
         with pytest.raises(ValueError, match=message), local_perturbation(model, optimizer):

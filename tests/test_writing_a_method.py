@@ -209,3 +209,97 @@ def test_unscaling_after_the_first_pass_is_found_out(backend: str) -> None:
             continue
         optimizer.second_step()
         torch.testing.assert_close(p.detach(), -torch.tensor([3.0, 5.0]))  # gamma 0.5 is g_s alone
+
+
+# ---- what hooks read ------------------------------------------------------------------------------------------------
+
+
+def test_weights_in_updated_are_the_new_ones(backend: str) -> None:
+    """A norm that `descent` has read is not served again after the update."""
+    seen: list[float] = []
+
+    class Reads(SAM):
+        def descent(self, step: Step) -> None:
+            seen.append(float(step.weights.norm()))
+
+        def updated(self, step: Step) -> None:
+            seen.append(float(step.weights.norm()))
+
+    p = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = Reads([p], rho=0.0, lr=1.0, backend=backend)
+    p.grad = torch.tensor([3.0, 0.0])
+    optimizer.step()
+    assert seen == [5.0, 4.0]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["fused", "wrapped"])
+def test_gradients_in_updated_have_no_loss_scale(backend: str, base: Any) -> None:
+    """A base optimizer with a step of its own has unscaled p.grad in place: it is not divided once more."""
+    seen: list[float] = []
+
+    class Reads(SAM):
+        def updated(self, step: Step) -> None:
+            seen.append(float(step.grad.norm()))
+
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = Reads([p], base, rho=0.1, lr=0.1, backend=backend)
+    for scale in (None, 8.0):
+        factor = scale or 1.0
+        p.grad = torch.tensor([1.0, 1.0]) * factor
+        optimizer.first_step(grad_scale=scale)
+        p.grad = torch.tensor([3.0, 4.0]) * factor
+        if scale is not None:  # as GradScaler sets them
+            optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
+        optimizer.second_step()
+    assert seen == pytest.approx([5.0, 5.0])
+
+
+def test_options_that_are_whole_numbers() -> None:
+    class Counts(SAM):
+        OPTIONS = {"any": option(5), "few": option(2, low=1, high=3)}  # noqa: RUF012
+
+    p = nn.Parameter(torch.ones(1))
+    assert Counts([p], any=-7, lr=0.1).any == -7  # type: ignore[attr-defined]
+    for wrong, error in ((4, ValueError), (0, ValueError), (2.0, TypeError), (True, TypeError)):
+        with pytest.raises(error, match="Counts's option few must be"):
+            Counts([p], few=wrong, lr=0.1)
+
+
+def test_a_method_that_asks_for_its_own_decision_is_told(backend: str) -> None:
+    class Asks(SAM):
+        def wants_perturbation(self, step: Step) -> bool:
+            return step.scheduled
+
+    model = nets.net()
+    optimizer = Asks(model.parameters(), lr=0.1, backend=backend)
+    nets.loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match=r"Asks.wants_perturbation\(\) asks whether this step perturbs"):
+        optimizer.first_step()
+    assert not optimizer.perturbed
+
+
+@DTYPES
+def test_a_running_average_in_one_launch(backend: str, dtype: torch.dtype) -> None:
+    """lerp_() of a state: zeros at first, then an exponential moving average; a skipped step leaves it."""
+
+    class Averages(SAM):
+        def updated(self, step: Step) -> None:
+            step.state("average").lerp_(step.grad, 0.25)
+
+    model, groups = model_and_groups(dtype)
+    optimizer = Averages(groups, backend=backend, **options())
+    average = [torch.zeros_like(p, dtype=torch.float64) for p in model.parameters()]
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.step(nets.closure_for(model, step))
+        average = [0.75 * m + 0.25 * p.grad.double() for m, p in zip(average, model.parameters(), strict=True)]  # type: ignore[union-attr]
+    for p, m in zip(model.parameters(), average, strict=True):
+        torch.testing.assert_close(optimizer.state[p]["average"].double(), m, rtol=1e-5, atol=1e-7)
+    before = [optimizer.state[p]["average"].clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    nets.loss_of(model, 0).backward()
+    optimizer.first_step(zero_grad=True)
+    nets.loss_of(model, 0).backward()
+    next(model.parameters()).grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
+    optimizer.second_step()
+    assert_same_bits([optimizer.state[p]["average"] for p in model.parameters()], before)

@@ -154,7 +154,8 @@ class Reference(Backend):
 
         def step(i: int, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
             m, lr = _of(table, "exp_avg", i), float(h.lr)
-            direction = m.lerp(d, 1 - h.beta1).sign()
+            c = m.lerp(d, 1 - h.beta1)
+            direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
             m.lerp_(d, 1 - h.beta2)
             return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
 

@@ -68,7 +68,10 @@ class Option:
                 raise TypeError(f"{title} must be True or False, not {value!r}")
             return bool(value)
         if self.type is int:
-            return check_count(title, value, int(self.low))
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{title} must be a whole number, not {value!r}")
+            check_range(title, value, self.low, self.high, open_low=self.open_low, open_high=self.open_high)
+            return value
         return check_range(title, value, self.low, self.high, open_low=self.open_low, open_high=self.open_high)
 
 

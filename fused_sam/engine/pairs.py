@@ -108,6 +108,12 @@ def axpby(
             row.backend.axpby(VectorPair(to, column), to, step, status)
 
 
+def ema(plan: Plan, x: Vector, y: Vector, decay: float, status: Status | None = None) -> None:
+    """Write x = decay * x + (1 - decay) * y; with a status, nothing where skip is set."""
+    for row, pair in pairs_of(plan, x, y):
+        row.backend.ema(pair, decay, status)
+
+
 def as_scalar(c: Number, device: torch.device) -> Tensor:
     """Return c as a 0-dim tensor on the device, filled there: a copy from the host cannot be in a CUDA graph."""
     if isinstance(c, Tensor):

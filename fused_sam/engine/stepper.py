@@ -107,6 +107,7 @@ class Stepper:
         self.plain_step_is_meant = False  # True once two steps or needs_second_pass were used, or a warning was given
         self.suspended = False  # True inside `with unperturbed()`
         self.took_update_norm = False
+        self.scaled_grads = False  # True if the update has unscaled and clipped the gradients in place
         self.keeps_skip = False  # True if the descent hook has set the skip flag
         self.changed_update = False  # True if the descent hook has changed the gradients of the update
         self.grad_scale: Tensor | None = None  # that the last update's gradients had
@@ -275,6 +276,7 @@ class Stepper:
             try:
                 self._check_finite(plan, update.calls, snapshot, keep_skip=perturbed is not None)
                 self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
+                self.scaled_grads = self.base.rule is None and not self.known_skip()
             finally:
                 plan.detach(update.calls)
             if update.new and not self.known_skip():

@@ -141,7 +141,14 @@ class TensorVector:
     def lerp_(self, other: TensorVector, weight: float) -> TensorVector:
         """self = (1 - weight) * self + weight * other: an exponential moving average of `other`."""
         self._check_other(other, "lerp_()")
-        return self._write(other, 1 - weight, weight, "lerp_()")
+        if self._scale is not other._scale or self._pattern() != other._pattern():
+            return self._write(other, 1 - weight, weight, "lerp_()")
+        status, skipped = self._step._writable(self, other._tensors, "lerp_()")
+        if not skipped:
+            pairs.ema(self._step._plan, self._tensors, other._tensors, 1 - weight, status)
+            self._square = None
+            self._step._wrote(self)
+        return self
 
     def copy_(self, source: TensorVector | Combination) -> TensorVector:
         """self = source. A combination is written where both of its vectors have a tensor, in one launch."""

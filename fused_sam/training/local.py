@@ -42,9 +42,13 @@ def local_perturbation(model: nn.Module, optimizer: SAM) -> Iterator[None]:
             f"local_perturbation() needs a model in DistributedDataParallel, not {type(model).__name__}: "
             "a single process has no part of its own"
         )
+    use = None
     if optimizer.keeps_ascent_grad:
         combines = optimizer.combines_grads
         use = "updates the weights with the first gradient too" if combines else "averages first gradients"
+    elif not getattr(type(optimizer).descent, "is_default", False):
+        use = "has a descent() that may use the norm of the first gradient"
+    if use is not None:
         raise ValueError(
             f"{type(optimizer).__name__} {use}, which a local perturbation leaves different on each process: "
             "perturb by the averaged gradient (local=False)"

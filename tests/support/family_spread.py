@@ -1,4 +1,4 @@
-"""What the workers of tests/test_variants_distributed.py run: methods of the family on weights spread over them."""
+"""What the workers of tests/test_methods_distributed.py run: methods of the family on weights spread over them."""
 
 from __future__ import annotations
 
