@@ -5,7 +5,7 @@
 
 from . import backends, schedule, training
 from .engine.rounding import RoundingWarning
-from .engine.user_warnings import PlainStepWarning
+from .engine.user_warnings import AbandonedStepWarning, PlainStepWarning
 from .info import __version__
 from .methods import *  # noqa: F403  # every method of the registry
 from .methods import METHODS
@@ -14,6 +14,7 @@ from .step import Step, TensorVector, option
 
 __all__ = [
     "METHODS",
+    "AbandonedStepWarning",
     "Lion",
     "PlainStepWarning",
     "RoundingWarning",

@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from .engine.base_optimizers import WrappedBase, check_base
+from .engine.base_optimizers import WrappedBase, check_base, option_names
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
 from .engine.options import (
     Option,
@@ -37,6 +37,7 @@ from .engine.options import (
 from .engine.plan import Precision
 from .engine.stale_grads import has_new_grads
 from .engine.stepper import Settings, Stepper
+from .engine.user_warnings import warn_of_abandoned_step
 from .step import Number, Schedule, Step
 
 _EPS = 1e-12
@@ -61,8 +62,9 @@ class SAM(Optimizer):
     Args:
         params: parameters, named parameters, or parameter groups: dicts, which may set rho, adaptive, eta, perturb and
             the base optimizer's options. All other arguments are the same for all groups.
-        base_optimizer: an optimizer class. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo.
-            Any other class is wrapped: fused perturbation and undo, and its own step, train() and eval().
+        base_optimizer: an optimizer class, or a callable that makes an optimizer of parameter groups, such as a
+            functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
+            is wrapped: fused perturbation and undo, and its own step, train() and eval().
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
         adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
@@ -97,7 +99,7 @@ class SAM(Optimizer):
     `skipped` and `check_update`.
 
     Raises:
-        TypeError: base_optimizer is no class, params hold no tensors, or complex weights.
+        TypeError: base_optimizer makes no optimizer, params hold no tensors, or complex weights.
         ValueError: an option out of range, or one for all groups in a group, an unknown backend, duplicate parameters,
             parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
         RuntimeError: a backend asked for by name cannot run here.
@@ -190,7 +192,7 @@ class SAM(Optimizer):
     def __init__(
         self,
         params: ParamsT,
-        base_optimizer: type[Optimizer] = torch.optim.SGD,
+        base_optimizer: Callable[..., Optimizer] = torch.optim.SGD,
         rho: float = _DEFAULT,
         adaptive: bool = _DEFAULT,
         *,
@@ -205,17 +207,18 @@ class SAM(Optimizer):
         schedule: Schedule | None = None,
         **base_options: Any,
     ) -> None:
-        if isinstance(base_optimizer, type) and issubclass(base_optimizer, SAM):
+        given: Any = base_optimizer
+        if isinstance(given, type) and issubclass(given, SAM):
             raise TypeError(
-                f"base_optimizer is {base_optimizer.__name__}, which is SAM itself: "
+                f"base_optimizer is {given.__name__}, which is SAM itself: "
                 "pass the optimizer that is to move the weights, such as torch.optim.SGD"
             )
         check_base(base_optimizer)
         set_options(self, self._options, base_options)
+        if eps is not None and "eps" in option_names(base_optimizer):
+            base_options["eps"], eps = eps, None  # of any form that the base optimizer takes
         if eps is not None and not (is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
-        if eps is not None and "eps" in inspect.signature(base_optimizer).parameters:
-            base_options["eps"], eps = eps, None
         if max_norm is not None:
             check_range("max_norm", max_norm, 0.0, math.inf, open_low=True)
         if master_weights and stochastic_rounding:
@@ -226,7 +229,7 @@ class SAM(Optimizer):
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be one of fused_sam.schedule's, such as Every(10), not {schedule!r}")
         self._settings = Settings(
-            base_class=base_optimizer,
+            base_optimizer=base_optimizer,
             base_options=base_options,
             backend=backend,
             eps=_EPS if eps is None else float(eps),
@@ -238,9 +241,9 @@ class SAM(Optimizer):
             schedule=schedule,
         )
         self._stepper: Stepper | None = None
-        given = {"rho": rho, "adaptive": adaptive, "eta": eta}
+        passed = {"rho": rho, "adaptive": adaptive, "eta": eta}
         usual = {**_DEFAULTS, **self.DEFAULTS}
-        own = {name: usual[name] if value is _DEFAULT else value for name, value in given.items()}
+        own = {name: usual[name] if value is _DEFAULT else value for name, value in passed.items()}
         own.update(perturb=True, **self.group_state())
         self._own_options = tuple(own)
         super().__init__(params, own)
@@ -290,16 +293,21 @@ class SAM(Optimizer):
             grad_scale: what the loss was multiplied by, scaler.get_scale(). SAM itself does not need it; methods that
                 compare gradients of different steps do (see `needs_grad_scale`). Sets `ascent_grad_scale`.
 
+        If the weights are perturbed already, because a loop has skipped a batch after its first_step(), that
+        perturbation is undone first, with one warning.
+
         Raises:
-            RuntimeError: the weights are perturbed already, or a gradient is sparse.
+            RuntimeError: a gradient is sparse, or the call comes from the closure of step(closure).
         """
         stepper = self._usable("first_step()")
         stepper.plain_step_is_meant = True
+        if stepper.in_closure:
+            raise RuntimeError("first_step() was called inside the closure of step(closure), which makes both passes")
         if stepper.perturbed is not None:
-            raise RuntimeError(
-                "first_step() was called twice: the weights are perturbed already; call second_step() to update, "
-                "or restore() to undo the perturbation without an update"
-            )
+            self.restore()
+            if not stepper.warned_of_abandoned_step:
+                stepper.warned_of_abandoned_step = True
+                warn_of_abandoned_step()
         if grad_scale is not None:
             self.ascent_grad_scale = grad_scale
         with_grad = torch.is_grad_enabled()
@@ -367,7 +375,7 @@ class SAM(Optimizer):
                 "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
                 "first_step() began, or restore() to undo it"
             )
-        evaluate = torch.enable_grad()(closure)
+        evaluate = self.evaluating(closure)
         try:
             new = self._may_perturb() and has_new_grads(p for group in self.param_groups for p in group["params"])
             if not new:
@@ -396,6 +404,20 @@ class SAM(Optimizer):
         finally:
             torch._C._set_grad_enabled(with_grad)
         self.__dict__.pop("ascent_grad_scale", None)
+
+    def evaluating(self, closure: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the closure with gradients enabled, in which steps of its own are refused."""
+        stepper = self.stepper
+
+        @torch.enable_grad()
+        def evaluate(*arguments: Any) -> Any:
+            stepper.in_closure = True
+            try:
+                return closure(*arguments)
+            finally:
+                stepper.in_closure = False
+
+        return evaluate
 
     def check_closure(self) -> None:
         """Raise RuntimeError if step(closure) runs under a GradScaler."""
@@ -521,7 +543,7 @@ class SAM(Optimizer):
     def _refuse_common_options(self, group: dict[str, Any], k: int) -> None:
         """Refuse options in a group that only the constructor reads."""
         common = [p.name for p in inspect.signature(SAM.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        base = inspect.signature(self._settings.base_class).parameters
+        base = option_names(self._settings.base_optimizer)
         names = {*common, *self._options, "base_optimizer"} - {*self._own_options, *base}
         if clash := sorted(names & group.keys()):
             raise ValueError(
@@ -562,7 +584,7 @@ class SAM(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
         checked: dict[str, Any] = {}
-        base_class, fused = self._settings.base_class, self.stepper.base.rule is not None
+        base_class, fused = self.stepper.base.cls, self.stepper.base.rule is not None
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
             renamed = rename_old_keys(adapted)

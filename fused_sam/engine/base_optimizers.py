@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -27,6 +27,7 @@ Group = dict[str, Any]  # one of an optimizer's param_groups
 class Base(Protocol):
     """What SAM asks of a base optimizer."""
 
+    cls: type[Optimizer]
     defaults: dict[str, Any]
     rule: UpdateRule | None  # None if it is not fused
 
@@ -117,7 +118,8 @@ FUSED = (
 class FusedBase:
     """A base optimizer whose update is one primitive: it undoes the perturbation and takes the step."""
 
-    def __init__(self, fused: Fused, defaults: dict[str, Any]) -> None:
+    def __init__(self, fused: Fused, cls: type[Optimizer], defaults: dict[str, Any]) -> None:
+        self.cls = cls
         self.rule: UpdateRule | None = fused.rule
         self.defaults = defaults
         self._name = fused.rule.name
@@ -153,6 +155,7 @@ class WrappedBase:
     def __init__(self, optimizer: Optimizer, inner: Optimizer) -> None:
         self._optimizer = optimizer
         self._inner = inner
+        self.cls = type(inner)
         self.defaults = inner.defaults
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
@@ -195,19 +198,27 @@ class WrappedBase:
         return self._inner
 
 
-def make_base(cls: type[Optimizer], optimizer: Optimizer, options: dict[str, Any]) -> Base:
-    """Return the base optimizer `cls(**options)` over the groups and the state of `optimizer`.
+def make_base(base: Callable[..., Optimizer], optimizer: Optimizer, options: dict[str, Any]) -> Base:
+    """Return the base optimizer `base(groups, **options)` over the groups and the state of `optimizer`.
 
-    Raises whatever `cls` raises for options that it does not take.
+    Raises what `base` raises for options that it does not take, and TypeError if it does not make an optimizer.
     """
-    inner = cls(optimizer.param_groups, **options)
+    inner = base(optimizer.param_groups, **options)
+    if not isinstance(inner, Optimizer):
+        raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
+    cls = type(inner)
+    check_base_class(cls)
+    if [list(map(id, group["params"])) for group in inner.param_groups] != [
+        list(map(id, group["params"])) for group in optimizer.param_groups
+    ]:
+        raise TypeError(f"base_optimizer {base!r} made an optimizer of other parameters than those it was given")
     optimizer.param_groups = inner.param_groups
     for p, entry in inner.state.items():  # Adagrad fills its state before the first step
         optimizer.state.setdefault(p, entry)
     if not any(group.get("differentiable") for group in inner.param_groups):
         for fused in FUSED:
             if cls in fused.classes:
-                return FusedBase(fused, inner.defaults)
+                return FusedBase(fused, cls, inner.defaults)
     return WrappedBase(optimizer, inner)
 
 
@@ -217,15 +228,32 @@ def fused_names() -> str:
     return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
-def check_base(cls: Any) -> None:
-    """Raise TypeError for anything but an optimizer class that SAM can take as its base optimizer."""
-    if isinstance(cls, Optimizer):
+def check_base(base: Any) -> None:
+    """Raise TypeError for anything but an optimizer class, or a callable that may make an optimizer."""
+    if isinstance(base, Optimizer):
         raise TypeError(
-            f"base_optimizer is an instance of {type(cls).__name__}; pass the class, and its options as keywords: "
-            f"SAM(params, {type(cls).__name__}, lr=..., ...)"
+            f"base_optimizer is an instance of {type(base).__name__}; pass the class, and its options as keywords: "
+            f"SAM(params, {type(base).__name__}, lr=..., ...)"
         )
-    if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
-        raise TypeError(f"base_optimizer must be a torch.optim.Optimizer class such as torch.optim.SGD, not {cls!r}")
+    if isinstance(base, type) and issubclass(base, Optimizer):
+        check_base_class(base)
+    elif isinstance(base, type) or not callable(base):
+        raise TypeError(
+            "base_optimizer must be a torch.optim.Optimizer class such as torch.optim.SGD, or a callable that makes an "
+            f"optimizer of parameter groups, such as functools.partial(torch.optim.SGD, lr=0.1), not {base!r}"
+        )
+
+
+def option_names(base: Callable[..., Optimizer]) -> Collection[str]:
+    """Return the names of the options that a base optimizer takes, as far as its signature lists them."""
+    try:
+        return inspect.signature(base).parameters
+    except (TypeError, ValueError):  # a callable of C
+        return ()
+
+
+def check_base_class(cls: type[Optimizer]) -> None:
+    """Raise TypeError for an optimizer class that SAM cannot take as its base optimizer."""
     clash = [name for name in ("rho", "adaptive", "eta", "perturb") if name in inspect.signature(cls).parameters]
     if clash:
         raise TypeError(

@@ -9,7 +9,7 @@ fused_sam/sam.py is the facade. The hooks are those of a method (fused_sam/metho
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import itemgetter
@@ -38,7 +38,7 @@ _PERTURB = itemgetter("perturb")
 class Settings:
     """SAM's options that are the same for all groups."""
 
-    base_class: type[Optimizer]
+    base_optimizer: Callable[..., Optimizer]  # a class, or what makes an optimizer of parameter groups
     base_options: dict[str, Any]
     backend: str
     eps: float
@@ -100,11 +100,13 @@ class Stepper:
         self.settings = settings
         self.schedule = settings.schedule
         self.backend = backends.choose(settings.backend, self.device())
-        self.base = make_base(settings.base_class, optimizer, settings.base_options)
+        self.base = make_base(settings.base_optimizer, optimizer, settings.base_options)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
         self.plain_step_is_meant = False  # True once two steps or needs_second_pass were used, or a warning was given
+        self.warned_of_abandoned_step = False
+        self.in_closure = False  # True while step(closure) evaluates the closure
         self.suspended = False  # True inside `with unperturbed()`
         self.took_update_norm = False
         self.scaled_grads = False  # True if the update has unscaled and clipped the gradients in place
@@ -340,7 +342,7 @@ class Stepper:
         moves = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
         if moves and self.any_perturbed(self.perturb_groups()):
             self.plain_step_is_meant = True
-            warn_of_plain_step(type(self.optimizer).__name__, self.settings.base_class.__name__)
+            warn_of_plain_step(type(self.optimizer).__name__, self.base.cls.__name__)
 
     # ---- undoing --------------------------------------------------------------------------------------------
 
@@ -517,7 +519,7 @@ class Stepper:
                 raise ValueError(f"{name}=True is for bf16 and fp16 weights, and there are none: leave it out")
             if getattr(precision, name) and isinstance(self.base, WrappedBase):
                 raise ValueError(
-                    f"{name} needs a fused base optimizer ({fused_names()}), not {self.settings.base_class.__name__}"
+                    f"{name} needs a fused base optimizer ({fused_names()}), not {self.base.cls.__name__}"
                 )
         if low and not (precision.master_weights or precision.stochastic_rounding):
             warn_of_rounding(groups)

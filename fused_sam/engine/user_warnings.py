@@ -11,6 +11,21 @@ class PlainStepWarning(UserWarning):
     """Warns that step() made a plain step of the base optimizer, although a step of SAM was probably meant."""
 
 
+class AbandonedStepWarning(UserWarning):
+    """Warns that first_step() found perturbed weights, because the step before it was not finished."""
+
+
+def warn_of_abandoned_step() -> None:
+    """Warn, at the user's line, that the perturbation of an unfinished step was undone."""
+    warnings.warn(
+        "first_step() found the weights still perturbed: the step before it was not finished. The weights were "
+        "restored, but the gradients of this step were computed at the perturbed weights. If a loop skips a batch "
+        "after first_step(), call restore() there",
+        AbandonedStepWarning,
+        stacklevel=_stacklevel_of_user(),
+    )
+
+
 def warn_of_plain_step(name: str, base: str) -> None:
     """Warn, at the user's line, that nothing was perturbed."""
     warnings.warn(

@@ -61,7 +61,7 @@ class ESAM(SAM):
     needs_grad_scale = False
 
     def __init__(
-        self, params: ParamsT, base_optimizer: type[Optimizer] = torch.optim.SGD, *args: Any, **options: Any
+        self, params: ParamsT, base_optimizer: Callable[..., Optimizer] = torch.optim.SGD, *args: Any, **options: Any
     ) -> None:
         schedule = options.get("schedule")
         if options.get("mask") == "tensors" and getattr(schedule, "needs_gradients", False):

@@ -9,7 +9,6 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fused_sam.engine.layout import owned
@@ -113,7 +112,7 @@ class MicrobatchSAM(SAM):
             raise RuntimeError("step(closure) was called within a step: finish it with step(), or restore() to undo it")
         self.adds = True
         try:
-            total = self.evaluate(torch.enable_grad()(closure))
+            total = self.evaluate(self.evaluating(closure))
             self.update()
         finally:
             self.adds = False

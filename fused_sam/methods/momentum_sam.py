@@ -53,7 +53,7 @@ class MomentumSAM(SAM):
     """True between train() and eval()."""
 
     def __init__(
-        self, params: ParamsT, base_optimizer: type[Optimizer] = torch.optim.SGD, *args: Any, **options: Any
+        self, params: ParamsT, base_optimizer: Callable[..., Optimizer] = torch.optim.SGD, *args: Any, **options: Any
     ) -> None:
         if getattr(options.get("schedule"), "needs_gradients", False):
             raise ValueError(
@@ -61,7 +61,8 @@ class MomentumSAM(SAM):
             )
         super().__init__(params, base_optimizer, *args, **options)
         if self.stepper.base.rule is None:
-            raise TypeError(f"MomentumSAM needs torch.optim.SGD, Adam, AdamW or Lion, not {base_optimizer.__name__}")
+            base = self.stepper.base.cls.__name__
+            raise TypeError(f"MomentumSAM needs torch.optim.SGD, Adam, AdamW or Lion, not {base}")
         for k in range(len(self.param_groups)):
             self.check_momentum(k)
 
@@ -166,7 +167,7 @@ class MomentumSAM(SAM):
         self.stepper.plain_step_is_meant = True
         if closure is not None:
             self.zero_grad()
-            loss = torch.enable_grad()(closure)()
+            loss = self.evaluating(closure)()
         super().run_step(None)
         return loss
 

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -56,7 +57,7 @@ class WSAM(SAM):
     combines_grads = True
 
     def __init__(
-        self, params: ParamsT, base_optimizer: type[Optimizer] = torch.optim.SGD, *args: Any, **options: Any
+        self, params: ParamsT, base_optimizer: Callable[..., Optimizer] = torch.optim.SGD, *args: Any, **options: Any
     ) -> None:
         if options.get("decouple", True) and options.get("stochastic_rounding"):
             raise ValueError("stochastic_rounding needs decouple=False; with decouple=True use master_weights=True")
