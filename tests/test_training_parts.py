@@ -267,8 +267,7 @@ def test_taking_samples_by_slice_copies_nothing() -> None:
 @pytest.mark.parametrize(
     ("batch", "microbatches", "message"),
     [
-        (torch.zeros(3), 4, "1 to the batch's 3 samples, not 4"),
-        (torch.zeros(3), 0, "1 to the batch's 3 samples, not 0"),
+        (torch.zeros(3), 0, "microbatches must be at least 1, not 0"),
         ("text", 2, "found no tensor"),
         (torch.zeros(0, 4), 2, "at least one sample"),
         ((torch.zeros(4, 2), {"mask": torch.zeros(5)}), 2, r"is 4, but batch\[1\]\['mask'\] has 5"),

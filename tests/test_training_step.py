@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.nn.functional import cross_entropy
 
+import fused_sam
 from fused_sam import SAM
 from fused_sam.schedule import Every
 from fused_sam.training import frozen_batch_norm, sam_step, select_sharp
@@ -332,7 +333,6 @@ def test_a_schedule_makes_one_pass_between_its_perturbations() -> None:
     [
         ({"ascent_fraction": 0.0}, "ascent_fraction must be above 0"),
         ({"ascent_fraction": 1.5}, "ascent_fraction must be above 0"),
-        ({"microbatches": 33}, "1 to the batch's 32 samples, not 33"),
     ],
 )
 def test_options_out_of_range_are_refused_before_anything_runs(options: dict[str, Any], message: str) -> None:
@@ -377,3 +377,26 @@ def test_a_compiled_model_is_compiled_once_a_kind_of_pass() -> None:
         sam_step(twin, mean_loss, batch(step), other)
     assert_same_optimizers(optimizer, other)
     assert_same_bits(model.buffers(), twin.buffers())
+
+
+@pytest.mark.parametrize("method", ["SAM", "MicrobatchSAM"])
+def test_the_last_smaller_batch_of_an_epoch_takes_fewer_micro_batches(backend: str, method: str) -> None:
+    """A batch of 3 samples in 4 micro-batches is one of 3, and the next whole batch is cut in 4 again."""
+    model, twin = net(dtype=torch.float64), net(dtype=torch.float64)
+    own = {"num_microbatches": 4} if method == "MicrobatchSAM" else {}
+    less = {"num_microbatches": 3} if method == "MicrobatchSAM" else {}
+    cut = {} if own else {"microbatches": 4}
+    base: dict[str, Any] = {"rho": 0.1, "lr": 0.1, "momentum": 0.9, "backend": backend}
+    optimizer = getattr(fused_sam, method)(model.parameters(), **base, **own)
+    other = getattr(fused_sam, method)(twin.parameters(), **base, **less)
+    x, y = batch(0, torch.float64)
+    small = (x[:3], y[:3])
+    sam_step(model, mean_loss, small, optimizer, **cut)
+    sam_step(twin, mean_loss, small, other, **({} if own else {"microbatches": 3}))
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert same_bits(p, q)
+    if own:
+        assert optimizer.num_microbatches == 4
+        seen: list[int] = []
+        sam_step(model, lambda m, b: (seen.append(len(b[1])), mean_loss(m, b))[1], (x, y), optimizer)
+        assert seen == [8] * 8

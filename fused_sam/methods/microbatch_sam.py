@@ -6,7 +6,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -23,7 +24,8 @@ class MicrobatchSAM(SAM):
     classification and language tasks.
 
     Args:
-        num_microbatches: parts of a batch, all of one size (Behdin's m); 1 is SAM.
+        num_microbatches: parts of a batch, all of one size (Behdin's m); 1 is SAM. fewer_microbatches() changes it for
+            one step.
         Others: as SAM; a schedule decides once per step, with the first micro-batch.
 
         optimizer.step(closure)                       # closure(i): micro-batch i's mean loss, after backward()
@@ -146,6 +148,15 @@ class MicrobatchSAM(SAM):
                 p.grad = g
         super().run_step(None)
         self.sums, self.done, self.continues_step = None, 0, False
+
+    @contextmanager
+    def fewer_microbatches(self, count: int) -> Iterator[None]:
+        """Take the steps inside `with` over `count` micro-batches: for the last, smaller batch of an epoch."""
+        usual, self.num_microbatches = self.num_microbatches, count
+        try:
+            yield
+        finally:
+            self.num_microbatches = usual
 
     def grad_divisor(self) -> int:
         return self.done + 1

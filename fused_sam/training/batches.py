@@ -86,15 +86,18 @@ def _map_tensors(batch: Any, cut: Callable[[Tensor], Tensor]) -> Any:
 def split(batch: Any, microbatches: int | Iterable[Any]) -> list[MicroBatch]:
     """Return the batch in `microbatches` parts of nearly the same size, or the given micro-batches.
 
+    A batch of fewer samples than that is cut into its samples.
+
     Raises:
-        ValueError: there is no micro-batch, there are more of them than samples, or the batch cannot be cut.
+        ValueError: there is no micro-batch, or the batch cannot be cut.
     """
     if isinstance(microbatches, int):
         if microbatches == 1:
             return [MicroBatch(batch, size_of(batch), 1.0)]
         size = checked_size(batch, f"microbatches={microbatches}")
-        if not 1 <= microbatches <= size:
-            raise ValueError(f"microbatches must be 1 to the batch's {size} samples, not {microbatches}")
+        if microbatches < 1:
+            raise ValueError(f"microbatches must be at least 1, not {microbatches}")
+        microbatches = min(microbatches, size)  # the last batch of an epoch may be smaller
         ends = [size * k // microbatches for k in range(microbatches + 1)]
         return weighted([take(batch, slice(a, b)) for a, b in pairwise(ends)])
     if batch is not None:

@@ -73,7 +73,8 @@ def sam_step(
         autocast: dtype of torch.autocast around loss_fn, on the device of the model's first parameter.
         microbatches: a number cuts the batch into that many, and their gradients are accumulated. An iterable of
             batches replaces `batch`, which must be None. Each weighs as its samples. The step is that of the whole
-            batch if the loss is a mean over samples and no layer mixes samples.
+            batch if the loss is a mean over samples and no layer mixes samples. A batch with fewer samples, such as the
+            last one of an epoch, is cut into fewer.
         ascent_fraction: the perturbation follows the gradient of the first max(1, round(fraction * B)) samples (partial
             batch ascent, Bahri et al., arXiv 2110.08529: 1/4). Dropout masks then differ between the passes. A step
             that does not perturb uses the whole batch. Not for GSAM, WSAM, LookSAM and AdaptiveSchedule.
@@ -114,29 +115,33 @@ def sam_step(
         second=partial(frozen_batch_norm, model) if freeze_batch_norm else nullcontext,
         rng=partial(ReplayedRNG.of, model) if replay_rng and not partial_ascent else nullcontext,
     )
+    fewer: AbstractContextManager[None] = nullcontext()
+    if isinstance(optimizer, MicrobatchSAM) and len(parts) < optimizer.num_microbatches:
+        fewer = optimizer.fewer_microbatches(len(parts))
     try:
-        if isinstance(optimizer, MicrobatchSAM):
-            loss, perturbed_loss = _msam_passes(optimizer, evaluator, parts, contexts)
-        else:
-            rng = contexts.rng()
-            with optimizer.first_pass(), contexts.first():
-                loss, before = evaluator.backward(ascent_parts)
-            perturbed_loss = None
-            if optimizer.needs_second_pass:
-                optimizer.first_step(zero_grad=True)
-                with contexts.second():
-                    if gamma is not None:
+        with fewer:
+            if isinstance(optimizer, MicrobatchSAM):
+                loss, perturbed_loss = _msam_passes(optimizer, evaluator, parts, contexts)
+            else:
+                rng = contexts.rng()
+                with optimizer.first_pass(), contexts.first():
+                    loss, before = evaluator.backward(ascent_parts)
+                perturbed_loss = None
+                if optimizer.needs_second_pass:
+                    optimizer.first_step(zero_grad=True)
+                    with contexts.second():
+                        if gamma is not None:
+                            with rng:
+                                after = evaluator.losses(parts)
+                            parts = selected_samples(parts, select_sharp(torch.cat(before), after, gamma))
+                            rng = nullcontext()  # the first pass's masks are for other samples
                         with rng:
-                            after = evaluator.losses(parts)
-                        parts = selected_samples(parts, select_sharp(torch.cat(before), after, gamma))
-                        rng = nullcontext()  # the first pass's masks are for other samples
-                    with rng:
-                        perturbed_loss, _ = evaluator.backward(parts)
-        if scaler is None:
-            optimizer.step()
-        else:
-            scaler.step(optimizer)
-            scaler.update()
+                            perturbed_loss, _ = evaluator.backward(parts)
+            if scaler is None:
+                optimizer.step()
+            else:
+                scaler.step(optimizer)
+                scaler.update()
     except BaseException:
         optimizer.restore()
         raise
