@@ -31,6 +31,7 @@ from .engine.options import (
     check_range,
     declare_options,
     is_number,
+    overrides,
     set_options,
     signature_of,
 )
@@ -50,10 +51,6 @@ def _default(hook: _F) -> _F:
     """Mark a hook that does nothing, so that the stepper need not call it."""
     hook.is_default = True  # type: ignore[attr-defined]
     return hook
-
-
-def _is_default(hook: Any) -> bool:
-    return getattr(hook, "is_default", False)
 
 
 class SAM(Optimizer):
@@ -82,7 +79,7 @@ class SAM(Optimizer):
             optimizers.
         stochastic_rounding: round bf16 and fp16 weights up or down at random, so that the mean is right; the same
             numbers on every backend. For fused base optimizers.
-        seed: of all random numbers; 64 bits.
+        seed: the seed of all random numbers, a whole number of 64 bits.
         schedule: which steps perturb (fused_sam.schedule); None: every one. Any other step is the base optimizer's and
             takes one pass.
         **base_options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
@@ -99,7 +96,7 @@ class SAM(Optimizer):
     `skipped` and `check_update`.
 
     Raises:
-        TypeError: base_optimizer makes no optimizer, params hold no tensors, or complex weights.
+        TypeError: base_optimizer makes no optimizer, a parameter is no tensor, or one is complex.
         ValueError: an option out of range, or one for all groups in a group, an unknown backend, duplicate parameters,
             parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
         RuntimeError: a backend asked for by name cannot run here.
@@ -130,11 +127,12 @@ class SAM(Optimizer):
     """True if the update is skipped where the perturbation was."""
 
     combines_grads: ClassVar[bool] = False
-    """True if the update's gradient is not that of the second pass alone: it is checked under a GradScaler too, and
-    a first gradient of a part of the batch is refused. A `descent` that changes the gradient is noticed by itself."""
+    """True if the update's gradient is not that of the second pass alone. It is then checked under a GradScaler too,
+    and, with keeps_ascent_grad, a first gradient of a part of the batch is refused. SAM notices a `descent` that
+    changes the gradient by itself."""
 
     continues_step: bool = False
-    """True while a perturbation belongs to the same step as the one before it, so that a skip is kept."""
+    """True if the coming perturbation is a further one of the same step. A skip flag that is set then stays set."""
 
     mask_prob: float = 1.0
     """Share of the elements that a perturbation moves, drawn at random."""
@@ -166,11 +164,11 @@ class SAM(Optimizer):
         return True
 
     def first_pass(self) -> AbstractContextManager[None]:
-        """Return what step(closure) wraps its first evaluation in."""
+        """Return a context manager for the first evaluation of step(closure)."""
         return nullcontext()
 
     def grad_divisor(self) -> int:
-        """Return of how many gradients the update's gradient is the sum."""
+        """Return the number of gradients that p.grad is the sum of; the update divides by it."""
         return 1
 
     # ---- construction ---------------------------------------------------------------------------------------
@@ -271,7 +269,7 @@ class SAM(Optimizer):
 
     @property
     def stepper(self) -> Stepper:
-        """What perturbs, restores and updates: for methods that order the passes themselves."""
+        """The engine's Stepper, for methods that order the passes themselves."""
         stepper: Stepper | None = self.__dict__.get("_stepper")
         if stepper is None:
             raise RuntimeError(
@@ -304,8 +302,9 @@ class SAM(Optimizer):
         if stepper.in_closure:
             raise RuntimeError("first_step() was called inside the closure of step(closure), which makes both passes")
         if stepper.perturbed is not None:
+            moved = bool(stepper.perturbed)
             self.restore()
-            if not stepper.warned_of_abandoned_step:
+            if moved and not stepper.warned_of_abandoned_step:
                 stepper.warned_of_abandoned_step = True
                 warn_of_abandoned_step()
         if grad_scale is not None:
@@ -434,11 +433,11 @@ class SAM(Optimizer):
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        """Give the clean weights inside `with`, for evaluating or saving between first_step() and second_step().
+        """Restore the clean weights inside `with`, for evaluating or saving between first_step() and second_step().
 
         Perturbed weights are restored, bit for bit, and perturbed again afterwards, bit for bit. That keeps a copy of
-        the perturbed weights. Does nothing if the weights are not perturbed. What is written to the weights inside is
-        lost with the end of the step.
+        the perturbed weights. Does nothing if the weights are not perturbed. Writes to the weights inside
+        are lost when the step ends.
         """
         with self.stepper.unperturbed():
             yield
@@ -475,12 +474,12 @@ class SAM(Optimizer):
         depend on the gradients' scale.
         """
         schedule = self._settings.schedule
-        hooks = (type(self).ascent, type(self).radius)  # which may compare gradients with something else
-        return (schedule is not None and bool(schedule.needs_grad_scale)) or not all(map(_is_default, hooks))
+        compares = overrides(type(self), "ascent") or overrides(type(self), "radius")
+        return compares or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property
     def step_was_skipped(self) -> bool:
-        """`skipped` as a bool, which waits for the device: learning-rate schedulers should not step then."""
+        """`skipped` as a bool, which waits for the device. Do not step a learning-rate scheduler after such a step."""
         return bool(self.skipped)
 
     @property

@@ -1,11 +1,12 @@
-"""What a method of the SAM family sees of a step: `Step`, and vectors over all parameters, `TensorVector`.
+"""The interface of a method of the SAM family to a step: `Step`, and vectors over all parameters, `TensorVector`.
 
 A method is a subclass of SAM that overrides hooks. Each gets the step and touches nothing that begins with an
 underscore; docs/writing-a-method.md teaches it.
 
     class StableSAM(SAM):                                     # d = (||g|| / ||g_s||) g_s   (arXiv 2401.07250)
         def descent(self, step):
-            step.grad.scale_(step.ascent_norm / step.grad.norm())
+            if step.perturbed:
+                step.grad.scale_(step.ascent_norm / step.grad.norm())
 
 Numbers are 0-dim tensors on the device or Python numbers; nothing here makes the host wait for the device. Gradients
 count without the loss scale of a GradScaler, and norms and dot products are global under sharding.
@@ -53,7 +54,7 @@ class GroupRho:
 
 
 class Step:
-    """One step, as hooks see it. SAM makes one and hands it to every hook; take nothing of it beyond the step.
+    """One step of SAM, as every hook gets it. Do not use it or its vectors after the step.
 
     Attributes:
         groups: the optimizer's param_groups: dicts with rho, lr and the other options.
@@ -158,7 +159,7 @@ class Step:
 
     @property
     def _ascent_scale(self) -> Number | None:
-        """What the first gradients are multiplied by, if it was told."""
+        """The scale of the first gradients if the caller has set it, else None."""
         scale: Number | None = self._optimizer.ascent_grad_scale
         return scale.to(self._stepper.status.values) if isinstance(scale, Tensor) else scale
 
@@ -171,7 +172,7 @@ class Step:
 
     @property
     def update_grad(self) -> TensorVector | Combination:
-        """The gradient that the base optimizer gets. Set it in `descent`, to a combination of grad and ascent_grad.
+        """The gradient that the base optimizer gets. Set it in `descent`, to a sum of grad and one other vector.
 
         A parameter that has a gradient in the second pass only is updated with it as it is.
         """
@@ -203,7 +204,7 @@ class Step:
         grad._square = None
 
     def require_finite(self, vector: TensorVector) -> None:
-        """Skip the step if a number of the vector is not finite: for one that does not enter the update's gradient."""
+        """Skip the step if an element of the vector is not finite. Use it for vectors outside the update's gradient."""
         if self._phase != "descent":
             raise RuntimeError(f"{self._where()}: step.require_finite() is for the hook `descent`, before the update")
         self._skip_unless(pairs.dot(self._plan, vector._tensors, vector._tensors)[XX].isfinite())
@@ -234,6 +235,8 @@ class Step:
                 f"{self._where('radius')} must return the length of e: a number, a 0-dim tensor, step.rho times one of "
                 f"them, or None for each group's rho; not {length!r}"
             )
+        if not isinstance(factor, Tensor) and not factor >= 0:
+            raise ValueError(f"{self._where('radius')} must return a length of 0 or more, not {length!r}")
         # The kernels multiply a group's rho by the inverse norm.
         if isinstance(factor, Tensor):
             self._stepper.status.inverse_norm.mul_(factor.reshape(()))
@@ -265,14 +268,16 @@ class Step:
         if self._stepper.scaled_grads and (grad is None or grad._tensors is self._snapshot_grads()):
             # A base optimizer with a step of its own got its gradients in p.grad, unscaled and clipped.
             self._vectors["grad"] = TensorVector(self, self._snapshot_grads(), 1.0, "grad")
-        with self._in("updated"):
-            _check_none(self._optimizer.updated(self), self)
-        if self._wrote_weights:
-            self._wrote_weights = False
-            with torch.no_grad():
-                self._plan.masters.write_params()
-            self._plan.masters.record_versions()
-        self._end()
+        try:
+            with self._in("updated"):
+                _check_none(self._optimizer.updated(self), self)
+        finally:
+            if self._wrote_weights:
+                self._wrote_weights = False
+                with torch.no_grad():
+                    self._plan.masters.write_params()
+                self._plan.masters.record_versions()
+            self._end()
 
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""

@@ -402,3 +402,27 @@ def test_d24_one_optimizer_object_for_scheduler_and_hooks(backend: str) -> None:
     optimizer.param_groups[0]["lr"] = 0.0
     two_steps(model, optimizer, 3)
     assert same_bits(p, before)  # the numbers in param_groups are those that act
+
+
+@pytest.mark.parametrize("written", ["zeros", "mask", "fill"])
+def test_d31_momentum_that_a_user_has_set_to_zero_is_not_new(backend: str, written: str) -> None:
+    """Pruning multiplies momentum by a mask, which leaves -0.0; with dampening the next gradient enters in part."""
+    ends = []
+    for make in (
+        lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, foreach=False),
+        lambda p: SAM([p], torch.optim.SGD, rho=0.0, lr=0.1, momentum=0.9, dampening=0.5, backend=backend),
+    ):
+        p = nn.Parameter(torch.ones(4))
+        optimizer = make(p)
+        for _ in range(4):
+            p.grad = torch.tensor([1.0, -1.0, 2.0, -2.0])
+            optimizer.step()
+            momentum = optimizer.state[p]["momentum_buffer"]
+            if written == "zeros":
+                momentum.mul_(torch.zeros(4))
+            elif written == "mask":
+                momentum.mul_(torch.tensor([0.0, 1.0, 1.0, 0.0]))
+            else:
+                momentum.fill_(-0.0)
+        ends.append(p.detach())
+    torch.testing.assert_close(ends[1], ends[0], rtol=1e-6, atol=0)

@@ -7,8 +7,8 @@ from fused_sam import SAM, Step
 
 
 class StableSAM(SAM):
-    """SAM with the second gradient scaled to the first one's norm. Options: SAM's."""
+    """SAM with the second gradient scaled to the first one's norm, over perturbed groups. Options: SAM's."""
 
     def descent(self, step: Step) -> None:
         if step.perturbed:
-            step.grad.scale_(step.ascent_norm / step.grad.norm())
+            step.grad.scale_(step.ascent_norm / step.grad.norm().clamp(min=1e-30))

@@ -21,6 +21,8 @@ from fused_sam.optimizers import Lion
 
 from .calls import GradSnapshot, UpdatePlan
 
+_VERSION = "_fused_sam_version"  # of a momentum at the last update
+
 Group = dict[str, Any]  # one of an optimizer's param_groups
 
 
@@ -53,7 +55,7 @@ class Fused(NamedTuple):
     """A base optimizer that the backends fuse with the undo."""
 
     rule: UpdateRule
-    classes: tuple[type[Optimizer], ...]  # exactly these; a subclass may do something else
+    classes: tuple[type[Optimizer], ...]  # matched exactly, because a subclass may have another step()
     numbers: Callable[[Group], Any]  # a parameter group's hyper-parameters as the primitive takes them
     state: Callable[[Any], tuple[str, ...]]  # the names of the state that such a group uses
 
@@ -141,10 +143,27 @@ class FusedBase:
     ) -> None:
         for call in update.restore:
             call.backend.restore(call.table)
+        if self.rule is SGD and any(group.dampening != 0 for group in groups):
+            note_written_momentum(update)
         for call in update.calls:
             getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
         for step in update.empty_steps:
             step += status.skip == 0
+
+
+def note_written_momentum(update: UpdatePlan) -> None:
+    """Turn -0.0 into 0.0 in momentum that somebody else has written, such as a mask that multiplies it by 0.
+
+    The kernels take -0.0 for a momentum that was never written, which matters with dampening only. They do not raise
+    the version counter of state, so that a new version is a user's write.
+    """
+    for call in update.calls:
+        for momentum in call.table.state["momentum_buffer"]:
+            if momentum is None:
+                continue
+            if getattr(momentum, _VERSION, momentum._version) != momentum._version:
+                momentum.add_(0.0)
+            setattr(momentum, _VERSION, momentum._version)
 
 
 class WrappedBase:

@@ -1,4 +1,4 @@
-"""Parameters that are displaced along the momentum between steps, for methods of one pass.
+"""Parameters that are displaced against the momentum between steps, for methods of one pass.
 
 The displacement is a perturbation with v in place of g: norm and perturb along -v, with a backup. The next update
 undoes it. It has a status of its own, because whether the last update was skipped is still to be read.
@@ -21,7 +21,7 @@ _EMPTY: dict[str, Any] = {}
 
 
 class Displacement:
-    """Displaces a stepper's parameters along the base optimizer's momentum.
+    """Displaces a stepper's parameters against the base optimizer's momentum.
 
     Attributes:
         status: the numbers of the last displacement.

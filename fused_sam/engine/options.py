@@ -99,6 +99,11 @@ def declare_options(cls: type, base: type) -> dict[str, Option]:
     return declared
 
 
+def overrides(cls: type, name: str) -> bool:
+    """Return True if a method has its own form of a hook, whose default does nothing."""
+    return not getattr(getattr(cls, name), "is_default", False)
+
+
 def set_options(instance: Any, options: dict[str, Option], given: dict[str, Any]) -> None:
     """Set an instance's options from keywords, which are taken out of `given`, or to their defaults."""
     for name, each in options.items():

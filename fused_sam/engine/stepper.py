@@ -25,7 +25,7 @@ from fused_sam.backends.contract import LOW_PRECISION, RNG_OFFSET, SKIP, SUM, UP
 from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall
 from .displacement import Displacement
-from .options import check_group
+from .options import check_group, overrides
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import MARK, MARKED
@@ -67,16 +67,16 @@ class Context(Protocol):
         """Ask the schedule and the method whether this step perturbs."""
 
     def _replanned(self, old: Plan, new: Plan) -> None:
-        """Sort what is kept by parameter number for the new plan."""
+        """Reorder the ascent gradients for the new plan."""
 
     def _end(self) -> None:
-        """Let go of what is kept for one step."""
+        """Drop everything that belongs to one step."""
 
     def _forget(self) -> None:
         """Forget everything, because the state was replaced."""
 
     def _settle(self) -> None:
-        """Take state that a skipped update began out of the optimizer's state."""
+        """Remove state that a skipped update created."""
 
 
 class Stepper:
@@ -87,7 +87,8 @@ class Stepper:
         settings: its options.
 
     Attributes:
-        perturbed: the kernel calls that perturbed the parameters, None if they are not perturbed.
+        perturbed: between the two halves of a step, the kernel calls that perturbed the parameters: an empty list if
+            the step does not perturb. None outside of a step.
         status: the numbers that the primitives left.
         context: the Step that hooks get; SAM sets it.
     """
@@ -118,8 +119,8 @@ class Stepper:
         self._perturb_drew = False  # True if the last perturbation drew random numbers
         cls = type(optimizer)
         hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
-        self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(_overridden(cls, h) for h in hooks)
-        self._is_scaled = optimizer.is_scaled if _overridden(cls, "is_scaled") else None
+        self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(overrides(cls, h) for h in hooks)
+        self._is_scaled = optimizer.is_scaled if overrides(cls, "is_scaled") else None
         # True if primitives draw random numbers: for a mask or for stochastic rounding.
         self._random = settings.precision.stochastic_rounding or optimizer.mask_prob < 1
         self._check_precision()
@@ -169,7 +170,7 @@ class Stepper:
         """Save the parameters and add e = rho * g / (||g|| + eps), if this step perturbs; return True if it does.
 
         Args:
-            keep_skip: True keeps the skip flag of the last perturbation, which was of the same step.
+            keep_skip: True if an earlier perturbation of this step may have set the skip flag.
         """
         groups = self.perturb_groups()
         if not self.decide(groups):
@@ -255,7 +256,7 @@ class Stepper:
         """Undo the perturbation, if there is one, and update with the gradients as they are.
 
         Args:
-            divisor: the gradients are a sum of as many, whose mean is meant.
+            divisor: divide the gradients by this, the number of micro-batches that they are the sum of.
         """
         optimizer, status = self.optimizer, self.status
         perturbed = self.perturbed
@@ -295,9 +296,11 @@ class Stepper:
                 setattr(g, MARK, g._version)
         if self.schedule is not None:
             self.schedule.stepped(self.context)
-        if self._has_hooks:
-            self.context._run_updated()
-        self.decision = None
+        try:
+            if self._has_hooks:
+                self.context._run_updated()
+        finally:
+            self.decision = None
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
@@ -460,7 +463,7 @@ class Stepper:
     # ---- numbers that stay on the device --------------------------------------------------------------------
 
     def known_skip(self) -> bool:
-        """Return True if the host knows that this step is skipped. On an accelerator only the kernels do."""
+        """Return True if the skip flag is set and can be read without waiting, as on the CPU."""
         host = self.status.host
         return host is not None and host[SKIP] != 0
 
@@ -528,11 +531,6 @@ class Stepper:
 def with_twins(groups: list[PerturbGroup]) -> list[PerturbGroup]:
     """Return the groups and, after them, a twin of each that is not adaptive, for unscaled parameters."""
     return groups + [group._replace(adaptive=False) for group in groups]
-
-
-def _overridden(cls: type, name: str) -> bool:
-    """Return True if a method has its own form of a hook of SAM."""
-    return not getattr(getattr(cls, name), "is_default", False)
 
 
 def _is_distributed() -> bool:

@@ -108,13 +108,16 @@ class TensorVector:
     def items(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (parameter, tensor) pairs, for operations per tensor. DTensors if the parameters are sharded.
 
-        The tensors of gradients include the loss scale. Changing them in place is allowed where the vector may change.
+        In `ascent` and `descent` the tensors of `step.grad` may be changed in place; they include the loss scale. All
+        other vectors, and `step.grad` in other hooks, yield copies.
         """
-        self._square = None
-        self._step._wrote(self)
+        writable = self._role == "" or (self._role == "grad" and self._step._phase in ("ascent", "descent"))
+        if writable:
+            self._square = None
+            self._step._wrote(self)
         for p, t in zip(self._step._plan.params, self._tensors, strict=True):
             if t is not None:
-                yield p, like(t, p)
+                yield p, like(t if writable else t.clone(), p)
 
     def group(self, k: int) -> TensorVector:
         """Return the part of the vector that belongs to parameter group k, on the same memory."""
@@ -263,6 +266,9 @@ class Combination:
 
     __rmul__ = __mul__
 
+    def __truediv__(self, a: Number) -> Combination:
+        return self * (1 / a)
+
     def __neg__(self) -> Combination:
         return self * -1.0
 
@@ -283,10 +289,6 @@ class Combination:
 
 def is_one(a: Number) -> bool:
     return not isinstance(a, Tensor) and a == 1
-
-
-def is_zero(a: Number) -> bool:
-    return not isinstance(a, Tensor) and a == 0
 
 
 def times(a: Number, b: Number) -> Number:

@@ -33,10 +33,10 @@ class ESAM(SAM):
             loss, and reads `selects`; step(closure) cannot and raises an error. By hand:
             fused_sam.training.select_sharp.
         mask: "elements": each weight by itself, drawn within the kernel and never stored; ||g|| is over all. "tensors":
-            whole tensors, as in the authors' program, among those that had a gradient in the last step. The others'
-            gradients are not computed (except in the first step), and ||g|| is over those chosen. step(closure) does
-            that; in a hand-written loop put the first pass within `with optimizer.first_pass():`. Not for
-            DistributedDataParallel, which waits for every gradient.
+            whole tensors, as in the authors' program, among those that had a gradient in the last step. Gradients of
+            tensors that are not drawn are not computed (except in the first step), and ||g|| is over those drawn.
+            step(closure) does that. In a hand-written loop put the first pass within
+            `with optimizer.first_pass():`. Not for DistributedDataParallel, which waits for every gradient.
         Others: as SAM. Draws are a function of `seed` and their number, which a state_dict carries.
 
     Raises:

@@ -1,4 +1,4 @@
-"""GSAM: SAM's gradient, and downhill as well for the gap between the perturbed loss and the loss.
+"""GSAM: SAM that also reduces the surrogate gap L(w + e) - L(w).
 
     c = <g, g_s> / (||g|| ||g_s||);  d = g_s - alpha (g - c ||g|| g_s / ||g_s||);  w = BASE(w, d)
 """
@@ -22,8 +22,8 @@ class GSAM(SAM):
         Others: as SAM. The paper ties rho to the learning rate: fused_sam.schedule.RhoProportionalToLR.
 
     first_step() takes the gradients from the parameters. A weight that has a gradient in the second pass only is
-    updated with it as it is. Under a GradScaler the combined gradient is checked too. The scaler does not learn of a
-    step that is skipped by that check.
+    updated with it as it is. Under a GradScaler the combined gradient is checked too. The scaler does not lower its
+    scale for a step that is skipped so.
 
     Raises:
         TypeError, ValueError: alpha out of range; as SAM.

@@ -28,7 +28,7 @@ class LookSAM(SAM):
     g_v is "sharpness_direction" in the state. A step without one, such as the first after loading another optimizer's
     checkpoint, is a SAM step. The direction has no scale, so a GradScaler needs no care. Norms are global, over the
     weights that have both a gradient and a direction. first_step() takes the gradients from the parameters. Under a
-    GradScaler the combined gradient is checked too; the scaler does not learn of a step that is skipped by that.
+    GradScaler the combined gradient is checked too. The scaler does not lower its scale for such a step.
 
     Raises:
         TypeError, ValueError: k or alpha out of range; as SAM.
@@ -56,7 +56,7 @@ class LookSAM(SAM):
 
     def descent(self, step: Step) -> None:
         direction = step.state("sharpness_direction")
-        if step.scheduled and not self.needs_second_pass:
+        if step.scheduled and not self.needs_second_pass:  # a plain step in place of a due second pass adds nothing
             p = step.grad.products(direction)
             ratio = torch.where(p.yy > 0, (p.xx / p.yy).sqrt(), 0.0)
             step.update_grad = step.grad + self.alpha * ratio * direction

@@ -47,7 +47,7 @@ class MicrobatchSAM(SAM):
     model.zero_grad(), which a closure may call. The update divides by num_microbatches. To clip the mean use max_norm,
     because clip_grad_norm_ before second_step() clips the sum, which is k times as long. If a step does not perturb,
     leave first_step() and its backward() out. A gradient that is not finite in any micro-batch skips the whole step.
-    Under a GradScaler the sum is checked too; the scaler does not learn of a step that is skipped by that.
+    Under a GradScaler the sum is checked too. The scaler does not lower its scale for such a step.
 
     Raises:
         TypeError, ValueError: num_microbatches is no whole number of at least 1; as SAM.

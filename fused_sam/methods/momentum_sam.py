@@ -1,4 +1,4 @@
-"""Momentum-SAM: the weights stand displaced along the momentum while the gradient is taken; one pass per step.
+"""Momentum-SAM: the weights stand displaced against the momentum while the gradient is taken; one pass per step.
 
     stored: w~ = w - rho v / ||v||
     g = grad L(w~);  w = w~ + rho v / ||v||;  v = mu v + g;  w = w - lr v;  w~ = w - rho v / ||v||

@@ -32,8 +32,8 @@ class WSAM(SAM):
             authors' program clips g and g_s each by its own norm.
 
     first_step() takes the gradients from the parameters; after a decoupled step p.grad holds g. `update_norm` is of
-    what the base optimizer got. Under a GradScaler the combined gradient is checked too; the scaler does not learn of a
-    step that is skipped by that.
+    what the base optimizer got. Under a GradScaler the combined gradient is checked too. The scaler does not lower its
+    scale for a step that is skipped so.
 
     Raises:
         TypeError, ValueError: gamma out of range; as SAM. stochastic_rounding with decouple=True, which moves the

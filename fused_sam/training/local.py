@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import nn
 
+from fused_sam.engine.options import overrides
 from fused_sam.sam import SAM
 
 
@@ -46,7 +47,7 @@ def local_perturbation(model: nn.Module, optimizer: SAM) -> Iterator[None]:
     if optimizer.keeps_ascent_grad:
         combines = optimizer.combines_grads
         use = "updates the weights with the first gradient too" if combines else "averages first gradients"
-    elif not getattr(type(optimizer).descent, "is_default", False):
+    elif overrides(type(optimizer), "descent"):
         use = "has a descent() that may use the norm of the first gradient"
     if use is not None:
         raise ValueError(
