@@ -36,7 +36,7 @@ test: $(STAMPS)/extra-dev
 	$(PY) setup.py --quiet build_ext --inplace
 	@touch $(STAMPS)/native
 	@$(MAKE) --no-print-directory test-cpp lint
-	$(PY) -m pytest --numprocesses auto --dist loadfile $(ARGS)
+	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-cpp: $(STAMPS)/build-tools
 	@.venv/bin/cmake -S . -B build/test-cpp -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja" \

@@ -470,11 +470,12 @@ class SAM(Optimizer):
     def needs_grad_scale(self) -> bool:
         """True if `ascent_grad_scale` must be set under a GradScaler, because gradients of several steps are compared.
 
-        By default True for methods with an `ascent` or a `radius` hook; a class sets it to False if its hooks do not
-        depend on the gradients' scale.
+        By default True for methods with an `ascent`, `radius` or `descent` hook; a class sets it to False if its hooks
+        do not depend on the gradients' scale. A method that compares the two gradients of one step needs it only if
+        scaler.unscale_() comes between.
         """
         schedule = self._settings.schedule
-        compares = overrides(type(self), "ascent") or overrides(type(self), "radius")
+        compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
         return compares or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property

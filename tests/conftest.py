@@ -1,4 +1,4 @@
-"""Fixtures of all tests: a backend to run on, and nothing of the environment that would choose another one."""
+"""Fixtures of all tests. They name the backend and remove the environment variable that would choose another one."""
 
 from __future__ import annotations
 
@@ -9,24 +9,32 @@ import torch
 from support.backends import NAMES, VARIANTS, Variant
 
 
+# Files of few tests that take a minute or more each: they begin first, so that no worker waits for them at the end.
+SLOW = ("test_triton_interpret.py", "test_cuda_machine_code.py", "test_cuda_source.py", "test_life.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: SLOW.index(item.path.name) if item.path.name in SLOW else len(SLOW))
+
+
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.delenv("FUSED_SAM_BACKEND", raising=False)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # what is tested is small; tests of threads set their number
+    torch.set_num_threads(1)  # the tensors are small; tests of threads set the number
     yield
     torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=VARIANTS, ids=str)
 def variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
-    """Every backend, the C++ one once for each instruction set."""
+    """Yield every backend. The C++ backend comes once per instruction set."""
     with request.param.active():
         yield request.param
 
 
 @pytest.fixture(params=NAMES)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of each backend, with the instruction set it would choose."""
+    """Return the name of each backend, which chooses its instruction set itself."""
     return request.param

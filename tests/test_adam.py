@@ -1,4 +1,4 @@
-"""Adam and AdamW fused with the undo: torch's numbers, torch's state, torch's checkpoints."""
+"""Tests of the fused Adam and AdamW: they have torch's results, state and checkpoints."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.bits import Snapshot, assert_same_bits
-from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, drive, set_gradients, values, weights
+from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, set_gradients, take_steps, values, weights
 from support.nets import loss_of, net, train, two_steps
 from torch import nn
 
@@ -26,14 +26,14 @@ OPTIONS: dict[str, tuple[Any, dict[str, Any]]] = {
 
 
 def by_hand(base: torch.optim.Optimizer, params: list[nn.Parameter], rho: float, both: tuple[Any, Any]) -> None:
-    """torch's own for-loop at the unperturbed weights; the perturbation does not matter to given gradients."""
+    """Return weights and state of torch's own for-loop. Given gradients do not depend on the perturbation."""
     set_gradients(params, both[1])
     base.step()
 
 
 @pytest.mark.parametrize(("cls", "options"), OPTIONS.values(), ids=OPTIONS.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_equals_torchs_for_loop(backend: str, dtype: torch.dtype, cls: Any, options: dict[str, Any]) -> None:
+def test_adam_equals_torchs_for_loop(backend: str, dtype: torch.dtype, cls: Any, options: dict[str, Any]) -> None:
     if missing := options.keys() - inspect.signature(cls).parameters.keys():
         pytest.skip(f"this torch's {cls.__name__} has no {', '.join(missing)}")
     params = weights(ODD_SHAPES, dtype)
@@ -45,10 +45,10 @@ def test_equals_torchs_for_loop(backend: str, dtype: torch.dtype, cls: Any, opti
     base = cls([{"params": twin[:half]}, {"params": twin[half:], **split}], foreach=False, **options)
     assert optimizer.stepper.base.rule is ADAM
     for both in draw_passes(params, 6):
-        drive(optimizer, params, [both])
+        take_steps(optimizer, params, [both])
         by_hand(base, twin, 0.1, ([], [g.double() for g in both[1]]))
     for p, q in zip(params, twin, strict=True):
-        # fp32: a step of lr has errors of 2^-23 from root, quotient and bias correction; six of them near 1.
+        # In fp32, root, quotient and bias correction of a step each err by 2^-23. Six steps near 1 add up.
         tight = dtype is torch.float64
         torch.testing.assert_close(p.double(), q, rtol=1e-12 if tight else 2e-6, atol=1e-12 if tight else 2e-6)
         mine, theirs = optimizer.state[p], base.state[q]
@@ -86,7 +86,7 @@ def test_checkpoints_go_both_ways(backend: str, direction: str) -> None:
             loss_of(m, step).backward()
             o.step()
     for p, q in zip(fresh.parameters(), (twin if direction == "to torch" else model).parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # six fp32 steps of 0.01, gradients computed anew
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)  # six fp32 steps of 0.01 with recomputed gradients
 
 
 @pytest.mark.parametrize("half", [0, 1])
@@ -96,25 +96,25 @@ def test_a_skipped_first_step_leaves_no_state(backend: str, half: int) -> None:
     before = Snapshot(optimizer)
     both = draw_passes(params, 1)[0]
     both[half][0][5] = float("nan")
-    drive(optimizer, params, [both])
+    take_steps(optimizer, params, [both])
     assert optimizer.skipped
     before.assert_unchanged()
-    drive(optimizer, params, draw_passes(params, 1))
+    take_steps(optimizer, params, draw_passes(params, 1))
     assert [float(optimizer.state[p]["step"]) for p in params] == [1, 1, 1]
 
 
-def test_a_skipped_later_step_counts_nothing(backend: str) -> None:
+def test_a_skipped_later_step_is_not_counted(backend: str) -> None:
     params = weights([(33,), (7, 3), (0,)], torch.float32)
     optimizer = SAM(params, torch.optim.AdamW, rho=0.1, lr=0.01, backend=backend)
-    drive(optimizer, params, draw_passes(params, 2))
+    take_steps(optimizer, params, draw_passes(params, 2))
     before = Snapshot(optimizer)
     both = draw_passes(params, 1)[0]
     both[1][0][5] = float("inf")
-    drive(optimizer, params, [both])
+    take_steps(optimizer, params, [both])
     before.assert_unchanged()
 
 
-def test_weights_whose_gradients_come_later_count_their_own_steps(backend: str) -> None:
+def test_each_weight_counts_its_own_steps(backend: str) -> None:
     params, twin = weights([(33,), (7, 3)], torch.float64), weights([(33,), (7, 3)], torch.float64)
     optimizer = SAM(params, torch.optim.AdamW, rho=0.0, lr=0.01, backend=backend)
     base = torch.optim.AdamW(twin, lr=0.01, foreach=False)
@@ -128,16 +128,16 @@ def test_weights_whose_gradients_come_later_count_their_own_steps(backend: str) 
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(backend: str, layout: str) -> None:
+def test_every_layout_gives_the_same_weights(backend: str, layout: str) -> None:
     x = values((4, 6, 3, 5), 1, torch.float32)
     p, q = nn.Parameter(LAYOUTS[layout](x)), nn.Parameter(x.double())
     optimizer = SAM([p], torch.optim.AdamW, rho=0.1, lr=0.01, backend=backend)
     base = torch.optim.AdamW([q], lr=0.01, foreach=False)
     for both in draw_passes([p], 3):
-        drive(optimizer, [p], [both])
+        take_steps(optimizer, [p], [both])
         set_gradients([q], [both[1][0].double()])
         base.step()
-    torch.testing.assert_close(p.detach().double(), q.detach(), rtol=2e-6, atol=2e-6)  # fp32, three steps near 1
+    torch.testing.assert_close(p.detach().double(), q.detach(), rtol=2e-6, atol=2e-6)  # three fp32 steps near 1
 
 
 def test_learning_rate_as_a_tensor(backend: str) -> None:
@@ -152,17 +152,17 @@ def test_learning_rate_as_a_tensor(backend: str) -> None:
     two_steps(model, optimizer, 2)
     two_steps(twin, other, 2)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # 0.01 in fp32
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # 0.01 is rounded to fp32
 
 
-def test_parameters_exchanged_state_and_all(backend: str) -> None:
-    """State entries that a user has replaced are read again."""
+def test_state_entries_that_the_user_replaced_are_used(backend: str) -> None:
+    """The optimizer reads entries again if a user has replaced them."""
     model = net()
     optimizer = SAM(model.parameters(), torch.optim.AdamW, rho=0.1, lr=0.01, backend=backend)
     train(model, optimizer, range(2))
     p = next(model.parameters())
     optimizer.state[p]["exp_avg"] = torch.full_like(p, 5.0)
-    optimizer.state[p]["step"] = 7  # as old checkpoints have it
+    optimizer.state[p]["step"] = 7  # old checkpoints have such steps
     before = p.detach().clone()
     two_steps(model, optimizer, 2)
     assert optimizer.state[p]["step"] == 8

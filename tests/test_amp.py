@@ -1,4 +1,4 @@
-"""Mixed precision: torch.amp.GradScaler and autocast. The first pass needs no unscaling, g / ||g|| has no scale."""
+"""Tests of torch.amp.GradScaler and autocast. The first pass needs no unscaling, because g / ||g|| has no scale."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_power_of_two_as_scale_changes_nothing(
     for step in range(4):
         scaled_steps(model, optimizer, scaler, step, unscale)
         two_steps(twin, other, step)
-    # Scaling by a power of two is exact; only the factor of a fused multiply-add may round once more.
+    # Scaling by a power of two is exact. Only the factor of a fused multiply-add may round once more.
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
     assert scaler.get_scale() == 2.0**10
@@ -90,8 +90,8 @@ def test_disabled_scaler_is_transparent(backend: str) -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_plain_scaled_step_without_perturbation(backend: str) -> None:
-    """The scaler's usual loop on an optimizer that did not climb: a base step."""
+def test_a_scaled_step_without_perturbation_is_a_base_step(backend: str) -> None:
+    """The scaler's usual loop without a perturbation takes a base step."""
     model, twin = net(), net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     base = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -135,14 +135,14 @@ def test_bf16_weights_train(backend: str) -> None:
     assert losses[-1] < 0.7 * losses[0]
 
 
-def test_unscaling_twice_is_torchs_error_and_leaves_nothing_half_done(backend: str) -> None:
+def test_unscaling_twice_is_torchs_error_and_changes_nothing(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     two_steps(model, optimizer, 0)
     before = Snapshot(optimizer)
     scaler = GradScaler("cpu", init_scale=2.0**8)
     scaler.scale(loss_of(model, 1)).backward()
-    scaler.unscale_(optimizer)  # allowed, and of no use: g / ||g|| has no scale
+    scaler.unscale_(optimizer)  # allowed without effect, because g / ||g|| has no scale
     optimizer.first_step(zero_grad=True)
     scaler.scale(loss_of(model, 1)).backward()
     with pytest.raises(RuntimeError, match="unscale_"):
@@ -175,7 +175,7 @@ def test_a_scheduler_can_see_a_skipped_step(backend: str) -> None:
     assert rates == [0.05, 0.05, 0.025, 0.0125]
 
 
-def test_a_closure_through_the_scaler_is_refused(backend: str) -> None:
+def test_a_closure_through_the_scaler_is_an_error(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, backend=backend)
     scaler = GradScaler("cpu", init_scale=2.0**10)
@@ -185,7 +185,7 @@ def test_a_closure_through_the_scaler_is_refused(backend: str) -> None:
         loss.backward()
         return loss
 
-    for waiting in (False, True):  # whether a first gradient is there already, for the scaler to look at
+    for waiting in (False, True):  # True if the scaler finds a first gradient
         if waiting:
             closure()
         else:
@@ -196,7 +196,7 @@ def test_a_closure_through_the_scaler_is_refused(backend: str) -> None:
         before.assert_unchanged()
         scaler.update(2.0**10)
         optimizer.zero_grad()
-    scaled_steps(model, optimizer, scaler, 0)  # nothing of the refused calls is left behind
+    scaled_steps(model, optimizer, scaler, 0)  # the failed calls have left nothing behind
 
 
 def test_a_scaled_step_without_any_gradient_changes_nothing(backend: str) -> None:

@@ -1,4 +1,4 @@
-"""Backends of others: registering one, serving some primitives only, and errors that name the remedy."""
+"""Backends of other packages: how to register one, backends with some primitives, and errors that name the remedy."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))
 
 
-class Noting(backends.Foreach):
-    """Serves perturb; foreach serves the rest."""
+class CountingBackend(backends.Foreach):
+    """A backend with perturb of its own; foreach has the other primitives."""
 
     name = "noting"
     calls: list[int] = []  # noqa: RUF012
@@ -32,9 +32,9 @@ class Noting(backends.Foreach):
 
 
 @pytest.mark.parametrize("cls", [SAM, GSAM])
-def test_a_backend_that_serves_one_primitive(cls: type[SAM], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert backends.register(Noting) is Noting
-    Noting.calls.clear()
+def test_a_backend_may_implement_one_primitive(cls: type[SAM], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert backends.register(CountingBackend) is CountingBackend
+    CountingBackend.calls.clear()
     model, twin = nets.net(), nets.net()
     monkeypatch.setenv("FUSED_SAM_BACKEND", "noting")
     optimizer = cls(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)
@@ -42,14 +42,14 @@ def test_a_backend_that_serves_one_primitive(cls: type[SAM], monkeypatch: pytest
     other = cls(twin.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend="foreach")
     nets.train(model, optimizer, range(4))
     nets.train(twin, other, range(4))
-    assert optimizer.backend == "noting" and Noting.calls == [6] * 4
+    assert optimizer.backend == "noting" and CountingBackend.calls == [6] * 4
     assert backends.available()["noting"] is True
     assert_same_optimizers(optimizer, other)
 
 
-def test_registering_twice_is_harmless_and_another_of_the_name_an_error() -> None:
-    backends.register(Noting)
-    backends.register(Noting)
+def test_a_backend_may_be_registered_twice_but_its_name_not_taken() -> None:
+    backends.register(CountingBackend)
+    backends.register(CountingBackend)
     other = type("Other", (backends.Reference,), {"name": "noting"})
     with pytest.raises(ValueError, match=r"named 'noting' is registered already: choose another name for Other"):
         backends.register(other)
@@ -57,7 +57,7 @@ def test_registering_twice_is_harmless_and_another_of_the_name_an_error() -> Non
         backends.register(type("Other", (backends.Reference,), {"name": "cpu"}))
 
 
-def test_a_backend_without_a_needed_primitive_is_refused() -> None:
+def test_a_backend_without_a_needed_primitive_is_an_error() -> None:
     class Half(backends.Backend):
         name = "half"
 
@@ -77,7 +77,7 @@ def test_a_backend_without_a_needed_primitive_is_refused() -> None:
 
 
 @pytest.mark.parametrize("wrong", [Tensor, "cpu", None])
-def test_what_is_no_backend_is_refused(wrong: Any) -> None:
+def test_a_class_that_is_no_backend_is_an_error(wrong: Any) -> None:
     with pytest.raises(TypeError, match=r"takes a subclass of fused_sam\.backends\.Backend"):
         backends.register(wrong)
 

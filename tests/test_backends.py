@@ -1,6 +1,6 @@
-"""Every backend against `reference` in float64: dtypes, sizes, options, layouts.
+"""Every backend equals `reference` in float64, for all dtypes, sizes, options and layouts.
 
-Gradients are given, not computed, so that rounding of one step does not reach the gradients of the next.
+The gradients are given and not computed, so that rounding of one step does not reach the gradients of the next.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.backends import SUMS_IN_FP32, Variant
-from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, drive, values, weights
+from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, take_steps, values, weights
 from support.tolerance import assert_close
 from torch import Tensor, nn
 
@@ -33,7 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def compare(variant: Variant, params: list[nn.Parameter], groups: list[dict[str, Any]], **options: Any) -> None:
-    """Drive `variant` and float64 `reference` with the same numbers; `groups` name their parameters by number."""
+    """Take equal steps with `variant` and float64 `reference`, and compare. `groups` list parameters by number."""
     twin = doubled(params)
     passes = draw_passes(params, STEPS)
 
@@ -42,8 +42,8 @@ def compare(variant: Variant, params: list[nn.Parameter], groups: list[dict[str,
         return SAM(own, torch.optim.SGD, backend=backend, **options)
 
     ours, reference = optimizer(params, variant.name), optimizer(twin, "reference")
-    perturbed = drive(ours, params, passes)
-    expected = drive(reference, twin, [([g.double() for g in a], [g.double() for g in b]) for a, b in passes])
+    perturbed = take_steps(ours, params, passes)
+    expected = take_steps(reference, twin, [([g.double() for g in a], [g.double() for g in b]) for a, b in passes])
 
     dtype = params[0].dtype
     for step, (found, wanted) in enumerate(zip(perturbed, expected, strict=True)):
@@ -54,15 +54,15 @@ def compare(variant: Variant, params: list[nn.Parameter], groups: list[dict[str,
         for name, buffer in ours.state[p].items():
             wide = torch.float64 if dtype is torch.float64 else torch.float32
             assert buffer.dtype is wide, f"{name} of a {dtype} weight is {buffer.dtype}"
-            # The buffer is added up in the arithmetic's type, from decayed weights that were rounded to `dtype`.
+            # The buffer is summed in the arithmetic's type, from decayed weights that were rounded to `dtype`.
             assert_close([buffer], [reference.state[q][name]], dtype, steps=STEPS)
-    # The norm adds squares in fp64 or fp32: 1e-5 is far above the rounding of either and far below a lost tensor.
+    # The norm adds squares in fp64 or fp32. 1e-5 is far above their rounding, and far below the error of a lost tensor.
     torch.testing.assert_close(ours.grad_norm.double(), reference.grad_norm, rtol=norm_rtol(dtype), atol=0)
     torch.testing.assert_close(ours.update_norm.double(), reference.update_norm, rtol=norm_rtol(dtype), atol=0)
 
 
 def norm_rtol(dtype: torch.dtype) -> float:
-    # ASAM's norm is of rounded weights: an fp64 twin differs by their rounding.
+    # ASAM's norm uses rounded weights, and the fp64 optimizer differs by that rounding.
     return {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 1e-2)
 
 
@@ -82,7 +82,7 @@ def test_options(variant: Variant, options: dict[str, Any], dtype: torch.dtype) 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_groups_with_options_of_their_own(variant: Variant, dtype: torch.dtype) -> None:
-    """Groups in one bucket keep their hyper-parameters apart, and the norm is over the perturbed ones."""
+    """Each group in a table keeps its own options, and the norm is over the perturbed groups."""
     params = weights([*SMALL, *SMALL], dtype)
     groups = [
         {"params": [0, 5], "rho": 0.3, "lr": 0.2, "momentum": 0.9, "nesterov": True, "weight_decay": 0.02},
@@ -106,7 +106,7 @@ def test_layout_of_the_weight(variant: Variant, layout: str, dtype: torch.dtype)
 @pytest.mark.parametrize("weight_layout", LAYOUTS)
 @pytest.mark.parametrize("gradient_layout", LAYOUTS)
 def test_layout_of_the_gradient(variant: Variant, weight_layout: str, gradient_layout: str) -> None:
-    """A gradient whose elements lie in another order than the weight's is matched by place, not by address."""
+    """If a gradient has another layout than its weight, elements are matched by index and not by address."""
     p = nn.Parameter(LAYOUTS[weight_layout](values((4, 6, 5, 3), 1, torch.float32)))
     other = nn.Parameter(values((3, 3), 2, torch.float32))
     twin = doubled([p, other])
@@ -128,7 +128,7 @@ def test_fp32_gradient_of_a_low_precision_weight(variant: Variant, dtype: torch.
     if not hasattr(Tensor, "grad_dtype"):
         pytest.skip("this torch has no Tensor.grad_dtype, so a gradient has its weight's dtype")
     params = weights([(1025,), (5, 3)], dtype)
-    plain = weights([(33,)], dtype, seed=9)  # its gradient stays in its own dtype: two tables
+    plain = weights([(33,)], dtype, seed=9)  # its gradient keeps the weight's dtype, which makes two tables
     for p in params:
         p.grad_dtype = torch.float32
     every = params + plain
@@ -151,15 +151,15 @@ def test_dtypes_mixed_in_one_optimizer(variant: Variant) -> None:
     ours = SAM(params, rho=0.5, lr=0.1, momentum=0.9, backend=variant.name)
     reference = SAM(twin, rho=0.5, lr=0.1, momentum=0.9, backend="reference")
     passes = draw_passes(params, STEPS)
-    drive(ours, params, passes)
-    drive(reference, twin, passes)
+    take_steps(ours, params, passes)
+    take_steps(reference, twin, passes)
     for p, q in zip(params, twin, strict=True):
         assert_close([p], [q], p.dtype, steps=STEPS)
     torch.testing.assert_close(ours.grad_norm.double(), reference.grad_norm, rtol=1e-5, atol=0)
 
 
-def test_frozen_and_thawed(variant: Variant) -> None:
-    """Gradients come and go per pass; what has none stays, what has one only in the second pass is updated."""
+def test_gradients_that_come_and_go(variant: Variant) -> None:
+    """A weight without a gradient stays. A weight with a gradient only in the second pass is updated."""
     params = weights([(7,), (1025,), (3, 2), (33,)], torch.float32)
     twin = doubled(params)
     ours = SAM(params, rho=0.5, lr=0.1, momentum=0.9, dampening=0.1, backend=variant.name)
@@ -187,7 +187,7 @@ def test_frozen_and_thawed(variant: Variant) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-20, 1e18])
 def test_extreme_gradients_still_give_a_perturbation_of_length_rho(variant: Variant, scale: float) -> None:
-    """Squares of 1e-30 and 1e18 leave the range of fp32, the norm does not: it is added up in a wider type on a CPU."""
+    """Squares of 1e-30 and 1e18 leave the range of fp32. The norm does not, because a CPU adds in a wider type."""
     if variant.name in SUMS_IN_FP32:
         pytest.skip("its sums are fp32, which does not hold these squares")
     p = nn.Parameter(torch.zeros(1000))
@@ -195,14 +195,14 @@ def test_extreme_gradients_still_give_a_perturbation_of_length_rho(variant: Vari
     optimizer = SAM([p], rho=0.5, lr=0.1, eps=0.0, backend=variant.name)
     optimizer.first_step()
     assert not optimizer.skipped
-    if scale > 1e-25:  # below a norm of 1e-30 there is no direction to follow; 1e-30 * sqrt(1000) is just above
+    if scale > 1e-25:  # a norm below 1e-30 gives no direction; 1e-30 * sqrt(1000) is just above
         torch.testing.assert_close(p.detach().norm(), torch.tensor(0.5), rtol=1e-5, atol=0)
     optimizer.restore()
     assert torch.equal(p, torch.zeros(1000))
 
 
 @pytest.mark.parametrize("eps", [0.0, 1e-12])
-def test_gradient_of_zeros_moves_nothing(variant: Variant, eps: float) -> None:
+def test_a_gradient_of_zeros_moves_no_weight(variant: Variant, eps: float) -> None:
     p = nn.Parameter(torch.ones(10))
     optimizer = SAM([p], rho=0.5, lr=0.1, eps=eps, backend=variant.name)
     p.grad = torch.zeros(10)
@@ -215,15 +215,15 @@ def test_gradient_of_zeros_moves_nothing(variant: Variant, eps: float) -> None:
 def test_eps_is_added_to_the_norm(variant: Variant) -> None:
     p = nn.Parameter(torch.zeros(4))
     optimizer = SAM([p], rho=1.0, lr=0.1, eps=3.0, backend=variant.name)
-    p.grad = torch.full((4,), 0.5)  # norm 1
+    p.grad = torch.full((4,), 0.5)  # the norm is 1
     optimizer.first_step()
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.125))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("zero", [0.0, -0.0])
-def test_momentum_that_is_zero_has_begun(variant: Variant, dtype: torch.dtype, zero: float) -> None:
-    """With dampening the first gradient is taken whole and later ones are not, also where the first was 0 or -0."""
+def test_momentum_of_zero_is_not_a_first_step(variant: Variant, dtype: torch.dtype, zero: float) -> None:
+    """Dampening does not apply to the first gradient. It applies to all later ones, even if the first was 0 or -0."""
     p = nn.Parameter(torch.zeros(40, dtype=dtype))
     optimizer = SAM([p], rho=0.0, lr=1.0, momentum=0.5, dampening=0.75, backend=variant.name)
     p.grad = torch.full((40,), zero, dtype=dtype)

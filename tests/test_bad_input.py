@@ -1,4 +1,4 @@
-"""Bad input: each is an error that names what is wrong and what to do, and leaves weights and state untouched."""
+"""Each wrong input raises an error that names the mistake and the remedy, and changes no weight and no state."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_options_of_a_group_set_later(trained: tuple[nn.Module, SAM], name: str,
         assert not optimizer.perturbed
 
 
-def test_options_of_a_group_spoilt_between_the_passes(trained: tuple[nn.Module, SAM]) -> None:
+def test_options_of_a_group_set_out_of_range_between_the_passes(trained: tuple[nn.Module, SAM]) -> None:
     model, optimizer = trained
     before = Snapshot(optimizer)
     loss_of(model, 1).backward()
@@ -115,8 +115,8 @@ def test_options_of_an_added_group(trained: tuple[nn.Module, SAM]) -> None:
         assert len(optimizer.param_groups) == 1
 
 
-def test_options_that_are_one_for_all_groups() -> None:
-    """torch keeps whatever a group names, so that a group's max_norm would be shown and never used."""
+def test_options_for_all_groups_are_errors_in_a_group() -> None:
+    """torch keeps every key of a group. A group's max_norm would appear in param_groups and have no effect."""
     for cls, base, options in (
         (SAM, SGD, {"max_norm": 1.0}),
         (SAM, SGD, {"base_optimizer": SGD}),
@@ -129,8 +129,8 @@ def test_options_that_are_one_for_all_groups() -> None:
             cls([{"params": [weight()], **options}], base, lr=0.1)
     for cls, base, options in (
         (SAM, torch.optim.Adam, {"eps": 1e-6}),
-        (fused_sam.GSAM, torch.optim.RMSprop, {"alpha": 0.9}),  # the base optimizer's own
-        (SAM, SGD, {"lr_scale": 0.5, "name": "head"}),  # notes of the user's
+        (fused_sam.GSAM, torch.optim.RMSprop, {"alpha": 0.9}),  # an option of the base optimizer
+        (SAM, SGD, {"lr_scale": 0.5, "name": "head"}),  # keys that the user adds
     ):
         optimizer = cls([{"params": [weight()], **options}], base, lr=0.1)
         assert optimizer.param_groups[0].items() >= options.items()
@@ -147,7 +147,7 @@ def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert SAM([weight()], SGD, lr=0.1, backend="foreach").backend == "foreach"
 
 
-def test_backend_that_cannot_run_here_says_why() -> None:
+def test_the_error_of_a_backend_that_cannot_run_here_names_the_reason() -> None:
     missing = {name: why for name, why in fused_sam.backends.available().items() if why is not True}
     for name, why in missing.items():
         assert isinstance(why, str) and len(why) > 20
@@ -224,12 +224,12 @@ def test_parameters_that_share_memory() -> None:
     for q in (nn.Parameter(p.data), nn.Parameter(p.data[4:]), nn.Parameter(p.data.view(2, 4))):
         with pytest.raises(ValueError, match=r"parameter 0 of group 0 .* and parameter 1 of group 0 .* share memory"):
             SAM([p, q], SGD, lr=0.1)
-    SAM([nn.Parameter(p.data[:4]), nn.Parameter(p.data[4:])], SGD, lr=0.1)  # side by side is well
+    SAM([nn.Parameter(p.data[:4]), nn.Parameter(p.data[4:])], SGD, lr=0.1)  # neighbours in one storage are allowed
     matrix = torch.ones(4, 4)
-    SAM([nn.Parameter(matrix[:, 0]), nn.Parameter(matrix[:, 1])], SGD, lr=0.1)  # columns of one matrix
+    SAM([nn.Parameter(matrix[:, 0]), nn.Parameter(matrix[:, 1])], SGD, lr=0.1)  # columns of one matrix are allowed
 
 
-def test_refused_group_leaves_the_optimizer_usable(trained: tuple[nn.Module, SAM]) -> None:
+def test_an_error_in_add_param_group_leaves_the_optimizer_usable(trained: tuple[nn.Module, SAM]) -> None:
     model, optimizer = trained
     before = Snapshot(optimizer)
     for bad in (weight(device="meta"), weight(dtype=torch.complex64), nn.Parameter(next(model.parameters()).data)):
@@ -278,7 +278,7 @@ def test_sparse_gradient(backend: str, when: str) -> None:
     optimizer.step()
 
 
-def test_sparse_gradient_waiting_for_a_closure(trained: tuple[nn.Module, SAM]) -> None:
+def test_a_sparse_gradient_before_a_closure(trained: tuple[nn.Module, SAM]) -> None:
     table = nn.Embedding(10, 3, sparse=True)
     optimizer = SAM(table.parameters(), SGD, rho=0.1, lr=0.1)
     for _ in range(2):
@@ -303,8 +303,8 @@ def test_second_step_twice(trained: tuple[nn.Module, SAM]) -> None:
         optimizer.second_step()
 
 
-def test_a_loop_that_skips_a_batch_after_first_step_goes_on(trained: tuple[nn.Module, SAM]) -> None:
-    """The weights are restored, perturbed again from there, and one warning says so."""
+def test_a_loop_may_skip_a_batch_after_first_step(trained: tuple[nn.Module, SAM]) -> None:
+    """The next first_step() restores the weights, perturbs them again, and warns once."""
     model, optimizer = trained
     before = Snapshot(optimizer)
     loss_of(model, 1).backward()
@@ -324,7 +324,7 @@ def test_microbatches_of_a_skipped_batch_are_dropped(backend: str) -> None:
     optimizer, other = (
         fused_sam.MicrobatchSAM([w], num_microbatches=2, rho=0.1, lr=1.0, backend=backend) for w in (p, q)
     )
-    for i in range(2):  # a batch that ends within its second micro-batch
+    for i in range(2):  # the batch ends within its second micro-batch
         p.grad = torch.tensor([3.0, 4.0])
         optimizer.first_step()
         if i == 0:
@@ -354,7 +354,7 @@ def test_closure_while_perturbed(trained: tuple[nn.Module, SAM]) -> None:
     before.assert_unchanged()
 
 
-def test_closure_that_is_none_of_a_function(trained: tuple[nn.Module, SAM]) -> None:
+def test_a_closure_that_is_no_function(trained: tuple[nn.Module, SAM]) -> None:
     model, optimizer = trained
     loss = loss_of(model, 1)
     loss.backward()
@@ -389,7 +389,7 @@ LOADS: list[tuple[Callable[[dict[str, Any]], Any], type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("spoil", "error", "message"), LOADS, ids=range(len(LOADS)))
-def test_load_state_dict_of_something_else(
+def test_loading_something_other_than_a_state_dict(
     trained: tuple[nn.Module, SAM], spoil: Callable[[dict[str, Any]], Any], error: type[Exception], message: str
 ) -> None:
     model, optimizer = trained
@@ -417,7 +417,7 @@ def test_load_of_options_out_of_range(trained: tuple[nn.Module, SAM], name: str)
 
 
 def test_state_dict_of_another_optimizer_class(trained: tuple[nn.Module, SAM]) -> None:
-    """Adam's groups have no momentum: the error comes at loading, not at the next step."""
+    """Adam's groups have no momentum. Loading raises the error, not the next step."""
     _, optimizer = trained
     adam = torch.optim.Adam(net().parameters())
     before = Snapshot(optimizer)
@@ -426,7 +426,7 @@ def test_state_dict_of_another_optimizer_class(trained: tuple[nn.Module, SAM]) -
     before.assert_unchanged()
 
 
-def test_gradient_left_from_before_the_weights_changed_shape(backend: str) -> None:
+def test_a_gradient_older_than_a_change_of_shape(backend: str) -> None:
     p = weight(4)
     optimizer = SAM([("w", p)], SGD, rho=0.1, lr=0.1, backend=backend)
     p.grad = torch.ones(4)
@@ -440,7 +440,7 @@ def test_gradient_left_from_before_the_weights_changed_shape(backend: str) -> No
 
 
 def test_gradient_of_another_shape_after_checked_steps(backend: str) -> None:
-    """Weights that change shape later, with an old gradient in place: no kernel may read past its end."""
+    """A weight changes its shape and keeps its old gradient. No kernel may read past the gradient's end."""
     p = weight(4)
     optimizer = SAM([p], SGD, rho=0.1, lr=0.1, backend=backend)
     p.grad = torch.ones(4)

@@ -1,4 +1,4 @@
-"""The benchmarks: right shapes, peers that agree, sound statistics, and a command line that writes its files."""
+"""Tests of the benchmarks: shapes, agreement of the compared packages, statistics, and files of the command line."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_a_peer_that_computes_something_else_gets_no_ratio(wrong: Hyper) -> None
         agreement.check(peers, shapes.by_name("7x33"))
 
 
-def test_the_guard_leaves_the_gradients_as_they_were() -> None:
+def test_the_guard_does_not_change_the_gradients() -> None:
     peers = build(["per-tensor", "foreach"], "2x5", CPU, Hyper())
     before = [param.grad.clone() for _, params in peers.values() for param in params if param.grad is not None]
     agreement.check(peers, shapes.by_name("2x5"))
@@ -96,7 +96,7 @@ def test_line_through_samples_of_all_magnitudes() -> None:
 def test_bytes_of_a_step() -> None:
     assert (traffic.step_bytes(10), traffic.copy_bytes(10)) == (440, 80)
     assert traffic.step_bytes(10, base=torch.optim.AdamW) == 520
-    # bf16 weights: nine passes of two bytes, fp32 momentum read and written
+    # bf16 weights have nine passes of two bytes. The fp32 momentum is read and written.
     assert (traffic.step_bytes(10, 2), traffic.copy_bytes(10, 2)) == (260, 40)
 
 
@@ -107,7 +107,7 @@ def test_memory_of_a_step_is_one_backup(peer: str) -> None:
     assert usage.temporary < usage.smallest_tensor / 100
 
 
-def test_memory_of_clones_shows() -> None:
+def test_memory_of_clones_is_counted() -> None:
     usage = memory.measure("per-tensor", "3x100000", CPU, Hyper())
     assert usage.kept < 0.01 * usage.weights
     assert usage.temporary > usage.weights
@@ -151,7 +151,7 @@ def test_the_usual_peers_all_run_on_a_cpu() -> None:
 
 @pytest.mark.parametrize("half", ["first_step", "second_step"])
 def test_the_other_half_ends_outside_the_clock(half: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a GPU the work goes on after the call has returned."""
+    """On a GPU, the work continues after the call has returned."""
     from types import SimpleNamespace
 
     pytest.importorskip("pytest_benchmark")
@@ -255,7 +255,7 @@ def test_a_turn_is_taken_once_per_round_and_repeated_inside() -> None:
         (["--device", "tpu"], "unknown device 'tpu': choose cpu or cuda"),
     ],
 )
-def test_what_cannot_be_done_is_one_line(
+def test_an_impossible_request_ends_in_one_line(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(arguments) == 2

@@ -1,4 +1,4 @@
-"""Benchmarks of the SAM family: every method runs, costs are counted right, and a stopped run resumes."""
+"""Tests of the SAM family's benchmarks: every method runs, its costs are right, and a stopped run resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from fused_sam.demo.data import Part, Task
 from fused_sam.demo.tuning import Outcome
 
 SMALL = replace(accuracy.DIGITS, noise=0.4, epochs=2)
-# Forward and backward passes per step over ten steps, if they are not 2; a forward pass alone counts as a third.
+# Passes per step over ten steps, for methods without two. A pass without its backward pass counts as a third.
 PASSES = {
     "sgd": 1, "sgd-2x": 1, "esam": 1 + 1 / 3 + 0.6, "esam-tensors": 1 + 1 / 3 + 0.6, "looksam": 1.2, "momentum": 1,
     "interval": 1.1, "tail": 1.3,
@@ -43,13 +43,13 @@ def random_task(images: int, pixels: int = 9) -> Task:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_with_the_passes_that_it_should(name: str) -> None:
+def test_every_method_trains_with_its_number_of_passes(name: str) -> None:
     setting = replace(SMALL, epochs=1, batch_size=10)
     trial = trials_of(name)[-1]
     run = accuracy.train(random_task(100), trial, 0, setting)
     passes = PASSES.get(name, 2)
     assert run.passes == pytest.approx(passes * METHODS[name].stretch)
-    # the estimate's own number of passes, which is rounded up for ESAM
+    # the estimate rounds the number of passes up for ESAM
     assert METHODS[name].passes == pytest.approx(passes, abs=0.07)
     assert np.isfinite(run.curve.test_loss[-1])
     assert 0 <= run.test_accuracy <= 1
@@ -118,7 +118,7 @@ def test_sizes_of_the_networks() -> None:
 
 
 @pytest.mark.parametrize("name", ["sam", "microbatch"])
-def test_the_optimizers_alone_get_fresh_gradients_for_both_passes(name: str) -> None:
+def test_timing_without_a_model_sets_fresh_gradients_for_both_passes(name: str) -> None:
     given = [[torch.full((3, 5), value)] for value in (1.0, -2.0)]
     param = Parameter(torch.ones(3, 5))
     stepper = optimizer_work.Stepper([param], METHODS[name].build([param], 1, lr=0.1), given)
@@ -127,25 +127,25 @@ def test_the_optimizers_alone_get_fresh_gradients_for_both_passes(name: str) -> 
             phase()
     other = Parameter(torch.ones(3, 5))
     sam = SAM([other], lr=0.1, momentum=family.MOMENTUM)
-    # Of two micro-batches the second adds nothing, which gives half the gradient.
+    # The second of two micro-batches adds nothing, so that the mean is half the gradient.
     share = 0.5 if name == "microbatch" else 1.0
     for _ in range(2):
         for half, (value,) in zip((sam.first_step, sam.second_step), given, strict=True):
             other.grad = value.clone() * (share if value is given[1][0] else 1.0)
             half()
-    torch.testing.assert_close(param, other, rtol=1e-6, atol=0)  # halves are exact, but sums have another order
+    torch.testing.assert_close(param, other, rtol=1e-6, atol=0)  # halves are exact, but the sums have another order
 
 
 def test_bytes_of_the_methods_whose_steps_differ() -> None:
-    assert METHODS["looksam"].bytes == pytest.approx(48)  # 64 once, 44 four times
-    assert METHODS["interval"].bytes == pytest.approx(26)  # 44 once, 24 nine times
-    assert METHODS["tail"].bytes == pytest.approx(30)  # 44 three times, 24 seven times
+    assert METHODS["looksam"].bytes == pytest.approx(48)  # 64 in one step, 44 in four
+    assert METHODS["interval"].bytes == pytest.approx(26)  # 44 in one step, 24 in nine
+    assert METHODS["tail"].bytes == pytest.approx(30)  # 44 in three steps, 24 in seven
     assert METHODS["microbatch"].bytes == 72
 
 
-def test_optimizer_work_counts_timed_phases_only_and_by_the_step() -> None:
+def test_optimizer_work_counts_only_timed_phases_per_step() -> None:
     work = optimizer_work.measure("2x7", ["sam", "interval", "esam-tensors"], rounds=2)
-    assert set(work.steps) == {"sam", "interval"}  # whole tensors: the bytes depend on the draw
+    assert set(work.steps) == {"sam", "interval"}  # the bytes of whole tensors depend on the mask
     assert all(values.shape == (2,) for values in [*work.steps.values(), work.copy])
     fraction = work.copy_fraction("sam").value
     assert fraction == pytest.approx(44 / 8 * np.median(work.copy) / np.median(work.steps["sam"]))
@@ -206,16 +206,16 @@ def test_a_stopped_run_resumes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(KeyboardInterrupt):
         accuracy.run(SMALL, source, ["sgd", "sam"], 2, accuracy.Journal(path))
     with path.open("a") as file:
-        file.write('{"key": {"method": "sam", "opt')  # as if it was killed within a write
+        file.write('{"key": {"method": "sam", "opt')  # as after a kill within a write
     journal = accuracy.Journal(path)
-    runs = 5 + 1 + 5 + 2 + 1  # learning rates, then SAM's two other values of rho; the second seed of each
+    runs = 5 + 1 + 5 + 2 + 1  # learning rates, SAM's two other values of rho, and a second seed of each
     assert journal.fraction(SMALL, runs) == 3 / runs
     fractions: list[float] = []
     result = accuracy.run(SMALL, source, ["sgd", "sam"], 2, journal, fractions.append)
     assert len(trained) == runs + 1  # the stopped run was trained twice
     assert len(set(trained)) == runs
     assert fractions[-1] == 1
-    monkeypatch.setattr(accuracy, "train", None)  # nothing is left to train
+    monkeypatch.setattr(accuracy, "train", None)  # no training is left
     again = accuracy.run(SMALL, source, ["sgd", "sam"], 2, accuracy.Journal(path))
     assert again.as_json() == result.as_json()
     other = replace(SMALL, epochs=3)
@@ -227,7 +227,7 @@ def test_validation_chooses_and_its_labels_are_noisy(tmp_path: Path) -> None:
     result = accuracy.run(SMALL, source, ["sgd"], 1, accuracy.Journal(None))
     (found,) = result.outcomes
     assert found.winner is found.trials[int(np.argmax(found.validation))]
-    assert max(found.validation) < 0.75  # 36% of 337 labels are wrong; 4 deviations of that are 10%
+    assert max(found.validation) < 0.75  # 36% of 337 labels are wrong; 4 standard deviations are 10%
 
 
 def test_accuracy_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

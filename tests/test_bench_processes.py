@@ -1,4 +1,4 @@
-"""Benchmarks over several processes: what each keeps in memory, and that their steps are timed together."""
+"""Tests of benchmarks on several processes: the memory of each process, and steps that are timed together."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ gloo = pytest.mark.skipif(
     reason="torch was built without gloo, or its FSDP2 shards on GPUs alone",
 )
 SHAPE = "3x40000"
-# Besides the weights' sizes: a status, a few 0-dim tensors of 4 to 8 bytes; over 120,000 parameters.
+# The limit allows for a status and a few 0-dim tensors of 4 to 8 bytes, per 120,000 parameters.
 SLACK = 0.01
 
 

@@ -1,4 +1,4 @@
-"""check_update=False: the second gradients are trusted, one pass less; everything else stays."""
+"""check_update=False saves a pass and does not check the second gradients. All else is unchanged."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def step(p: nn.Parameter, optimizer: SAM, first: torch.Tensor, second: torch.Ten
     optimizer.second_step()
 
 
-def test_finite_steps_are_the_same_bits(variant: Variant) -> None:
+def test_finite_steps_have_the_same_bits(variant: Variant) -> None:
     (p, trusting), (q, checking) = pair(variant, False), pair(variant, True)
     for k in range(3):
         torch.manual_seed(k)
@@ -38,7 +38,7 @@ def test_finite_steps_are_the_same_bits(variant: Variant) -> None:
     assert not trusting.skipped
 
 
-def test_a_first_gradient_that_is_not_finite_still_changes_nothing(variant: Variant) -> None:
+def test_a_non_finite_first_gradient_still_changes_nothing(variant: Variant) -> None:
     p, optimizer = pair(variant, False)
     before = p.detach().clone()
     step(p, optimizer, torch.full((1025,), math.inf), torch.ones(1025))
@@ -49,7 +49,7 @@ def test_a_first_gradient_that_is_not_finite_still_changes_nothing(variant: Vari
     assert not torch.equal(p, before)
 
 
-def test_a_second_gradient_is_taken_as_torch_takes_it(variant: Variant) -> None:
+def test_a_non_finite_second_gradient_is_used_as_by_torch(variant: Variant) -> None:
     p, optimizer = pair(variant, False)
     second = torch.ones(1025)
     second[7] = math.nan
@@ -59,7 +59,7 @@ def test_a_second_gradient_is_taken_as_torch_takes_it(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("check", [True, False])
-def test_a_copy_keeps_it(check: bool) -> None:
+def test_a_copy_keeps_the_option(check: bool) -> None:
     optimizer = SAM([nn.Parameter(torch.ones(3))], lr=0.1, check_update=check)
     p = copy.deepcopy(optimizer)
     weight = p.param_groups[0]["params"][0]

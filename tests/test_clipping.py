@@ -1,4 +1,4 @@
-"""max_norm: the second gradient clipped to a global norm inside the update, as clip_grad_norm_ does before it."""
+"""max_norm clips the second gradient to a global norm within the update, as clip_grad_norm_ does before it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from support.bits import Snapshot
-from support.draws import doubled, draw_passes, drive, weights
+from support.draws import doubled, draw_passes, take_steps, weights
 from support.nets import loss_of, net
 from torch import nn
 from torch.amp import GradScaler
@@ -26,7 +26,7 @@ BASES: dict[str, tuple[Any, dict[str, Any]]] = {
 @pytest.mark.parametrize("max_norm", [0.5, 1e4], ids=["clips", "does not clip"])
 @pytest.mark.parametrize(("cls", "options"), BASES.values(), ids=BASES.keys())
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_as_clip_grad_norm_between_the_passes(
+def test_max_norm_equals_clip_grad_norm_before_the_update(
     backend: str, dtype: torch.dtype, cls: Any, options: dict[str, Any], max_norm: float
 ) -> None:
     params = weights(SHAPES, dtype)
@@ -37,13 +37,13 @@ def test_as_clip_grad_norm_between_the_passes(
                 backend="reference", **options)  # fmt: skip
     for both in draw_passes(params, 3):
         first, second = ([g.double().clone() for g in one] for one in both)
-        drive(optimizer, params, [both])
+        take_steps(optimizer, params, [both])
         norm = nn.utils.get_total_norm(second)
         scale = min(1.0, max_norm / (float(norm) + 1e-6))
-        drive(other, twin, [(first, [g * scale for g in second])])
+        take_steps(other, twin, [(first, [g * scale for g in second])])
         assert float(optimizer.update_norm) == pytest.approx(float(norm), rel=1e-5), "the norm before clipping"
     for p, q in zip(params, twin, strict=True):
-        # fp32 through three steps of numbers near 1; RMSprop and Adam divide by small roots.
+        # The limit is fp32's rounding in three steps of numbers near 1. RMSprop and Adam divide by small roots.
         torch.testing.assert_close(p.double(), q, rtol=1e-4, atol=1e-5)
 
 
@@ -70,24 +70,24 @@ def test_under_a_loss_scale(backend: str, cls: Any, options: dict[str, Any], uns
         assert float(optimizer.update_norm) == pytest.approx(float(other.update_norm), rel=1e-5)
         assert float(optimizer.update_norm) > 0.05
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        # Scaling by a power of two is exact; a fused multiply-add may round once more, and Adam's ratio amplifies it.
+        # Scaling by a power of two is exact. A fused multiply-add may round once more, and Adam's ratio amplifies that.
         torch.testing.assert_close(p, q, rtol=1e-4, atol=2e-6)
 
 
-def test_inf_is_skipped_not_clipped(backend: str) -> None:
+def test_an_inf_is_skipped_and_not_clipped(backend: str) -> None:
     params = weights(SHAPES, torch.float32)
     optimizer = SAM(params, rho=0.1, lr=0.1, momentum=0.9, max_norm=1.0, check_update=False, backend=backend)
-    drive(optimizer, params, draw_passes(params, 1))
+    take_steps(optimizer, params, draw_passes(params, 1))
     before = Snapshot(optimizer)
     ((first, second),) = draw_passes(params, 1, seed=3)
     second[1][4, 2] = float("inf")
-    drive(optimizer, params, [(first, second)])
+    take_steps(optimizer, params, [(first, second)])
     assert optimizer.skipped
     before.assert_unchanged()
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan"), "1"])
-def test_bad_max_norm(max_norm: Any) -> None:
+def test_a_max_norm_out_of_range_is_an_error(max_norm: Any) -> None:
     with pytest.raises((ValueError, TypeError), match="max_norm must be"):
         SAM(weights([(3,)], torch.float32), lr=0.1, max_norm=max_norm)
 

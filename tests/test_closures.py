@@ -1,4 +1,4 @@
-"""step(closure): both habits of programs, gradients that are fresh or stale, the loss, and exceptions."""
+"""Tests of step(closure): both conventions of closures, fresh and used gradients, the loss, and exceptions."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from fused_sam.schedule import AdaptiveSchedule, AfterDecay
 
 
 def both(**options: float) -> tuple[nn.Module, SAM, nn.Module, SAM]:
-    """Two equal models with an optimizer each."""
+    """Return two equal models, each with its optimizer."""
     ours, twin = net(), net()
     settings = {"rho": 0.1, "lr": 0.1, "momentum": 0.9, **options}
     return ours, SAM(ours.parameters(), **settings), twin, SAM(twin.parameters(), **settings)  # type: ignore[arg-type]
 
 
-def test_runs_twice_where_there_are_no_gradients() -> None:
+def test_the_closure_runs_twice_if_there_are_no_fresh_gradients() -> None:
     model, optimizer, twin, other = both()
     runs: list[int] = []
-    for step in range(3):  # the gradients of the step before stay in place: they are used, not fresh
+    for step in range(3):  # the gradients of the previous step stay, but they are used and not fresh
         optimizer.step(closure_for(model, step, runs))
         two_steps(twin, other, step)
     assert runs == [0, 0, 1, 1, 2, 2]
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_runs_once_where_gradients_are_there() -> None:
+def test_the_closure_runs_once_if_there_are_fresh_gradients() -> None:
     model, optimizer, twin, other = both()
     runs: list[int] = []
     for step in range(3):
@@ -44,7 +44,7 @@ def test_runs_once_where_gradients_are_there() -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_closure_that_clears_gradients_itself() -> None:
+def test_the_closure_may_clear_gradients_itself() -> None:
     model, optimizer, twin, other = both()
     for step in range(3):
 
@@ -92,7 +92,7 @@ def test_used_gradients_are_never_fresh(clear: Callable[[nn.Module, SAM], None],
 
 @pytest.mark.parametrize("set_to_none", [False, True])
 def test_gradients_cleared_before_any_update_are_not_fresh(set_to_none: bool) -> None:
-    """A backward pass whose gradients nobody used (a learning-rate finder, a warm-up) and zeroed."""
+    """A learning-rate finder or a warm-up may run a backward pass and clear its gradients without a step."""
     model, optimizer, twin, other = both()
     closure_for(model, 5)()
     optimizer.zero_grad(set_to_none=set_to_none)
@@ -104,7 +104,7 @@ def test_gradients_cleared_before_any_update_are_not_fresh(set_to_none: bool) ->
 
 
 def test_gradients_added_to_used_ones_are_fresh() -> None:
-    """zero_grad(set_to_none=False) and a new backward pass write into the used tensor."""
+    """After zero_grad(set_to_none=False), a new backward pass writes to the used tensor."""
     model, optimizer, twin, other = both()
     for step in range(3):
         optimizer.zero_grad(set_to_none=False)
@@ -125,7 +125,7 @@ def test_accumulated_gradients_are_fresh() -> None:
     assert runs == [0]
 
 
-def test_copies_know_which_gradients_are_used() -> None:
+def test_used_gradients_are_used_in_copies_too() -> None:
     model, optimizer, _, _ = both()
     optimizer.step(closure_for(model, 0))
     other_model, other = copy.deepcopy((model, optimizer))
@@ -137,7 +137,7 @@ def test_copies_know_which_gradients_are_used() -> None:
 
 
 def test_copies_of_accumulated_gradients_are_used_too() -> None:
-    """A copy counts its versions from 0 again."""
+    """The version counter of a copied tensor starts at 0."""
     model, optimizer, _, _ = both()
     for _ in range(3):
         (loss_of(model, 0) / 3).backward()
@@ -149,8 +149,8 @@ def test_copies_of_accumulated_gradients_are_used_too() -> None:
 
 
 @pytest.mark.parametrize("frozen", ["even", "odd", "all but the last"])
-def test_used_gradients_are_known_beside_frozen_weights(frozen: str) -> None:
-    """Training biases alone, or the head alone, with all weights in the optimizer."""
+def test_used_gradients_are_not_fresh_if_other_weights_are_frozen(frozen: str) -> None:
+    """The optimizer holds all weights, and only the biases or only the head are trained."""
     model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(20)))
     params = list(model.parameters())
     for i, p in enumerate(params):
@@ -172,8 +172,8 @@ def test_used_gradients_are_known_beside_frozen_weights(frozen: str) -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_loss_is_that_of_the_first_run(fresh: bool) -> None:
-    """With fresh gradients there is one run, at the perturbed weights, and its loss is returned."""
+def test_step_returns_the_loss_of_the_first_run(fresh: bool) -> None:
+    """With fresh gradients, the only run is at the perturbed weights, and step() returns its loss."""
     model, optimizer, twin, other = both()
     if fresh:
         closure_for(model, 0)()
@@ -196,7 +196,7 @@ def test_closure_may_return_anything(result: object) -> None:
     assert not optimizer.perturbed
 
 
-def test_none_of_the_first_run_is_not_replaced_by_the_second_runs_loss() -> None:
+def test_step_returns_none_if_the_first_run_returned_none() -> None:
     model, optimizer, _, _ = both()
     results = iter([None, 2.0])
 
@@ -207,7 +207,7 @@ def test_none_of_the_first_run_is_not_replaced_by_the_second_runs_loss() -> None
     assert optimizer.step(closure) is None
 
 
-def test_closure_runs_with_gradients_on_even_under_no_grad() -> None:
+def test_the_closure_runs_with_grad_enabled_under_no_grad() -> None:
     model, optimizer, twin, other = both()
     with torch.no_grad():
         optimizer.step(closure_for(model, 0))
@@ -218,7 +218,7 @@ def test_closure_runs_with_gradients_on_even_under_no_grad() -> None:
 @pytest.mark.parametrize("error", [ValueError("no luck"), KeyboardInterrupt()], ids=["ValueError", "KeyboardInterrupt"])
 @pytest.mark.parametrize("run", [1, 2])
 @pytest.mark.parametrize("after_backward", [False, True])
-def test_exception_in_a_run_leaves_everything_as_it_was(
+def test_an_exception_in_a_run_changes_nothing(
     backend: str, error: BaseException, run: int, after_backward: bool
 ) -> None:
     model, twin = net(), net()
@@ -252,7 +252,7 @@ def test_exception_in_a_run_leaves_everything_as_it_was(
 
 
 @pytest.mark.parametrize("bad_run", [1, 2])
-def test_loss_that_is_not_finite_changes_nothing(backend: str, bad_run: int) -> None:
+def test_a_non_finite_loss_changes_nothing(backend: str, bad_run: int) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, momentum=0.9, backend=backend)
     before = Snapshot(optimizer)
@@ -278,7 +278,7 @@ def test_closure_without_a_backward_pass_is_a_step_without_gradients(backend: st
     before.assert_unchanged()
 
 
-def test_closure_that_calls_a_step_of_its_own_is_refused_and_harmless() -> None:
+def test_a_closure_that_calls_first_step_is_an_error_and_changes_nothing() -> None:
     model, optimizer, _, _ = both()
     before = Snapshot(optimizer)
 
@@ -294,8 +294,8 @@ def test_closure_that_calls_a_step_of_its_own_is_refused_and_harmless() -> None:
     before.assert_unchanged()
 
 
-def test_compiled_model_without_a_compiler(backend: str) -> None:
-    """torch.compile with the eager backend: parameters are the model's own, and autograd's graphs see their writes."""
+def test_a_model_compiled_by_the_eager_backend(backend: str) -> None:
+    """With torch.compile's eager backend, the parameters are the model's own, and its graphs use the written values."""
     model, twin = net(), net()
     compiled = torch.compile(model, backend="eager")
     optimizer = SAM(compiled.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
@@ -324,20 +324,20 @@ def test_an_exception_in_the_first_run_leaves_no_decision_behind(backend: str) -
 
 
 def test_an_exception_in_the_only_run_leaves_no_decision_behind(backend: str) -> None:
-    """Gradients computed before, which decide that this step does not perturb: the closure runs for the update."""
+    """The present gradients decide that the step does not perturb, so that the closure runs only for the update."""
     model = net()
     schedule = AdaptiveSchedule(100, lambda_1=0.0, lambda_2=0.0)
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, backend=backend, schedule=schedule)
     optimizer.step(closure_for(model, 0))
     optimizer.zero_grad()
-    (1e-3 * loss_of(model, 1)).backward()  # small for its time
+    (1e-3 * loss_of(model, 1)).backward()  # smaller than the schedule's threshold
 
     def fails() -> Tensor:
         raise KeyError
 
     with pytest.raises(KeyError):
         optimizer.step(fails)
-    (1e3 * loss_of(model, 1)).backward()  # large
+    (1e3 * loss_of(model, 1)).backward()  # larger than the threshold
     assert optimizer.needs_second_pass
 
 
@@ -345,9 +345,9 @@ def test_a_closure_within_unperturbed_is_refused_before_it_runs() -> None:
     model, optimizer, _, _ = both()
     closure_for(model, 0)()
     optimizer.first_step()
-    kept = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    grads = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     runs: list[int] = []
     with optimizer.unperturbed(), pytest.raises(RuntimeError, match=r"step\(closure\) inside `with optimizer"):
         optimizer.step(closure_for(model, 0, runs))
     assert not runs and optimizer.perturbed
-    assert_same_bits([p.grad for p in model.parameters() if p.grad is not None], kept)
+    assert_same_bits([p.grad for p in model.parameters() if p.grad is not None], grads)

@@ -1,4 +1,4 @@
-"""torch.compile on the model, the optimizer eager: nothing is compiled again while weights, rates and rho change."""
+"""A compiled model with an eager optimizer is not compiled again when weights, learning rates or rho change."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_sam import SAM
 
 @pytest.fixture
 def compilations() -> Iterator[list[int]]:
-    """One entry for each graph that is compiled."""
+    """Return a list that gets one entry per compiled graph."""
     torch._dynamo.reset()
     yield []
     torch._dynamo.reset()
@@ -57,10 +57,10 @@ def test_nothing_is_compiled_again(backend: str, options: dict[str, Any], compil
             first = len(compilations)
     assert len(compilations) == first
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # one graph instead of single operations
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)  # a graph rounds in other places than single operations
 
 
-def test_skips_compile_nothing_either(compilations: list[int]) -> None:
+def test_a_skipped_step_compiles_nothing(compilations: list[int]) -> None:
     model = net()
     fast = compiled(model, compilations)
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9)

@@ -1,4 +1,4 @@
-"""The CUDA backend on a GPU: against the reference, without a wait, in a CUDA graph, on streams, in memory.
+"""Tests of the CUDA backend on a GPU: results, waits, CUDA graphs, streams and memory.
 
 FUSED_SAM_SANITIZER=1 leaves out the tests that compute-sanitizer does not support (graphs, the profiler) and makes the
 other ones small.
@@ -156,7 +156,7 @@ UPDATES: dict[str, list[Group]] = {
 
 
 def table_on_gpu(table: Table) -> Table:
-    """Move a table to the GPU; a param that is its own backup stays so."""
+    """Move a table to the GPU. A param that is its own backup stays its own backup."""
     own = bool(table.backups) and table.backups[0] is table.params[0]
     for name in ("params", "backups", "masters", "grads"):
         setattr(table, name, [t.cuda() for t in getattr(table, name)])
@@ -168,7 +168,7 @@ def table_on_gpu(table: Table) -> Table:
 
 
 def status_on_gpu(wanted: Status) -> Status:
-    """Return the same numbers on the GPU."""
+    """Return a copy of the status on the GPU."""
     status = Status(CUDA)
     status.values.copy_(wanted.values)
     return status
@@ -178,7 +178,7 @@ def compare(ours: Table, twin: Table, *, signs: bool = False) -> None:
     """Compare every column, within the rounding of fp32.
 
     Args:
-        signs: the params were moved by Lion, whose sign of a number within rounding of 0 may be either: up to 1 of
+        signs: True if Lion moved the params. Rounding may change the sign of a number near 0, so that up to 1 of
             1,000 elements may differ.
     """
     wanted = columns(twin)
@@ -199,7 +199,7 @@ def compare(ours: Table, twin: Table, *, signs: bool = False) -> None:
 @pytest.mark.parametrize("update", UPDATES)
 @pytest.mark.parametrize("kind", [k for k in KINDS if k.param is not F64], ids=str)
 def test_a_step_equals_the_reference(kind: Kind, update: str, scale: float | None, max_norm: float) -> None:
-    """Masks, clipping, masters, stochastic rounding and every update, to the rounding of fp32."""
+    """The steps have masks, clipping, masters, stochastic rounding and every update. The limit is fp32's rounding."""
     groups, sizes = UPDATES[update], [(n,) for n in (1, 7, 33, 4097, 5000 if SANITIZER else 16 * 4096 * 3 + 5)]
     ours, twin = (draw_table(kind, groups, sizes, perturbed=True) for _ in range(2))
     ours = table_on_gpu(ours)
@@ -211,7 +211,7 @@ def test_a_step_equals_the_reference(kind: Kind, update: str, scale: float | Non
         backend.perturb(ours, PERTURBATIONS, status)
     Reference().perturb(twin, PERTURBATIONS, wanted)
     compare(ours, twin)
-    for _ in range(1 if update == "lion" else 2):  # after a sign that differs, the next step starts from other numbers
+    for _ in range(1 if update == "lion" else 2):  # after a different sign, the next step starts from other numbers
         with no_waiting():
             getattr(backend, update)(ours, groups, status, scales[0], max_norm)
         getattr(Reference(), update)(twin, groups, wanted, scales[1], max_norm)
@@ -266,7 +266,7 @@ def test_finish_norm(total: float) -> None:
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan])
 @pytest.mark.parametrize("second", [False, True])
 @pytest.mark.parametrize("place", [0, 2500, -1])
-def test_a_gradient_that_is_not_finite_changes_nothing(bad: float, second: bool, place: int) -> None:
+def test_a_non_finite_gradient_changes_nothing(bad: float, second: bool, place: int) -> None:
     params = on_gpu(weights([(5000,), (33,)], torch.float32))
     optimizer = SAM(params, lr=0.1, momentum=0.9, dampening=0.1, backend="cuda")
     for spoilt in (False, True):
@@ -305,7 +305,7 @@ def test_no_step_waits_for_the_gpu(rate: Any) -> None:
     with no_waiting():
         for _ in range(3):
             train_step(model, optimizer, x, y)
-        optimizer.found_inf = torch.zeros(1, device="cuda")  # as GradScaler sets them
+        optimizer.found_inf = torch.zeros(1, device="cuda")  # GradScaler sets these attributes
         optimizer.grad_scale = torch.full((1,), 2.0, device="cuda")
         train_step(model, optimizer, x, y)
         assert optimizer.skipped.device.type == "cuda"
@@ -314,7 +314,7 @@ def test_no_step_waits_for_the_gpu(rate: Any) -> None:
 @unsanitized
 @pytest.mark.parametrize("warm", [1, 3])
 def test_a_whole_step_in_a_cuda_graph_equals_the_eager_one(warm: int) -> None:
-    """Also with eager steps between the replays, and if the capture has to build a table."""
+    """The results are equal with eager steps between replays, and if the capture has to build a table."""
     model = net()
     twin = copy.deepcopy(model)
     rates = [torch.tensor(0.05, device="cuda") for _ in range(2)]
@@ -379,7 +379,7 @@ def test_a_step_in_a_cuda_graph(cls: type[torch.optim.Optimizer], options: dict[
         optimizer.first_step(zero_grad=True)
         loss = nn.functional.mse_loss(model(x), y)
         (loss * scale if scaled else loss).backward()
-        if scaled:  # as GradScaler.step does
+        if scaled:  # GradScaler.step does this too
             optimizer.found_inf, optimizer.grad_scale = found_inf, scale
         optimizer.second_step(zero_grad=True)
         if scaled:
@@ -444,7 +444,7 @@ def test_two_gpus_in_one_process() -> None:
 @pytest.mark.parametrize("groups", [2, 50])
 @pytest.mark.parametrize("checked", [False, True], ids=["own check", "GradScaler's check"])
 def test_launches_of_a_step(groups: int, checked: bool, base: str) -> None:
-    """161 tensors: norm, perturb, update, and one norm more if nothing else has checked the second gradient."""
+    """A step over 161 tensors launches norm, perturb, update, and a second norm if SAM checks the second gradient."""
     params = [nn.Parameter(torch.randn(300, device="cuda")) for _ in range(161)]
     size = -(-161 // groups)
     split = [{"params": params[i : i + size], "rho": 0.01 * (i + 1)} for i in range(0, 161, size)]
@@ -474,12 +474,12 @@ def kernels_of(run: Callable[[], None]) -> int:
 
 
 @unsanitized
-def test_memory_is_the_backup_and_nothing_else() -> None:
+def test_only_the_backup_takes_memory() -> None:
     params = [nn.Parameter(torch.randn(1 << 20, device="cuda")) for _ in range(8)]
     optimizer = SAM(params, lr=0.1, momentum=0.9, backend="cuda")
     for p in params:
         p.grad = torch.ones_like(p)
-    optimizer.step()  # momentum
+    optimizer.step()  # this creates the momentum
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     for _ in range(3):
@@ -487,7 +487,7 @@ def test_memory_is_the_backup_and_nothing_else() -> None:
         optimizer.second_step()
     extra = torch.cuda.max_memory_allocated() - before
     backup = sum(p.numel() * 4 for p in params)
-    # The workspaces of the tables have one number for each of some thousand blocks.
+    # The workspaces of the tables hold one number per block, for some thousand blocks.
     assert backup <= extra <= backup + (1 << 17)
 
 
@@ -513,7 +513,7 @@ def test_vectors(dtype: torch.dtype) -> None:
         torch.testing.assert_close(found, right, rtol=1e-2 if dtype is torch.bfloat16 else 1e-5, atol=1e-5)
 
 
-def test_addresses_of_the_host_are_refused() -> None:
+def test_addresses_of_the_host_are_errors() -> None:
     from fused_sam import _cuda  # type: ignore[attr-defined]
 
     table = _cuda.Table(0, 0, 0, 0, [10], [0])
@@ -553,6 +553,6 @@ assert torch.equal(w, b)
 
 @unsanitized
 def test_a_refused_launch_is_an_exception() -> None:
-    """CUDA refuses a launch on the legacy stream during a capture; later launches work."""
+    """CUDA allows no launch on the legacy stream during a capture. Later launches work."""
     done = subprocess.run([sys.executable, "-c", REFUSED_LAUNCH], capture_output=True, text=True, check=False)
     assert done.returncode == 0 and "refused" in done.stdout, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""The machine code of the CUDA kernels: registers, spills, the width of loads and stores, and no FP64 arithmetic.
+"""Tests of the CUDA kernels' machine code: registers, spills, the width of loads and stores, and no FP64 arithmetic.
 
 The tests need nvcc and NVIDIA's disassembler (cuobjdump and nvdisasm, of the toolkit or of the triton package), but no
 GPU. The cubins take some minutes of one core and are kept under build/ until the sources change.
@@ -21,23 +21,23 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
-# Kernels for small and for large tables are one template: both are compiled for one architecture, to halve the time.
+# Kernels for small and for large tables share a template. Only one architecture compiles both, to halve the time.
 WITH_LARGE_TABLES = "sm_90"
-SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled storage types and their bytes
+SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled names of storage types, and their bytes
 
 FILES = ("norm", "vectors", "perturb", "lion", "sgd", "adam")  # of csrc/cuda; table.cu and device.cu have no kernels
 
-# The most registers that a kernel may take. With up to 128, two blocks of 256 threads share an SM, and by docs/gpu.md
-# that is enough bytes in flight; with up to 80, three. Adam needs more than 96 for its divisions and roots.
+# The most registers that a kernel may use. With up to 128, an SM runs two blocks of 256 threads, and by docs/gpu.md
+# that is enough bytes in flight. With up to 80, it runs three. Adam needs more than 96 for its divisions and roots.
 MOST_REGISTERS = {"adam": 128, "lion": 80}
 MOST_REGISTERS_OF_OTHERS = 96
 
 
 @dataclass
 class Kernel:
-    """One compiled kernel: its primitive, the bytes of an element of each of its types, and its instructions.
+    """A compiled kernel with its primitive, the bytes per element of each type, and its instructions.
 
-    The types are those of param, gradient, and master or backup, as far as the primitive has them.
+    The types are those of param, gradient, and master or backup, if the primitive uses them.
     """
 
     architecture: str
@@ -58,7 +58,7 @@ class Kernel:
 
     @property
     def elements(self) -> int:
-        """Elements of each array that a thread has in flight (kElements in csrc/cuda)."""
+        """Return the elements of each array that a thread has in flight (kElements in csrc/cuda)."""
         fewer = self.random or self.primitive == "adam" or (self.primitive in ("sgd", "lion") and self.masters)
         fewer = fewer or (self.primitive == "lion" and self.types[0] < self.types[1])
         return 8 if fewer else 16
@@ -83,7 +83,7 @@ def compiled(nvcc: str) -> list[Path]:
     if not folder.exists():
         shutil.rmtree(folder.parent, ignore_errors=True)
         folder.mkdir(parents=True)
-    # Those that take longest first.
+    # The files that compile longest come first.
     cubins = [folder / f"{name}.{arch}.cubin" for name in reversed(FILES) for arch in ARCHITECTURES]
 
     def compile_for(cubin: Path) -> None:
@@ -112,7 +112,7 @@ def kernel_of(mangled: str, architecture: str) -> Kernel:
     found = re.search(r"\d+([a-z]+)_kernelI(.*)" + table, mangled)
     assert found is not None, mangled
     types, rest, random, narrow = [], found[2], False, 0
-    while rest:  # a type is f, NS_4bf16E, NS_3f16E, or S<number>_ for the narrow one named before; Lb1E means random
+    while rest:  # f, NS_4bf16E, NS_3f16E, or S<number>_ for an earlier narrow type; Lb1E is stochastic rounding
         word = re.match(r"NS_(\w+?)E|(f)|Lb([01])E|S\d*_", rest)
         assert word is not None, mangled
         if word[3]:
@@ -178,10 +178,10 @@ def in_flight(kernel: Kernel) -> int:
     return most
 
 
-def test_every_kernel_is_there(kernels: list[Kernel]) -> None:
+def test_every_kernel_is_compiled(kernels: list[Kernel]) -> None:
     pairs, masters = {(4, 4), (2, 2), (2, 4)}, {(2, 2, 4), (2, 4, 4)}
     plain = {(p, g, p) for p, g in pairs}
-    # With fp32 params or masters an update rounds to nearest.
+    # With fp32 params or masters, an update rounds to nearest.
     updates = {False: plain | masters, True: plain - {(4, 4, 4)}}
     for architecture in ARCHITECTURES:
         assert len([k for k in kernels if k.architecture == architecture and k.primitive == "finish_norm"]) == 1
@@ -213,15 +213,15 @@ def test_no_fp64_arithmetic(kernels: list[Kernel]) -> None:
         assert not matching(kernel.instructions, r"(DADD|DMUL|DFMA|DSETP|DMNMX|DMMA)\b"), kernel
 
 
-def test_the_space_of_every_address_is_known(kernels: list[Kernel]) -> None:
-    """The table is read as constants and the tensors as global memory: a generic access would be slower."""
+def test_the_address_space_of_every_access_is_static(kernels: list[Kernel]) -> None:
+    """Kernels read the table as constants and the tensors as global memory. A generic access would be slower."""
     for kernel in kernels:
         assert not matching(kernel.instructions, r"(LD|ST)(\.|\s)"), kernel
 
 
 def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        # Bytes per element; amsgrad's max_exp_avg_sq is not counted.
+        # Bytes per element, without amsgrad's max_exp_avg_sq.
         read = {
             "norm": lambda k: k.types[1],
             "perturb": lambda k: k.types[2] + k.types[1],
@@ -241,7 +241,7 @@ def test_stores_are_16_bytes_wide(kernels: list[Kernel]) -> None:
     for kernel in kernels:
         if kernel.primitive in ("norm", "dot", "finish_norm"):
             continue
-        # Bytes per element: the params (of axpby the result), the state, and perturb's backup or an update's master.
+        # Bytes per element of the params (axpby: the result), the state, and perturb's backup or an update's master.
         written = kernel.types[-1 if kernel.primitive == "axpby" else 0]
         written += {"sgd": 4, "lion": 4, "adam": 12}.get(kernel.primitive, 0)
         if kernel.primitive not in ("restore", "axpby") and kernel.masters != (kernel.primitive == "perturb"):

@@ -1,4 +1,4 @@
-"""The CUDA backend without a GPU: its Python half, and the kernels' source run on the host (support/cuda_source.py)."""
+"""Tests of the CUDA backend without a GPU: its Python code, and kernels on the host (support/cuda_source.py)."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def shim() -> Iterator[ModuleType]:
 
 
 def step_launches(shim: ModuleType, base: str, count: int, groups: int, **options: Any) -> int:
-    """Return the launches of a step over `count` tensors, with attributes of the optimizer set before the update."""
+    """Return the launches of a step over `count` tensors. Set `options` as attributes before the update."""
     params = [nn.Parameter(torch.randn(20)) for _ in range(count)]
     size = -(-count // groups)
     split = [{"params": params[i : i + size], "rho": 0.01 * (1 + i)} for i in range(0, count, size)]
@@ -102,8 +102,8 @@ def test_norm_takes_one_launch_per_table_and_none_to_reset_or_finish(shim: Modul
         assert float(status.values[place]) == pytest.approx(float(twin.values[place]), rel=1e-5)
 
 
-def test_a_table_built_in_a_capture_serves_no_step_outside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A graph zeroes the reductions' counters only when it is replayed: until then they may hold anything.
+def test_a_table_built_in_a_capture_is_not_used_outside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph zeroes the reductions' counters only when it is replayed. Until then their values are undefined.
 
     One step before the capture does not build every table, because that step starts the momentum.
     """
@@ -151,11 +151,11 @@ UPDATES: dict[str, Sequence[Any]] = {
 @pytest.mark.parametrize(
     ("update", "driver", "launches"),
     [
-        ("sgd", 13000, 1),  # of 600 tensors, or of 64
+        ("sgd", 13000, 1),  # a large table holds 600 tensors, a small one 64
         ("sgd", 12000, 3),
         ("lion", 13000, 1),
         ("lion", 12000, 3),
-        ("adam", 13000, 1),  # of 400 tensors, or of 44
+        ("adam", 13000, 1),  # a large table holds 400 tensors, a small one 44
         ("adam", 12000, 4),
     ],
 )
@@ -181,7 +181,7 @@ def test_updates_of_161_tensors(shim: ModuleType, update: str, driver: int, laun
 
 
 @pytest.mark.parametrize(("rule", "name"), [(SGD, "momentum_buffer"), (ADAM, "step"), (LION, "exp_avg")])
-def test_state_of_another_device_is_refused(rule: Any, name: str) -> None:
+def test_state_on_another_device_is_an_error(rule: Any, name: str) -> None:
     w = torch.ones(4)
     state: dict[str, list[Tensor | None]] = {column.name: [w.clone()] for column in rule.columns}
     state[name] = [torch.zeros(4, device="meta")]
@@ -216,7 +216,7 @@ def test_vectors_equal_the_reference(shim: ModuleType) -> None:
             torch.testing.assert_close(found, wanted, rtol=rtol, atol=1e-6)
 
 
-def test_weights_on_another_device_are_refused_before_a_write(shim: ModuleType) -> None:
+def test_weights_on_another_device_are_an_error_before_any_write(shim: ModuleType) -> None:
     other = "on cuda:1, the table on cuda:0: use one optimizer per device"
     for device, words in [(1, other), (-1, "not in GPU memory")]:
         shim.pretend()
@@ -230,7 +230,7 @@ def test_weights_on_another_device_are_refused_before_a_write(shim: ModuleType) 
         assert torch.equal(p, before)
 
 
-def test_a_launch_that_fails_names_the_kernel_and_leaves_the_weights(shim: ModuleType) -> None:
+def test_a_failed_launch_names_the_kernel_and_changes_no_weight(shim: ModuleType) -> None:
     p = nn.Parameter(torch.randn(20))
     optimizer = SAM([p], lr=0.1, backend=cuda_source.NAME)
     p.grad = torch.ones_like(p)
@@ -252,7 +252,7 @@ def test_a_launch_that_fails_names_the_kernel_and_leaves_the_weights(shim: Modul
         ("lion", LionGroup(torch.tensor(0.1, dtype=torch.float16))),
     ],
 )
-def test_numbers_of_another_device_or_dtype_are_refused(update: str, group: Any) -> None:
+def test_scalars_of_another_device_or_dtype_are_errors(update: str, group: Any) -> None:
     backend = cuda_source.CudaSource()
     w = torch.ones(4)
     table = draw_table(FP32, [group], [(4,)], perturbed=True)

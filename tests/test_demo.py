@@ -1,4 +1,4 @@
-"""`python -m fused_sam demo`: its data, its choice of rho, what it refuses, and one small run from end to end."""
+"""Tests of `python -m fused_sam demo`: its data, its choice of rho, its errors, and a small run from end to end."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_demo(*words: object) -> Result:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
-    """So small a network gains nothing from more, and a busy machine makes them wait for each other."""
+    """Set one thread. A small network is not faster with more, and threads of a busy machine wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -69,8 +69,8 @@ def digits() -> Source:
 
 
 @pytest.mark.parametrize("share", [0.0, 0.25, 0.4, 1.0])
-def test_exactly_the_asked_share_of_labels_is_replaced(share: float) -> None:
-    labels = torch.full((1003,), 12)  # a class that no replacement draws
+def test_exactly_the_given_share_of_labels_is_replaced(share: float) -> None:
+    labels = torch.full((1003,), 12)  # a class that no replacement has
     noisy, replaced = replace_labels(labels, share, torch.Generator().manual_seed(1))
     changed = (noisy != labels).nonzero().flatten()
     assert len(changed) == round(share * 1003)
@@ -83,7 +83,7 @@ def test_replacements_are_uniform_over_all_classes() -> None:
     assert counts.min() > 1800 and counts.max() < 2200
 
 
-def test_noise_is_in_training_and_validation_labels_and_never_in_test_labels(digits: Source) -> None:
+def test_only_training_and_validation_labels_have_noise(digits: Source) -> None:
     clean, noisy = (make_task(digits, 3, noise, 0.25) for noise in (0.0, 0.4))
     for part in ("train", "validation", "test"):
         assert torch.equal(getattr(clean, part).x, getattr(noisy, part).x), "the splits depend on the noise"
@@ -91,7 +91,7 @@ def test_noise_is_in_training_and_validation_labels_and_never_in_test_labels(dig
     for part in ("train", "validation"):
         before, after = getattr(clean, part).y, getattr(noisy, part).y
         changed = int((before != after).sum())
-        # A tenth of what is replaced draws the class it had.
+        # A tenth of the replaced labels get the class that they had.
         assert 0.3 * len(before) < changed <= round(0.4 * len(before))
 
 
@@ -122,7 +122,7 @@ def write_idx(path: Path, array: np.ndarray) -> None:
 
 @pytest.fixture
 def fashion(tmp_path: Path) -> Path:
-    """A folder of four good files: 60 and 20 images of 4 x 3 pixels."""
+    """Return a folder of four valid files, with 60 and 20 images of 4 x 3 pixels."""
     folder = tmp_path / "fashion"
     folder.mkdir()
     random = np.random.default_rng(0)
@@ -164,7 +164,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_idx_file_is_named_with_what_is_wrong(tmp_path: Path, name: str) -> None:
+def test_the_error_of_a_broken_idx_file_names_file_and_mistake(tmp_path: Path, name: str) -> None:
     content, words = BROKEN[name]
     path = tmp_path / "images.gz"
     path.write_bytes(content)
@@ -173,7 +173,7 @@ def test_a_broken_idx_file_is_named_with_what_is_wrong(tmp_path: Path, name: str
     assert str(path) in str(error.value) and words in str(error.value)
 
 
-def test_images_and_labels_that_do_not_belong_together(fashion: Path) -> None:
+def test_images_and_labels_of_different_numbers_are_an_error(fashion: Path) -> None:
     labels = fashion / FASHION_FILES["train"][1]
     write_idx(labels, np.zeros(59, np.uint8))
     with pytest.raises(DemoError, match=r"60 images.*59 labels"):
@@ -246,7 +246,7 @@ def test_every_optimizer_gets_the_same_number_of_trials(preset) -> None:  # type
         ([-2.0], "2.0 points behind SGD on the one seed"),
     ],
 )
-def test_the_closing_sentence_says_what_came_out(gains: list[float], words: str) -> None:
+def test_the_closing_sentence_states_the_result(gains: list[float], words: str) -> None:
     sgd, sam = Trial(METHODS["sgd"], 0.1, None), Trial(METHODS["sam"], 0.1, 0.1)
     outcomes = [
         Outcome([sgd], [0.5], sgd, [fake_run(sgd, i, test=0.8) for i in range(len(gains))]),
@@ -330,7 +330,7 @@ def test_a_small_run_prints_the_tables_and_writes_figure_and_json(tmp_path: Path
     assert content["conclusion"] in result.stdout
 
 
-def test_fashion_mnist_runs_from_its_files_with_the_chosen_optimizers_alone(fashion: Path, tmp_path: Path) -> None:
+def test_fashion_mnist_runs_from_its_files_with_only_the_chosen_optimizers(fashion: Path, tmp_path: Path) -> None:
     result = run_demo(
         "--data", "fashion-mnist", "--data-dir", fashion, "--optimizer", "sgd", "--optimizer", "sgd-2x",
         "--seeds", 2, "--epochs", 1, "--lr", "0.01,0.1", "--batch-size", 16, "--output", tmp_path / "x.svg",

@@ -1,4 +1,4 @@
-"""Data parallel, FSDP2, tensor parallel, meshes of two dimensions: processes bit-equal, and equal to one process."""
+"""Processes of data parallel, FSDP2, tensor parallel and 2-D meshes are bit-equal, and equal one process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def assert_like_one_process(found: list[dict[str, Any]], options: dict[str, Any]
         assert other["norms"] == found[0]["norms"]
         for a, b in zip(other["state"], found[0]["state"], strict=True):
             assert all(same_bits(a[k], b[k]) if isinstance(a[k], torch.Tensor) else a[k] == b[k] for k in a)
-    # float64: sums over the batch in another order, through four steps.
+    # The limit is float64 rounding in four steps. Sums over the batch have another order.
     for a, b in zip(found[0]["weights"], alone["weights"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     for norms, expected in zip(found[0]["norms"], alone["norms"], strict=True):
@@ -75,9 +75,9 @@ def test_meshes_of_two_dimensions(four: Processes, way: str, options: dict[str, 
 
 
 @pytest.mark.parametrize("way", ["ddp", "fsdp", "tensor-parallel"])
-def test_one_small_all_reduce_a_phase_where_weights_are_spread(two: Processes, way: str) -> None:
+def test_sharded_weights_need_one_small_all_reduce_per_pass(two: Processes, way: str) -> None:
     sizes = two.run(spread.count_collectives, way)
-    expected = [] if way == "ddp" else [4, 4]  # the sum, the skip flag, two numbers that tell whether all agree
+    expected = [] if way == "ddp" else [4, 4]  # the sum, the skip flag, and two numbers that compare the processes
     assert sizes == [expected, expected]
 
 
@@ -93,17 +93,17 @@ def test_inf_on_one_process_skips_the_step_on_all(two: Processes, way: str, half
 
 
 @pytest.mark.parametrize("which", ["all, first", "all, second", "one, first", "one, second"])
-def test_processes_that_lack_gradients_are_told_everywhere(two: Processes, which: str) -> None:
-    for told, unchanged in two.run(spread.gradients_missing, which):
-        assert told and unchanged
+def test_missing_gradients_on_one_process_are_an_error_on_all(two: Processes, which: str) -> None:
+    for raised, unchanged in two.run(spread.gradients_missing, which):
+        assert raised and unchanged
 
 
-def test_processes_with_other_parameters_are_told_everywhere(two: Processes) -> None:
+def test_different_parameters_are_an_error_on_all_processes(two: Processes) -> None:
     for error in two.run(spread.other_parameters):
         assert "have different parameters" in error and "parameter 0 of group 0" in error
 
 
-def test_an_optimizer_built_before_sharding_is_told(two: Processes) -> None:
+def test_an_optimizer_built_before_sharding_is_an_error(two: Processes) -> None:
     for error in two.run(spread.built_before_sharding, SAM):
         assert "build the optimizer over the model's parameters after that" in error
 
@@ -136,24 +136,24 @@ def test_distributed_checkpoints_resume_on_any_number_of_processes(
     for found in (*again, *other):
         assert_same_bits(found["saved"], saved[0]["saved"])
     assert_same_bits(again[0]["end"], saved[0]["end"])
-    # float64: sums over the batch in another order, through two steps.
+    # The limit is float64 rounding in two steps. Sums over the batch have another order.
     for a, b in zip(other[0]["end"], saved[0]["end"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
 
 
-def test_masters_follow_what_is_written_to_sharded_weights(two: Processes) -> None:
+def test_values_written_to_sharded_weights_reach_their_masters(two: Processes) -> None:
     assert two.run(spread.masters_follow_writes) == [0.0, 0.0]
 
 
 def test_a_gradient_in_partial_sums_is_summed_for_a_wrapped_base_too(two: Processes) -> None:
-    # Norm 20 of four tens, clipped to 0.1: each weight moves by 0.05.
+    # The norm of four tens is 20. It is clipped to 0.1, so that each weight moves by 0.05.
     assert two.run(spread.partial_gradient) == pytest.approx([0.95, 0.95], rel=1e-5)
 
 
-def test_whole_state_for_sharded_weights_is_refused(two: Processes) -> None:
+def test_loading_unsharded_state_for_sharded_weights_is_an_error(two: Processes) -> None:
     for error, untouched in two.run(spread.whole_state):
         assert "set_optimizer_state_dict" in error and untouched
 
 
-def test_state_that_is_spread_otherwise_is_spread_as_the_weight(two: Processes) -> None:
+def test_replicated_state_is_sharded_like_its_weight(two: Processes) -> None:
     assert two.run(spread.state_spread_otherwise) == [True, True]

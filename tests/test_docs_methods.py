@@ -1,4 +1,4 @@
-"""docs/writing-a-method.md runs as it is written, and docs/methods.md has every method with every option.
+"""The code of docs/writing-a-method.md runs, and docs/methods.md lists every method with every option.
 
 The blocks of other pages that show fragments run after a preamble that defines the names that they use.
 """
@@ -34,11 +34,11 @@ def blocks(name: str) -> list[tuple[int, str]]:
 
 
 def run(name: str, names: dict[str, Any] | None = None, broken: int | None = None) -> dict[str, Any]:
-    """Run the blocks of a page in order; return what they defined.
+    """Run the blocks of a page in order. Return the names that they defined.
 
     Args:
-        names: what the page uses without defining it.
-        broken: the number of a block that gets a line with an unknown name at its end.
+        names: names that the page uses and does not define.
+        broken: the number of a block that gets a last line with an unknown name.
     """
     found: dict[str, Any] = {"__name__": "page", **(names or {})}
     for k, (line, source) in enumerate(blocks(name)):
@@ -70,7 +70,7 @@ def test_every_fence_is_read(page: str) -> None:
 
 
 def test_the_pages_method_is_the_example(backend: str) -> None:
-    """The method that the page builds takes the steps of examples/methods/vasso.py, to the bit."""
+    """The page's method takes the same steps as examples/methods/vasso.py, bit for bit."""
     ours, theirs = nets.net(), nets.net()
     options = {"theta": 0.3, "rho": 0.1, "lr": 0.1, "momentum": 0.9, "backend": backend}
     optimizers = [
@@ -85,7 +85,7 @@ def test_the_pages_method_is_the_example(backend: str) -> None:
 
 @pytest.mark.parametrize("method", ["VaSSO", "UnnormalisedSAM", "StableSAM", "CentredSAM", "Mean"])
 def test_the_pages_methods_take_the_same_steps_under_a_grad_scaler(method: str) -> None:
-    """What the page says of GradScaler: vectors and norms count without the loss scale."""
+    """The page promises that vectors and norms do not depend on GradScaler's loss scale."""
     cls = run(PAGE)[method]
 
     def train(scaler: Any) -> list[nn.Parameter]:
@@ -99,14 +99,14 @@ def test_the_pages_methods_take_the_same_steps_under_a_grad_scaler(method: str) 
     def loss_fn(model: nn.Module, batch: Any) -> torch.Tensor:
         return nn.functional.cross_entropy(model(batch[0]), batch[1])
 
-    scaled = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)  # grows within the run
+    scaled = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)  # the scale grows within the run
     for p, q in zip(train(None), train(scaled), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("method", ["VaSSO", "Mean"])
 def test_the_pages_methods_skip_a_step_that_is_not_finite(method: str) -> None:
-    """What the page says of skipped steps: weights and state vectors stay, counters in the groups go on."""
+    """The page promises that a skipped step changes no weight and no state vector, and that counters go on."""
     optimizer = run(PAGE)[method]([p := nn.Parameter(torch.ones(3))], rho=0.1, lr=0.1)
     for bad in (False, True, False):
         before = [p.detach().clone(), *(v.clone() for v in optimizer.state[p].values())]
@@ -147,7 +147,7 @@ def test_every_method_has_a_row_with_its_options_and_their_defaults(name: str) -
             shown = str(default)
         else:
             shown = f'"{default}"' if isinstance(default, str) else f"{default:g}"
-        if option != "adaptive":  # ASAM's is its name
+        if option != "adaptive":  # ASAM is adaptive by definition
             assert f"`{option}` ({shown})" in row, f"the row of {name} lacks `{option}` ({shown})"
 
 

@@ -1,4 +1,4 @@
-"""Every program in examples/ runs, shortened, and says what it should; the README lists all of them."""
+"""Every program in examples/ runs shortened and prints the right results. The README lists all of them."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ def test_an_example_runs(name: str) -> None:
     numbers = [float(x) for x in said.groups()]
     if name == "transformers_text.py":
         before, after = numbers
-        assert 6 < before < 8 and after < before  # 7 bits for 128 values that nothing is known of
+        assert 6 < before < 8 and after < before  # 128 equally likely values have 7 bits
     else:
-        assert all(x > 30 for x in numbers)  # 10 classes: chance is 10%
+        assert all(x > 30 for x in numbers)  # chance is 10% with 10 classes
 
 
 def test_the_readme_lists_every_example() -> None:

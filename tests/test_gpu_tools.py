@@ -1,4 +1,4 @@
-"""The tools for a machine with a GPU, as far as they run without one: steps of the script, and targets."""
+"""Tests of the tools for a machine with a GPU that run without one: steps of the script, and targets."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def check(tmp_path: Path, *stages: str, gpu: str = "Some GPU", failing: str = "n
     return done.returncode, summary
 
 
-def test_every_step_runs_in_the_order_of_what_it_decides(tmp_path: Path) -> None:
+def test_every_step_runs_in_a_fixed_order(tmp_path: Path) -> None:
     code, summary = check(tmp_path)
     steps = {row["step"]: row for row in summary["steps"]}
     assert code == 0 and summary["gpu"] == "Some GPU"
@@ -65,15 +65,15 @@ def test_every_step_runs_in_the_order_of_what_it_decides(tmp_path: Path) -> None
         ("-m pytest", "tests", "adamw"),
     ],
 )
-def test_a_step_that_fails_is_noted_with_its_last_line(tmp_path: Path, failing: str, step: str, last: str) -> None:
-    """The run ends without a build or without the CUDA backend; nothing else ends it."""
+def test_the_last_line_of_a_failed_step_is_in_the_summary(tmp_path: Path, failing: str, step: str, last: str) -> None:
+    """The run ends if the build or the CUDA backend is missing. No other failure ends it."""
     code, summary = check(tmp_path, "build", "tests", "bench", failing=failing)
     (failed,) = [row for row in summary["steps"] if row["result"] != "ok"]
     assert code == 1 and failed["step"] == step and summary["steps"][-1]["step"] == last
     assert failed["note"].endswith(f"{step}.log: words quoted  and a tab")
 
 
-def test_without_a_gpu_what_needs_one_is_skipped_by_name(tmp_path: Path) -> None:
+def test_steps_that_need_a_gpu_are_skipped_by_name_without_one(tmp_path: Path) -> None:
     _, summary = check(tmp_path, gpu="")
     skipped = [row["step"] for row in summary["steps"] if row["result"] == "skipped"]
     assert skipped == ["bench", "sanitizer", "more"]
@@ -143,6 +143,6 @@ def test_targets_are_numbers_with_a_verdict(tmp_path: Path) -> None:
     assert code == 1, "one is unknown"
 
 
-def test_targets_of_nothing_are_unknown(tmp_path: Path) -> None:
+def test_targets_without_results_are_unknown(tmp_path: Path) -> None:
     code, rows = targets(tmp_path)
     assert code == 1 and len(rows) == 12 and {row["met"] for row in rows.values()} == {None}

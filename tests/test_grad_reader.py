@@ -1,4 +1,4 @@
-"""Which gradients the readers recognise as the usual case, and the addresses that they return."""
+"""Tests of the gradient readers: the gradients that they accept as the usual case, and the returned addresses."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_usual_case(reader_of: Any, dtype: torch.dtype) -> None:
     assert_read(reader, [params])
     assert_read(reader, [params[:2], [], params[2:]])
     for p in params:
-        p.grad = torch.ones_like(p)  # new ones every step
+        p.grad = torch.ones_like(p)  # every step has new gradients
     assert_read(reader, [params])
 
 
@@ -75,9 +75,9 @@ def test_unusual_gradients(reader_of: Any, grad: Callable[[], Tensor | None]) ->
 def test_usual_gradients_of_other_kinds(reader_of: Any) -> None:
     params = params_of((3,), (4, 5), (1, 5), (3,))
     reader = reader_of(params)
-    params[0].grad = torch.ones(9)[4:7]  # part of a larger storage
+    params[0].grad = torch.ones(9)[4:7]  # a part of a larger storage
     params[1].grad = torch.ones(4, 5).as_subclass(Subclass)
-    params[2].grad = torch.ones(5, 1).t()  # the stride of a dimension of size 1 means nothing
+    params[2].grad = torch.ones(5, 1).t()  # the stride of a dimension of size 1 has no meaning
     params[3].grad = nn.Parameter(torch.ones(3))
     assert_read(reader, [params])
 
@@ -97,7 +97,7 @@ def test_sparse_gradients_are_not_read(reader_of: Any) -> None:
     params = params_of((3,), (4, 5))
     reader = reader_of(params)
     params[1].grad = torch.ones(4, 5).to_sparse()
-    with suppress(RuntimeError):  # as the protocol allows
+    with suppress(RuntimeError):  # the protocol allows this error
         assert reader.read([params]) is None
 
 
@@ -110,7 +110,7 @@ MOVES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES.keys())
-def test_parameters_that_are_not_as_they_were(reader_of: Any, move: Callable[[Tensor], Tensor]) -> None:
+def test_changed_parameters(reader_of: Any, move: Callable[[Tensor], Tensor]) -> None:
     params = params_of((3,), (4, 5))
     reader = reader_of(params)
     params[1].grad = None
@@ -120,7 +120,7 @@ def test_parameters_that_are_not_as_they_were(reader_of: Any, move: Callable[[Te
 
 
 def test_swapped_parameters(reader_of: Any) -> None:
-    """The Python object stays, and the tensor in it is another one."""
+    """The Python object stays, but its tensor is another one."""
     params = params_of((3,), (4, 5))
     reader = reader_of(params)
     torch.utils.swap_tensors(params[0], *params_of((3,)))
@@ -148,7 +148,7 @@ def test_dense_layouts_that_are_not_contiguous() -> None:
 
 
 def test_gradients_with_the_opposite_sign_in_memory() -> None:
-    """Complex arithmetic may leave a gradient whose memory is not its value."""
+    """Complex arithmetic may return a gradient whose memory holds the negative of its value."""
     p = nn.Parameter(torch.ones(()))
     reader = make_reader([p])
     if isinstance(reader, PythonReader):
@@ -159,7 +159,7 @@ def test_gradients_with_the_opposite_sign_in_memory() -> None:
 
 
 def test_addresses_are_one_object_until_they_change() -> None:
-    """So that a table need not take them again."""
+    """A table does not need to take unchanged addresses again."""
     params = params_of((3,), (4, 5))
     reader = make_reader(params)
     if isinstance(reader, PythonReader):

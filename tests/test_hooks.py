@@ -1,4 +1,4 @@
-"""Hooks and the profiler see one optimizer and one step an update."""
+"""Hooks and the profiler get one optimizer and one step per update."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from fused_sam import SAM
 
-DRIVES: dict[str, Any] = {
+LOOPS: dict[str, Any] = {
     "two steps": two_steps,
     "closure": lambda model, optimizer, step: optimizer.step(closure_for(model, step)),
     "plain": lambda model, optimizer, step: (loss_of(model, step).backward(), optimizer.step()),
 }
 
 
-@pytest.mark.parametrize("drive", DRIVES.values(), ids=DRIVES.keys())
-def test_step_hooks_run_once_an_update(backend: str, drive: Any) -> None:
+@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS.keys())
+def test_step_hooks_run_once_per_update(backend: str, loop: Any) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     seen: list[str] = []
@@ -39,7 +39,7 @@ def test_step_hooks_run_once_an_update(backend: str, drive: Any) -> None:
     ]
     try:
         for step in range(2):
-            drive(model, optimizer, step)
+            loop(model, optimizer, step)
     finally:
         for handle in handles:
             handle.remove()
@@ -47,7 +47,7 @@ def test_step_hooks_run_once_an_update(backend: str, drive: Any) -> None:
 
 
 def test_pre_hook_may_change_gradients_and_options(backend: str) -> None:
-    """Clipping in a hook: it acts on the second gradient, at the perturbed weights."""
+    """A hook that clips changes the second gradient, which is taken at the perturbed weights."""
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = SAM([p], rho=1.0, lr=1.0, backend=backend)
     at: list[float] = []
@@ -64,7 +64,7 @@ def test_pre_hook_may_change_gradients_and_options(backend: str) -> None:
     torch.testing.assert_close(p.detach(), torch.full((4,), 0.5), rtol=1e-5, atol=0)
 
 
-def test_pre_hook_that_raises_leaves_a_step_that_can_be_undone(backend: str) -> None:
+def test_a_step_can_be_undone_after_a_pre_hook_that_raises(backend: str) -> None:
     p = torch.nn.Parameter(torch.ones(4))
     optimizer = SAM([p], rho=1.0, lr=1.0, backend=backend)
 
@@ -101,7 +101,7 @@ def test_state_dict_hooks(backend: str) -> None:
 
 
 def test_load_pre_hook_may_adapt_a_checkpoint(backend: str) -> None:
-    """The use torch's documentation names: a hook that makes a foreign checkpoint fit before it is judged."""
+    """torch documents this use: a hook changes another package's checkpoint before it is checked."""
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     two_steps(model, optimizer, 0)
@@ -112,7 +112,7 @@ def test_load_pre_hook_may_adapt_a_checkpoint(backend: str) -> None:
     assert optimizer.state_dict()["param_groups"] == saved["param_groups"]
 
 
-def test_profiler_sees_the_step_by_the_name_of_torchs_optimizers(backend: str) -> None:
+def test_the_profiler_names_the_step_as_for_torchs_optimizers(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     with torch.profiler.profile() as profile:

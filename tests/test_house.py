@@ -1,4 +1,4 @@
-"""The structure of the package: which way imports point, how deep a step goes, what a method touches."""
+"""Tests of the package's structure: the direction of imports, the calls of a step, and the names a method uses."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 
 
 def imports_of(file: Path) -> set[str]:
-    """Names of the package's top-level modules that a file imports, at any place."""
+    """Return the names of the package's top-level modules that a file imports, at any place."""
     found = set()
     package = ["fused_sam", *file.relative_to(PACKAGE).parent.parts]
     for node in ast.walk(ast.parse(file.read_text())):
@@ -49,7 +49,7 @@ def imports_of(file: Path) -> set[str]:
             if parts[0] == "fused_sam" and len(parts) > 1 and parts[1] in LEVEL:
                 found.add(parts[1])
             elif name == "fused_sam" or (parts[0] == "fused_sam" and parts[1] not in ("_cpu", "_cuda")):
-                found.add("__init__")  # a name that the package exports
+                found.add("__init__")  # the name is an export of the package
     return found
 
 
@@ -58,7 +58,7 @@ def top_level() -> list[str]:
                   if p.suffix == ".py" or (p / "__init__.py").exists())  # fmt: skip
 
 
-def test_at_most_sixteen_rooms_each_in_a_layer() -> None:
+def test_at_most_sixteen_modules_each_in_a_layer() -> None:
     rooms = top_level()
     assert len(rooms) <= 16, rooms
     assert not [room for room in rooms if room not in LEVEL]
@@ -76,13 +76,13 @@ METHOD_FILES = sorted([*(PACKAGE / "methods").glob("*.py"), *(ROOT / "examples" 
 
 
 @pytest.mark.parametrize("file", METHOD_FILES, ids=lambda f: f.stem)
-def test_methods_touch_nothing_private(file: Path) -> None:
+def test_methods_use_no_private_names(file: Path) -> None:
     found = [
         f"{node.attr} in line {node.lineno}"
         for node in ast.walk(ast.parse(file.read_text()))
         if isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__")
     ]
-    # torch's own name of the class that all batch and instance norms share.
+    # torch's name of the base class of all batch and instance norms.
     assert not [name for name in found if not name.startswith("_NormBase")], f"{file.name}: {found}"
 
 
@@ -92,7 +92,7 @@ def test_an_example_method_takes_at_most_thirty_lines(file: Path) -> None:
     assert len(file.read_text().splitlines()) <= 30
 
 
-def test_a_settled_step_runs_at_most_five_files_and_thirty_functions() -> None:
+def test_a_step_after_the_first_ones_runs_at_most_five_files_and_thirty_functions() -> None:
     if fused_sam.backends.available()["cpu"] is not True:
         pytest.skip("fused_sam._cpu is not built")
     params = [nn.Parameter(torch.randn(256)) for _ in range(8)]

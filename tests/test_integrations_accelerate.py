@@ -1,4 +1,4 @@
-"""SAM with accelerate: prepare(), accumulation over a loader's end, GradScaler, skipped steps and schedulers."""
+"""Tests of SAM with accelerate: prepare(), accumulation at a loader's end, GradScaler, skipped steps, schedulers."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def loss_fn(model: nn.Module, batch: Any) -> Tensor:
 
 
 class Setup:
-    """A model, optimizer, loader and scheduler that went through prepare()."""
+    """A model, optimizer, loader and scheduler that prepare() returned."""
 
     def __init__(self, accumulate: int = 1, scaler: Any = None, precision: str = "no") -> None:
         self.accelerator = accelerate.Accelerator(
             cpu=True, gradient_accumulation_steps=accumulate, mixed_precision=precision
         )
-        self.accelerator.scaler = scaler  # accelerate makes one only for a GPU
+        self.accelerator.scaler = scaler  # accelerate makes a scaler only for a GPU
         self.bare = net()
         self.sam = SAM(self.bare.parameters(), rho=0.2, lr=0.1, momentum=0.9)
         schedule = torch.optim.lr_scheduler.ExponentialLR(self.sam, 0.9)
@@ -75,7 +75,7 @@ class Setup:
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("precision", ["no", "bf16"])
-def test_an_epoch_is_the_loop_written_out(accumulate: int, precision: str) -> None:
+def test_an_epoch_equals_the_loop_written_out(accumulate: int, precision: str) -> None:
     setup = Setup(accumulate, precision=precision)
     torch.manual_seed(2)
     found = setup.epoch(setup.step())
@@ -85,19 +85,19 @@ def test_an_epoch_is_the_loop_written_out(accumulate: int, precision: str) -> No
     optimizer = SAM(model.parameters(), rho=0.2, lr=0.1, momentum=0.9)
     batches = [tuple(t[k : k + SIZE] for t in dataset().tensors) for k in range(0, SAMPLES, SIZE)]
     torch.manual_seed(2)
-    torch.empty((), dtype=torch.int64).random_()  # what a DataLoader draws for its workers' seed
+    torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws its workers' seed
     losses = []
 
     def recorded(model: nn.Module, batch: Any) -> Tensor:
         loss = loss_fn(model, batch)
         if not optimizer.perturbed:
             losses.append(loss.item())
-        # accelerate divides by the wanted number even where the loader ends early
+        # accelerate divides by the number of accumulation steps even if the loader ends early
         return loss * min(1, len(window) / accumulate)
 
     for k in range(0, len(batches), accumulate):
         window = batches[k : k + accumulate]
-        # Autocast covers the model alone there, as here: the loss is fp32.
+        # accelerate's autocast covers only the model, so that the loss is fp32.
         autocast = torch.bfloat16 if precision == "bf16" else None
         sam_step(model, recorded, None, optimizer, microbatches=window, autocast=autocast)
         optimizer.param_groups[0]["lr"] *= 0.9
@@ -106,14 +106,14 @@ def test_an_epoch_is_the_loop_written_out(accumulate: int, precision: str) -> No
     assert found == pytest.approx(losses, rel=1e-2 if precision == "bf16" else 1e-5)
     assert torch.equal(state, torch.get_rng_state())
     for p, q in zip(setup.bare.state_dict().values(), model.state_dict().values(), strict=True):
-        # Thirds by division there and by weights here; bf16 casts round that difference up to a unit of theirs.
+        # accelerate divides by 3, and this loop multiplies by 1/3. bf16 rounds the difference up to an ulp of its own.
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-2 if precision == "bf16" else 1e-5)
     assert setup.bare[1].num_batches_tracked == len(batches)
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("in_pass", [1, 2])
-def test_skipped_steps_show_and_hold_the_scheduler(scaled: bool, in_pass: int) -> None:
+def test_skipped_steps_are_reported_and_hold_the_scheduler(scaled: bool, in_pass: int) -> None:
     scaler = torch.amp.GradScaler("cpu", init_scale=16.0) if scaled else None
     setup = Setup(scaler=scaler)
     calls = 0
@@ -138,7 +138,7 @@ def test_skipped_steps_show_and_hold_the_scheduler(scaled: bool, in_pass: int) -
     assert rates[:3] == pytest.approx([0.09, 0.09, 0.081])
     assert setup.accelerator.optimizer_step_was_skipped is False
     if scaler is not None:
-        # GradScaler looks at second gradients only.
+        # GradScaler checks only second gradients.
         assert scaler.get_scale() == (8.0 if in_pass == 2 else 16.0)
 
 
@@ -152,7 +152,7 @@ def test_a_scaler_changes_no_weights() -> None:
     torch.manual_seed(3)
     plain.epoch(plain.step())
     for p, q in zip(found, plain.bare.parameters(), strict=True):
-        torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-5)  # a factor of two rounds once more in an FMA
+        torch.testing.assert_close(p, q.detach(), rtol=0, atol=1e-5)  # with a scale, an FMA rounds once more
 
 
 def _reset() -> None:
@@ -160,7 +160,7 @@ def _reset() -> None:
     accelerate.state.GradientState._reset_state()
 
 
-def test_an_exception_restores_and_forgets_the_window() -> None:
+def test_an_exception_restores_the_weights_and_drops_the_accumulated_batches() -> None:
     setup = Setup()
     fail = True
 
@@ -195,7 +195,7 @@ def test_state_is_saved_and_loaded_by_the_accelerator(tmp_path: Any) -> None:
     assert_same_bits([p.detach() for p in again.bare.parameters()], expected)
 
 
-def test_optimizers_that_were_not_prepared_are_refused() -> None:
+def test_optimizers_that_were_not_prepared_are_errors() -> None:
     setup = Setup()
     for optimizer in (setup.sam, torch.optim.SGD(setup.bare.parameters(), lr=0.1)):
         with pytest.raises(TypeError, match=r"accelerator.prepare\(\), not S"):

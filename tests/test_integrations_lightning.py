@@ -1,4 +1,4 @@
-"""SAM in Lightning: the weights of a loop written out, under automatic and manual optimization."""
+"""SAM in Lightning gives the weights of a loop written out, under automatic and manual optimization."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def loss_of(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 class Model(lightning.LightningModule):
-    """The plain module, as users have it."""
+    """A user's plain module."""
 
     make = staticmethod(make_sam)
 
@@ -70,11 +70,11 @@ class Model(lightning.LightningModule):
 
 
 class Mixed(SAMMixin, Model):
-    """With the mixin."""
+    """The module with the mixin."""
 
 
 class Manual(Model):
-    """With manual optimization, two micro-batches a step."""
+    """The module with manual optimization, and two micro-batches per step."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,26 +105,26 @@ def fit(model: Any, **options: Any) -> Any:
     dataset = TensorDataset(torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches]))
     torch.manual_seed(2)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Lightning's about workers, checkpoints and the like
+        warnings.simplefilter("ignore")  # Lightning warns of workers, checkpoints and others
         trainer.fit(model, DataLoader(dataset, batch_size=SIZE))
     return trainer
 
 
 def by_hand(**options: Any) -> tuple[nn.Module, list[float]]:
-    """The same training with sam_step()."""
+    """Run the same training with sam_step()."""
     model, losses = net(), []
     optimizer = make_sam(model)
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     torch.manual_seed(2)
     for _ in range(EPOCHS):
-        torch.empty((), dtype=torch.int64).random_()  # what a DataLoader draws for its workers' seed
+        torch.empty((), dtype=torch.int64).random_()  # a DataLoader draws its workers' seed
         for batch in data():
             losses.append(sam_step(model, loss_of, batch, optimizer, **options).loss.item())
         schedule.step()
     return model, losses
 
 
-def test_automatic_optimization_with_the_mixin_is_the_loop_written_out() -> None:
+def test_automatic_optimization_with_the_mixin_equals_the_loop_written_out() -> None:
     model = Mixed()
     trainer = fit(model)
     expected, losses = by_hand()
@@ -132,7 +132,7 @@ def test_automatic_optimization_with_the_mixin_is_the_loop_written_out() -> None
     assert trainer.global_step == EPOCHS * BATCHES
     assert [loss for loss, perturbed in model.seen if not perturbed] == losses
     assert sum(perturbed for _, perturbed in model.seen) == len(losses)
-    # Logged values are the first pass's: the last epoch's mean.
+    # The logged value is the mean of the first passes' losses in the last epoch.
     mean = sum(losses[-BATCHES:]) / BATCHES
     assert trainer.callback_metrics["loss"].item() == pytest.approx(mean, rel=1e-6)
 
@@ -142,7 +142,7 @@ def test_automatic_optimization_without_the_mixin_makes_both_passes() -> None:
     trainer = fit(model)
     assert trainer.global_step == EPOCHS * BATCHES
     assert [perturbed for _, perturbed in model.seen] == [False, True] * (EPOCHS * BATCHES)
-    assert model.net[1].num_batches_tracked == 2 * EPOCHS * BATCHES  # counted twice: what the mixin is for
+    assert model.net[1].num_batches_tracked == 2 * EPOCHS * BATCHES  # both passes are counted, which the mixin avoids
 
 
 def test_manual_optimization_accumulates_micro_batches() -> None:
@@ -150,7 +150,7 @@ def test_manual_optimization_accumulates_micro_batches() -> None:
     trainer = fit(model)
     expected, _ = by_hand(microbatches=3)
     for found, wanted in zip(model.net.state_dict().values(), expected.state_dict().values(), strict=True):
-        # A third by division there and by multiplication here: the last bit, over eight steps.
+        # Lightning divides by 3, and this loop multiplies by 1/3. The last bits differ, over eight steps.
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     assert trainer.global_step == EPOCHS * BATCHES
 
@@ -167,7 +167,7 @@ def test_a_gradient_scaler_makes_both_passes(kind: Any) -> None:
     )
     assert scaler.get_scale() == 2.0**10
     for found, wanted in zip(model.net.state_dict().values(), expected.state_dict().values(), strict=True):
-        # Weights are cast anew for each use there (no autocast cache): fp16 gradients round in other places.
+        # Lightning casts weights again for each use, without autocast's cache. fp16 gradients round in other places.
         torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-2)
     assert model.net[1].num_batches_tracked == EPOCHS * BATCHES * (3 if kind is Manual else 1)
 
@@ -188,12 +188,12 @@ def test_an_exception_in_the_scaled_second_pass_restores_the_weights() -> None:
         assert not model._in_second_pass
 
 
-def test_accumulating_under_automatic_optimization_is_refused() -> None:
+def test_accumulating_under_automatic_optimization_is_an_error() -> None:
     with pytest.raises(Exception, match="accumulate_grad_batches is 2, but SAM's second pass"):
         fit(Mixed(), accumulate_grad_batches=2)
 
 
-def test_other_optimizers_step_as_ever() -> None:
+def test_other_optimizers_step_as_usual() -> None:
     class Plain(Mixed):
         make = staticmethod(lambda model: torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -208,7 +208,7 @@ def test_other_optimizers_step_as_ever() -> None:
         fit(Wrong())
 
 
-def test_the_wrapper_itself_is_refused_by_sam_step() -> None:
+def test_the_wrapper_itself_is_an_error_in_sam_step() -> None:
     class Wrapped(Manual):
         def training_step(self, batch: Any, _: int) -> None:
             sam_step(self.net, loss_of, batch, self.optimizers())

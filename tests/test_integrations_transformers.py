@@ -1,4 +1,4 @@
-"""SAM in transformers' Trainer: the weights of a loop written out, accumulation, bf16, skips, checkpoints."""
+"""SAM in transformers' Trainer gives the weights of a loop written out, with accumulation, bf16, skips, checkpoints."""
 
 from __future__ import annotations
 
@@ -87,10 +87,10 @@ def train(trainer: Any, **options: Any) -> None:
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("clip", [0.0, 0.05])
-def test_training_is_the_loop_written_out(tmp_path: Path, accumulate: int, bf16: bool, clip: float) -> None:
+def test_training_equals_the_loop_written_out(tmp_path: Path, accumulate: int, bf16: bool, clip: float) -> None:
     model = Model()
     sam = SAM(model.parameters(), **OPTIONS)
-    # Dropout would draw from a generator that Trainer seeds at places of its own.
+    # Trainer seeds the generator from which dropout would draw.
     model.net[3].p = 0.0
     run = trainer(model, tmp_path, sam, gradient_accumulation_steps=accumulate, bf16=bf16, max_grad_norm=clip)
     train(run)
@@ -98,7 +98,7 @@ def test_training_is_the_loop_written_out(tmp_path: Path, accumulate: int, bf16:
     twin = Model()
     twin.net[3].p = 0.0
     other = SAM(twin.parameters(), **OPTIONS)
-    if clip:  # Trainer clips second gradients: those that step() finds
+    if clip:  # Trainer clips the gradients before step(), which are the second ones
 
         def clipped(*_: Any) -> None:
             nn.utils.clip_grad_norm_(twin.parameters(), clip)
@@ -121,9 +121,9 @@ def test_training_is_the_loop_written_out(tmp_path: Path, accumulate: int, bf16:
             )
             losses.append(result.loss.item())
     logged = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
-    assert logged == pytest.approx(losses, rel=2e-2 if bf16 else 1e-3)  # rounded to four places, some versions
+    assert logged == pytest.approx(losses, rel=2e-2 if bf16 else 1e-3)  # some versions round to four places
     for name, value in model.state_dict().items():
-        # Halves by division there and by multiplication here; bf16 rounds that difference up to a unit of its own.
+        # Trainer divides by 2, and this loop multiplies by 1/2. bf16 rounds the difference up to an ulp of bf16.
         torch.testing.assert_close(value, twin.state_dict()[name], rtol=1e-5, atol=1e-2 if bf16 else 1e-5)
     assert model.net[1].num_batches_tracked == 2 * len(batches)
     assert run.state.global_step == 2 * -(-len(batches) // accumulate)
@@ -133,7 +133,7 @@ def test_masks_are_the_same_in_both_passes(tmp_path: Path) -> None:
     model = Model()
     masks: list[Tensor] = []
     model.net[3].register_forward_hook(lambda _m, x, y: masks.append((x[0] != 0) & (y == 0)))
-    options = {**OPTIONS, "rho": 1e-9}  # so that ReLU's zeros stay where they are
+    options = {**OPTIONS, "rho": 1e-9}  # ReLU's zeros stay, because the weights hardly move
     train(trainer(model, tmp_path, SAM(model.parameters(), **options), gradient_accumulation_steps=2))
     assert len(masks) == 2 * 2 * 5
     for first, second in ([0, 1], [2, 3]), ([4, 5], [6, 7]), ([8], [9]):
@@ -152,7 +152,7 @@ def test_a_skipped_step_holds_the_scheduler(tmp_path: Path, in_pass: int) -> Non
     assert run.lr_scheduler.last_epoch == 4
 
 
-def test_a_run_goes_on_from_its_checkpoint_to_the_bit(tmp_path: Path) -> None:
+def test_a_run_resumes_from_its_checkpoint_bit_equal(tmp_path: Path) -> None:
     whole = Model()
     train(trainer(whole, tmp_path, save_strategy="epoch", lr_scheduler_type="linear"))
     again = Model()
@@ -177,7 +177,7 @@ def test_an_exception_between_the_passes_restores_the_weights(tmp_path: Path) ->
     assert_same_bits([p.detach() for p in model.parameters()], before)
 
 
-def test_other_optimizers_are_refused(tmp_path: Path) -> None:
+def test_other_optimizers_are_errors(tmp_path: Path) -> None:
     model = Model()
     run = trainer(model, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"accelerator.prepare\(\), not AcceleratedOptimizer around SGD\. A Trainer"):

@@ -1,4 +1,4 @@
-"""A run killed with SIGKILL between any two operations resumes from its last checkpoint, to the bit."""
+"""A run that SIGKILL ends between any two operations resumes from its last checkpoint, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("mode", killed.MODES)
-def test_resumes_to_the_bit(mode: str) -> None:
+def test_a_killed_run_resumes_bit_equal(mode: str) -> None:
     places = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, "-W", "ignore", "-m", "support.killed", mode]

@@ -353,7 +353,7 @@ class Lives(RuleBasedStateMachine):
         def one(life: Life) -> None:
             scale = 1.0 if life.plain else life.scaler.get_scale()
             life.scaler.scale(torch.zeros(()))  # begins it
-            if not life.plain and life.optimizer.needs_grad_scale:
+            if not life.plain and (life.optimizer.needs_grad_scale or unscale):
                 life.optimizer.ascent_grad_scale = scale
             life.backward(seed, factor=scale)
             if bad == 1:

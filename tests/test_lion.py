@@ -1,4 +1,4 @@
-"""Lion: the plain class against its formula, and fused under SAM against a float64 loop, on every backend."""
+"""Tests of Lion: the plain class equals its formula, and the fused one equals a float64 loop on every backend."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ OPTIONS: dict[str, Any] = {"lr": 0.003, "betas": (0.85, 0.93), "weight_decay": 0
 
 
 class Formula:
-    """arXiv 2302.06675, algorithm 2, one tensor at a time in float64."""
+    """Algorithm 2 of arXiv 2302.06675 in float64, one tensor at a time."""
 
     def __init__(self, w: Tensor, *, maximize: bool = False) -> None:
         self.w, self.m = w.double().clone(), torch.zeros_like(w, dtype=torch.float64)
         self.sign = -1.0 if maximize else 1.0
 
     def step(self, g: Tensor) -> Tensor:
-        """Return the argument of sign(), whose elements near 0 rounding may turn over."""
+        """Take a step. Return the argument of sign(); rounding may change the sign of elements near 0."""
         (beta1, beta2), g = OPTIONS["betas"], self.sign * g.double()
         c = beta1 * self.m + (1 - beta1) * g
         self.w = self.w - OPTIONS["lr"] * (c.sign() + OPTIONS["weight_decay"] * self.w)
@@ -34,7 +34,7 @@ class Formula:
 
 
 @pytest.mark.parametrize("maximize", [False, True])
-def test_the_plain_class_is_the_formula(maximize: bool) -> None:
+def test_the_plain_class_equals_the_formula(maximize: bool) -> None:
     p = nn.Parameter(values((5, 7), 1))
     twin = Formula(p.detach(), maximize=maximize)
     optimizer = Lion([p], maximize=maximize, **OPTIONS)
@@ -47,8 +47,8 @@ def test_the_plain_class_is_the_formula(maximize: bool) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_under_sam_it_is_the_formula(backend: str, dtype: torch.dtype) -> None:
-    """Several groups, odd sizes; g_s is whatever the second backward pass leaves."""
+def test_lion_under_sam_equals_the_formula(backend: str, dtype: torch.dtype) -> None:
+    """The test has several groups and odd sizes. g_s is any gradient of the second backward pass."""
     params = weights(ODD_SHAPES, dtype)
     half = len(params) // 2
     groups = [{"params": params[:half]}, {"params": params[half:], "maximize": True}]
@@ -63,7 +63,7 @@ def test_under_sam_it_is_the_formula(backend: str, dtype: torch.dtype) -> None:
             optimizer.second_step() if half_step else optimizer.first_step()
         for i, (p, twin) in enumerate(zip(params, twins, strict=True)):
             assert p.grad is not None
-            # fp32 sums of two numbers near 1 are off by 1e-7: below, the sign may be either.
+            # fp32 sums of two numbers near 1 err by 1e-7. Below that, the sign may be either one.
             unsure[i] |= twin.step(p.grad).abs() < (1e-6 if dtype is not torch.float64 else 1e-14)
     eps = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2e-6}[dtype]
     for p, twin, skip in zip(params, twins, unsure, strict=True):
@@ -88,7 +88,7 @@ def test_rho_zero_is_lion(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-11)
 
 
-def test_resume_to_the_bit_and_checkpoints_both_ways(backend: str) -> None:
+def test_resume_is_bit_equal_and_checkpoints_load_both_ways(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), Lion, rho=0.1, backend=backend, **OPTIONS)
     nets.train(model, optimizer, range(3))
@@ -104,7 +104,7 @@ def test_resume_to_the_bit_and_checkpoints_both_ways(backend: str) -> None:
     assert_same_optimizers(optimizer, resumed)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
+def test_a_non_finite_gradient_changes_nothing(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), Lion, rho=0.1, backend=backend, **OPTIONS)
     nets.train(model, optimizer, range(2))
@@ -121,7 +121,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: str) -> None:
         assert torch.equal(entry["exp_avg"], before[1][key]["exp_avg"])
 
 
-def test_nan_stays_nan_where_nothing_is_checked(backend: str) -> None:
+def test_nan_stays_nan_without_the_check(backend: str) -> None:
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = SAM([p], Lion, rho=0.0, lr=0.1, check_update=False, backend=backend)
     plain = Lion([q], lr=0.1)
@@ -133,7 +133,7 @@ def test_nan_stays_nan_where_nothing_is_checked(backend: str) -> None:
         torch.testing.assert_close(w.detach(), torch.tensor([0.9, float("nan"), 1.1]), equal_nan=True)
 
 
-def test_momentum_sam_displaces_along_its_average(backend: str) -> None:
+def test_momentum_sam_displaces_along_the_average(backend: str) -> None:
     model = nets.net()
     optimizer = MomentumSAM(model.parameters(), Lion, rho=0.5, backend=backend, **OPTIONS)
     for step in range(3):

@@ -1,4 +1,4 @@
-"""Memory: one backup copy and nothing else; no temporary the size of a tensor in any step."""
+"""SAM keeps one backup copy of the weights, and no step makes a temporary tensor of a weight's size."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = [v for v in VARIANTS if v.name == "cpu"]
 
 
 class NewMemory(TorchDispatchMode):
-    """Collects the sizes of tensors that operations bring into the world."""
+    """A mode that records the sizes of tensors that operations allocate."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.skipif(not CPU, reason="the compiled CPU module is not there")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_no_temporary_the_size_of_a_tensor(options: dict[str, Any], dtype: torch.dtype) -> None:
+def test_no_step_makes_a_temporary_of_a_weights_size(options: dict[str, Any], dtype: torch.dtype) -> None:
     _, _, optimizer = problem(dtype, **options)
     for _ in range(2):
         optimizer.first_step()
@@ -69,7 +69,7 @@ def test_no_temporary_the_size_of_a_tensor(options: dict[str, Any], dtype: torch
 
 @pytest.mark.skipif(not CPU, reason="the compiled CPU module is not there")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_backup_copy_and_the_momentum_are_all_that_is_kept(dtype: torch.dtype) -> None:
+def test_only_one_backup_copy_and_the_momentum_are_kept(dtype: torch.dtype) -> None:
     params, _, optimizer = problem(dtype, momentum=0.9)
     total = sum(p.numel() for p in params)
     with torch.profiler.profile(profile_memory=True) as profile:
@@ -97,7 +97,7 @@ def test_without_a_perturbation_there_is_no_backup() -> None:
 
 
 def test_the_backup_is_the_same_memory_every_step(backend: str) -> None:
-    """Also where layers freeze and thaw: a backup a weight, not one a pattern."""
+    """If layers are frozen and unfrozen, there is one backup per weight and not one per pattern."""
     params = [nn.Parameter(torch.ones(SIZE)) for _ in range(2)]
     optimizer = SAM(params, rho=0.1, lr=0.1, backend=backend)
     places = set()

@@ -1,4 +1,4 @@
-"""Momentum-SAM between displaced and clean weights: misuse in words, and the same random rounding afterwards."""
+"""MomentumSAM with displaced and clean weights: errors of wrong calls, and equal stochastic rounding afterwards."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from fused_sam.schedule import Every
 
 
 @pytest.mark.parametrize("call", ["eval", "train"])
-def test_switching_within_unperturbed_is_refused_and_harmless(backend: str, call: str) -> None:
+def test_switching_within_unperturbed_is_an_error_and_changes_nothing(backend: str, call: str) -> None:
     model, optimizer = built("MomentumSAM", backend)
     twin, other = built("MomentumSAM", backend)
     train(model, optimizer, range(3))
@@ -33,7 +33,7 @@ def test_switching_within_unperturbed_is_refused_and_harmless(backend: str, call
 
 
 @pytest.mark.parametrize("method", ["LookSAM", "MomentumSAM"])
-def test_loading_within_unperturbed_is_refused(backend: str, method: str) -> None:
+def test_loading_within_unperturbed_is_an_error(backend: str, method: str) -> None:
     model, optimizer = built(method, backend)
     saved = copy.deepcopy(optimizer.state_dict())
     train(model, optimizer, range(2))
@@ -55,18 +55,18 @@ def rounded(backend: str) -> tuple[nn.Module, Any]:
 
 
 @pytest.mark.parametrize("looks", [1, 3])
-def test_clean_weights_in_between_change_no_bit_of_random_rounding(backend: str, looks: int) -> None:
+def test_clean_weights_between_steps_change_no_bit_of_stochastic_rounding(backend: str, looks: int) -> None:
     model, optimizer = rounded(backend)
     twin, other = rounded(backend)
     train(model, optimizer, range(3))
     train(twin, other, range(3))
     for _ in range(looks):
         optimizer.eval()
-        optimizer.eval()  # clean already: takes nothing back
+        optimizer.eval()  # the weights are clean already, so that no perturbation is undone
         optimizer.train()
     assert_same_bits(model.parameters(), twin.parameters())
     next(model.parameters()).grad = torch.ones(16, 6, dtype=torch.bfloat16).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):  # undone and displaced again, too
+    with pytest.raises(RuntimeError, match="sparse"):  # the error also undoes and repeats the perturbation
         optimizer.step()
     assert_same_bits(model.parameters(), twin.parameters())
     train(model, optimizer, range(3, 6))
@@ -74,7 +74,7 @@ def test_clean_weights_in_between_change_no_bit_of_random_rounding(backend: str,
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_saved_within_unperturbed_random_rounding_resumes(backend: str) -> None:
+def test_stochastic_rounding_resumes_from_a_checkpoint_within_unperturbed(backend: str) -> None:
     model, optimizer = rounded(backend)
     train(model, optimizer, range(3))
     with optimizer.unperturbed():
@@ -89,7 +89,7 @@ def test_saved_within_unperturbed_random_rounding_resumes(backend: str) -> None:
     assert_same_bits(model.parameters(), other.parameters())
 
 
-def test_nothing_is_displaced_where_no_perturbed_weight_has_momentum(backend: str) -> None:
+def test_no_weight_moves_if_no_perturbed_weight_has_momentum(backend: str) -> None:
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     optimizer = fused_sam.MomentumSAM(
         [{"params": [a], "perturb": False}, {"params": [b]}], lr=0.1, momentum=0.9, schedule=Every(1), backend=backend

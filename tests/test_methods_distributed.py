@@ -1,4 +1,4 @@
-"""The family on several processes, data parallel and sharded: bit-equal, and equal to one process."""
+"""Tests of the methods on two processes, data parallel and sharded. They are bit-equal, and equal to one process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def two() -> Iterator[Processes]:
     started.stop()
 
 
-# Centralising runs over sharded dimensions if tensor parallel; buckets of data parallel own the first gradients.
+# Tensor parallel makes centralising sum over sharded dimensions. Buckets of data parallel own the first gradients.
 CASES = [
     *((method, "fsdp") for method in family_spread.METHODS),
     *((method, "tensor-parallel") for method in ("GCSAM", "GSAM", "ASAM")),
@@ -30,11 +30,11 @@ CASES = [
 
 
 @pytest.mark.parametrize(("method", "way"), CASES)
-def test_two_processes_are_one(two: Processes, method: str, way: str) -> None:
+def test_two_processes_equal_one(two: Processes, method: str, way: str) -> None:
     found = two.run(family_spread.train, method, way)
     alone, perturbed = family_spread.train(0, method, None)
     for weights, decided in found:
         assert_same_bits(weights, found[0][0])
         assert decided == perturbed
         for p, q in zip(weights, alone, strict=True):
-            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)  # float64 sums in another order, through five steps
+            torch.testing.assert_close(p, q, rtol=1e-8, atol=1e-9)  # float64 sums in another order, over five steps

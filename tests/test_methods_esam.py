@@ -1,4 +1,4 @@
-"""ESAM: which samples, elements and tensors it selects, and what that saves."""
+"""Tests of ESAM: the samples, elements and tensors that it selects, and the gradients that it saves."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import fused_sam
 from fused_sam.training import sam_step
 
 
-def test_esam_selects_in_sam_step_alone(backend: str) -> None:
+def test_esam_selects_samples_only_in_sam_step(backend: str) -> None:
     model = nets.net()
     optimizer = fused_sam.ESAM(model.parameters(), lr=0.1, backend=backend)
     assert optimizer.selects == 0.6 and fused_sam.ESAM(model.parameters(), gamma=1.0).selects is None
@@ -32,7 +32,7 @@ def test_esam_selects_in_sam_step_alone(backend: str) -> None:
         sam_step(model, lambda m, d: losses(m, d).mean(), nets.batch(0), optimizer)
 
 
-def test_esam_moves_a_share_of_the_elements_by_more(backend: str) -> None:
+def test_esam_perturbs_a_share_of_the_elements_by_rho_over_beta(backend: str) -> None:
     p = nn.Parameter(torch.zeros(10_000))
     optimizer = fused_sam.ESAM([p], rho=1.0, beta=0.25, gamma=1.0, lr=0.1, backend=backend)
     p.grad = torch.ones(10_000)
@@ -43,7 +43,7 @@ def test_esam_moves_a_share_of_the_elements_by_more(backend: str) -> None:
     optimizer.second_step()
     clean = p.detach().clone()
     optimizer.first_step()
-    assert not torch.equal(p.detach() != clean, moved)  # each step draws anew
+    assert not torch.equal(p.detach() != clean, moved)  # each step draws a new mask
 
 
 def test_esam_tensors_saves_gradients_in_a_closure(backend: str) -> None:
@@ -61,7 +61,7 @@ def test_esam_tensors_saves_gradients_in_a_closure(backend: str) -> None:
     assert all(len(params) < n <= 2 * len(params) for n in counts) and min(counts) < 2 * len(params)
 
 
-def test_esam_tensors_puts_requires_grad_back(backend: str) -> None:
+def test_esam_tensors_restores_requires_grad(backend: str) -> None:
     model = nets.net()
     frozen = next(model.parameters()).requires_grad_(False)
     optimizer = fused_sam.ESAM(model.parameters(), beta=0.1, gamma=1.0, mask="tensors", lr=0.1, backend=backend)

@@ -1,4 +1,4 @@
-"""What methods remember over steps: weights without a gradient now and then, loss scales, options changed later."""
+"""State of methods between steps: weights without a gradient in some steps, loss scales, options changed later."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fused_sam import ESAM, FriendlySAM
 
 
 @pytest.mark.parametrize("base", [torch.optim.RMSprop, torch.optim.Adam, torch.optim.SGD])
-def test_friendly_sam_begins_its_average_with_a_weight_s_first_update(backend: str, base: type[Any]) -> None:
+def test_friendly_sam_starts_its_average_with_a_weight_s_first_update(backend: str, base: type[Any]) -> None:
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(2))
     optimizer = FriendlySAM([p, q], base, rho=0.1, lr=0.01, lmbda=0.6, sigma=0.5, backend=backend)
     p.grad, q.grad = torch.full((3,), 5.0), torch.ones(2)
@@ -33,7 +33,7 @@ def test_friendly_sam_begins_its_average_with_a_weight_s_first_update(backend: s
     torch.testing.assert_close(optimizer.state[q]["gradient_average"], torch.full((2,), 0.6 * 1 + 0.4 * 3))
 
 
-def test_a_loss_scale_is_of_one_step(backend: str) -> None:
+def test_a_loss_scale_holds_for_one_step(backend: str) -> None:
     p = nn.Parameter(torch.ones(3))
     optimizer = FriendlySAM([p], rho=0.1, lr=0.1, lmbda=0.6, backend=backend)
     for g, scale in ((1.0, 1024.0), (2.0, None)):
@@ -46,7 +46,7 @@ def test_a_loss_scale_is_of_one_step(backend: str) -> None:
     torch.testing.assert_close(optimizer.state[p]["gradient_average"], torch.full((3,), 0.6 * 1 + 0.4 * 2))
 
 
-def test_looksam_says_what_is_wrong_with_a_k_set_later(backend: str) -> None:
+def test_looksam_checks_a_k_that_is_set_later(backend: str) -> None:
     model = nets.net()
     optimizer = fused_sam.LookSAM(model.parameters(), lr=0.1, backend=backend)
     with pytest.raises(ValueError, match="LookSAM's option k must be at least 1"):
@@ -59,7 +59,7 @@ def test_looksam_says_what_is_wrong_with_a_k_set_later(backend: str) -> None:
 
 
 class PartlyUsed(nn.Module):
-    """Weights that the loss does not use stand beside those that it does."""
+    """A model of which the loss does not use all weights."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,10 +89,10 @@ def test_esam_chooses_among_weights_that_the_loss_uses(backend: str) -> None:
             optimizer.first_step(zero_grad=True)
             nets.loss_of(model, step).backward()
             optimizer.second_step(zero_grad=True)
-    assert counts[::4] == [2] * 8 and 1 in counts  # the first step computes all, later ones those chosen
+    assert counts[::4] == [2] * 8 and 1 in counts  # the first step computes all, later steps the chosen ones
 
 
-def test_esam_resumes_with_what_it_knows_of_unused_weights(backend: str) -> None:
+def test_esam_resumes_with_its_list_of_unused_weights(backend: str) -> None:
     model = PartlyUsed()
     optimizer = tensors(model, 2, backend)
     for step in range(2):
@@ -111,7 +111,7 @@ def test_esam_resumes_with_what_it_knows_of_unused_weights(backend: str) -> None
     assert_same_optimizers(optimizer, resumed)
 
 
-def test_esam_says_when_the_loss_uses_none_of_those_chosen(backend: str) -> None:
+def test_esam_raises_an_error_if_the_loss_uses_no_chosen_weight(backend: str) -> None:
     a, b = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = ESAM([a, b], rho=0.1, lr=0.1, gamma=1.0, beta=1e-9, mask="tensors", backend=backend)
     for p in (a, b):

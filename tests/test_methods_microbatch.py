@@ -1,4 +1,4 @@
-"""MicrobatchSAM between its micro-batches: misuse, bad data, scaling, clipping, schedules and hooks."""
+"""Tests of MicrobatchSAM within a step: wrong calls, bad data, scaling, clipping, schedules and hooks."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_closures_may_clear_the_gradients(backend: str, scheduled: bool) -> None
         torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
 
 
-def test_microbatches_that_are_missing_or_too_many(backend: str) -> None:
+def test_missing_and_additional_microbatches_are_errors(backend: str) -> None:
     model, optimizer = microbatched(backend)
     before = Snapshot(optimizer)
     closure = parts_of(model, 0)
@@ -94,7 +94,7 @@ def test_one_bad_microbatch_skips_the_step(backend: str, bad: int) -> None:
     assert not optimizer.skipped
 
 
-def test_a_microbatch_that_raises_leaves_everything_as_it_was(backend: str) -> None:
+def test_a_microbatch_that_raises_an_error_changes_nothing(backend: str) -> None:
     model, optimizer = microbatched(backend)
     optimizer.step(parts_of(model, 0))
     before = Snapshot(optimizer)
@@ -131,22 +131,22 @@ def test_microbatches_under_a_scaler_with_clipping(backend: str) -> None:
             scaler.step(optimizer)
             scaler.update()
             norm = float(optimizer.update_norm)
-            assert 0.05 < norm < 2  # of the mean and without the scale; clipped, so that it matters
+            assert 0.05 < norm < 2  # the norm of the unscaled mean, which is large enough to be clipped
             optimizer.zero_grad()
         runs.append([p.detach().clone() for p in model.parameters()])
     for p, q in zip(*runs, strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # powers of two, but for eps beside the norm
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # the scale is exact; eps is not scaled
 
 
-def test_a_schedule_is_asked_once_a_step_of_many_microbatches(backend: str) -> None:
+def test_a_schedule_is_called_once_per_step_of_several_microbatches(backend: str) -> None:
     asked: list[int] = []
 
-    class Asked(Every):
+    class CountedCalls(Every):
         def due(self, step: fused_sam.Step) -> bool:
             asked.append(1)
             return super().due(step)
 
-    model, optimizer = microbatched(backend, schedule=Asked(2))
+    model, optimizer = microbatched(backend, schedule=CountedCalls(2))
     calls: list[int] = []
     for step in range(4):
         good = parts_of(model, step)
@@ -155,7 +155,7 @@ def test_a_schedule_is_asked_once_a_step_of_many_microbatches(backend: str) -> N
     assert calls == [0, 0, 1, 1, 2, 2, 3, 3, 0, 1, 2, 3] * 2
 
 
-def test_hooks_run_once_a_step(backend: str) -> None:
+def test_hooks_run_once_per_step(backend: str) -> None:
     nets.two_steps(model := nets.net(), fused_sam.SAM(model.parameters(), lr=0.1, backend=backend), 0)
     model, optimizer = microbatched(backend)
     seen: list[int] = []

@@ -1,4 +1,4 @@
-"""MicrobatchSAM's sum of gradients: counted once, whoever replaces, owns or clears p.grad."""
+"""MicrobatchSAM adds every gradient once, even if other code replaces, owns or clears p.grad."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def optimizer_of(model: nn.Module, backend: str, **options: object) -> Microbatc
 
 
 def expected(steps: int = 3, rho: float = 0.2) -> list[Tensor]:
-    """mSAM and SGD with momentum, written out in float64."""
+    """Return the weights after mSAM with SGD and momentum, written out in float64."""
     model = nets.net(dtype=torch.float64)
     params = list(model.parameters())
     velocity = [torch.zeros_like(p) for p in params]
@@ -56,7 +56,7 @@ def expected(steps: int = 3, rho: float = 0.2) -> list[Tensor]:
 
 def assert_is(model: nn.Module, weights: list[Tensor]) -> None:
     for p, w in zip(model.parameters(), weights, strict=True):
-        torch.testing.assert_close(p.detach(), w, rtol=1e-10, atol=1e-11)  # float64, sums in another order
+        torch.testing.assert_close(p.detach(), w, rtol=1e-10, atol=1e-11)  # float64 sums in another order
 
 
 def by_hand(model: nn.Module, backward: Callable[[Tensor], None], backend: str) -> None:
@@ -97,7 +97,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.parametrize("views", [False, True])
 @pytest.mark.parametrize("closure", [False, True])
-def test_under_ddp_whose_buckets_own_the_gradients(backend: str, views: bool, closure: bool) -> None:
+def test_gradients_that_ddp_buckets_own_are_added_once(backend: str, views: bool, closure: bool) -> None:
     model = DistributedDataParallel(nets.net(dtype=torch.float64), gradient_as_bucket_view=views)
     if closure:
         by_closure(model, backend, lambda: None)
@@ -128,7 +128,7 @@ def test_a_closure_may_clear_the_model_s_gradients(backend: str, to_none: bool, 
     assert_is(model, expected(rho=0.2 if perturbs else 0.0))
 
 
-def test_a_failed_closure_leaves_the_next_step_by_hand_alone(backend: str) -> None:
+def test_a_failed_closure_does_not_change_the_next_step(backend: str) -> None:
     model = nets.net(dtype=torch.float64)
     optimizer = optimizer_of(model, backend)
 
@@ -151,7 +151,7 @@ def test_a_failed_closure_leaves_the_next_step_by_hand_alone(backend: str) -> No
     assert_is(model, expected(1))
 
 
-def test_a_micro_batch_without_gradients_does_not_forgive_one_that_was_not_finite(backend: str) -> None:
+def test_a_micro_batch_without_gradients_does_not_undo_an_earlier_skip(backend: str) -> None:
     p = nn.Parameter(torch.ones(4))
     optimizer = MicrobatchSAM([p], rho=0.1, lr=0.1, num_microbatches=2, backend=backend)
     p.grad = torch.full((4,), float("inf"))

@@ -1,4 +1,4 @@
-"""Momentum-SAM: displaced weights are told from clean ones, groups need momentum, Adam's first moment."""
+"""Tests of MomentumSAM: displaced and clean weights, groups without momentum, and Adam's first moment."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import fused_sam
 from fused_sam.training import sam_step
 
 
-def test_momentum_sam_says_when_its_weights_are_displaced(backend: str) -> None:
+def test_momentum_sam_raises_an_error_if_its_weights_are_displaced(backend: str) -> None:
     model, optimizer = built("MomentumSAM", backend)
     handle = optimizer.guard(model)
     assert not optimizer.displaced and not optimizer.needs_second_pass
@@ -51,11 +51,11 @@ def test_momentum_sam_says_when_its_weights_are_displaced(backend: str) -> None:
         with pytest.raises(RuntimeError, match="one pass"):
             call()
     distance = sum(float((a - b).double().square().sum()) for a, b in zip(stored[:4], inside[:4], strict=True)) ** 0.5
-    assert 0.1 < distance < 0.2 + 1e-6  # between the two groups' rho
-    assert_same_bits(stored[4:], inside[4:])  # the group that is not perturbed
+    assert 0.1 < distance < 0.2 + 1e-6  # the distance lies between the two groups' rho
+    assert_same_bits(stored[4:], inside[4:])  # the group with perturb=False
 
 
-def test_momentum_sam_does_not_step_on_loaded_weights_before_train(backend: str) -> None:
+def test_momentum_sam_raises_an_error_for_a_step_between_load_and_train(backend: str) -> None:
     model, optimizer = built("MomentumSAM", backend)
     train(model, optimizer, range(2))
     optimizer.eval()
@@ -87,7 +87,7 @@ def test_momentum_sam_with_sam_step_and_an_exception(backend: str) -> None:
     sam_step(model, mean, nets.batch(4), optimizer)
 
 
-def test_momentum_sam_refuses_a_group_without_momentum_later(backend: str) -> None:
+def test_momentum_sam_checks_the_momentum_of_added_groups(backend: str) -> None:
     _, optimizer = built("MomentumSAM", backend)
     with pytest.raises(ValueError, match="group 3 has no momentum"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], "momentum": 0.0})

@@ -1,4 +1,4 @@
-"""norm_only_groups: SAM on the norm layers alone."""
+"""Tests of norm_only_groups, with which SAM perturbs only the norm layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def test_norm_only_groups_finds_every_norm_layer_once() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.weight = nn.Parameter(torch.ones(4))
-            self.mixing = nn.Parameter(torch.ones(4, 4))  # neither a scale nor a shift
+            self.mixing = nn.Parameter(torch.ones(4, 4))  # a parameter that is neither a scale nor a shift
 
     class Normalizer(nn.Module):
         def __init__(self) -> None:
@@ -37,7 +37,7 @@ def test_norm_only_groups_finds_every_norm_layer_once() -> None:
         fused_sam.norm_only_groups(nn.Linear(2, 2))
 
 
-def test_norm_only_perturbs_norm_layers_alone(backend: str) -> None:
+def test_norm_only_perturbs_only_norm_layers(backend: str) -> None:
     model = nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.Linear(8, 3))
     optimizer = fused_sam.SAM(fused_sam.norm_only_groups(model, rho=0.5), lr=0.1, backend=backend)
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""Options out of range in clear words, and single facts of ASAM, GCSAM, LookSAM and WSAM."""
+"""Errors of options out of range, and details of ASAM, GCSAM, LookSAM and WSAM."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ from fused_sam.schedule import AdaptiveSchedule
         ),
     ],
 )
-def test_options_out_of_range(make: Callable[[Any], Any], error: type[Exception], message: str) -> None:
+def test_options_out_of_range_are_errors(make: Callable[[Any], Any], error: type[Exception], message: str) -> None:
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(error, match=message):
         make([p])
@@ -59,7 +59,7 @@ def test_asam_leaves_norm_layers_and_biases_unscaled(backend: str) -> None:
     optimizer.first_step()  # T g = (4 * 0.75, 4): norm 5;  e = T^2 g / 5
     torch.testing.assert_close(torch.cat([w.flatten(), b]).detach(), torch.tensor([3 + 16 * 0.75 / 5, 5 + 4 / 5]))
     optimizer.restore()
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # numbers of groups change
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))]})  # the number of groups changes
     optimizer.first_step()
     torch.testing.assert_close(b.detach(), torch.tensor([5.8]))
 
@@ -99,10 +99,10 @@ def test_looksam_keeps_an_fp32_direction_of_low_precision_gradients(backend: str
         a, b = g.double(), h.double()
         kept = optimizer.state[p]["sharpness_direction"]
         assert kept.dtype is torch.float32
-        torch.testing.assert_close(kept.double(), b - (a @ b) / (a @ a) * a, rtol=0, atol=2e-6)  # fp32 at size 2
+        torch.testing.assert_close(kept.double(), b - (a @ b) / (a @ a) * a, rtol=0, atol=2e-6)  # fp32 near 2
 
 
-def test_looksam_begins_with_two_passes_after_loading_another_optimizers_state(backend: str) -> None:
+def test_looksam_starts_with_two_passes_after_loading_another_optimizers_state(backend: str) -> None:
     model = nets.net()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     nets.train_plain(model, base, range(2))
@@ -120,18 +120,18 @@ def test_looksam_begins_with_two_passes_after_loading_another_optimizers_state(b
     assert passes == [0, 0, 1]
 
 
-def test_wsam_clips_gradient_and_sharpness_alike(backend: str) -> None:
+def test_wsam_clips_gradient_and_sharpness_by_one_factor(backend: str) -> None:
     p = nn.Parameter(torch.zeros(2))
     optimizer = fused_sam.WSAM([p], gamma=0.75, max_norm=1.0, lr=0.5, backend=backend)
     p.grad = torch.tensor([3.0, 4.0])
     optimizer.first_step()
     p.grad = torch.tensor([3.0, 6.0])
     optimizer.second_step()
-    # g = (3, 4) is clipped by 1/5; so is the sharpness (0, 2), which weighs 3.
+    # g = (3, 4) and the sharpness (0, 2), whose weight is 3, are both clipped by 1/5.
     torch.testing.assert_close(p.detach(), -0.5 * torch.tensor([3.0, 4.0 + 3 * 2.0]) / 5, rtol=1e-5, atol=0)
 
 
-def test_methods_that_keep_gradients_hold_them_no_longer_than_a_step(backend: str) -> None:
+def test_methods_keep_gradients_no_longer_than_a_step(backend: str) -> None:
     for method in ("GSAM", "LookSAM", "FriendlySAM", "WSAM"):
         model, optimizer = built(method, backend)
         train(model, optimizer, range(1))

@@ -1,4 +1,4 @@
-"""Gradients that overflow fp16 only where a method combines them: the step is skipped, GradScaler or not."""
+"""If only a method's combination of gradients overflows fp16, the step is skipped, with and without GradScaler."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import fused_sam
 
-# First and second gradients, each finite in fp16 (below 65504), and the method whose combination of them is not.
+# First and second gradients, which are finite in fp16 (below 65504), and a method whose combination is not.
 CASES: dict[str, tuple[type[Any], dict[str, Any], list[float], list[float]]] = {
     "WSAM coupled": (fused_sam.WSAM, {"decouple": False}, [1e4, -1e4], [2e4, -1e4]),
     "WSAM": (fused_sam.WSAM, {}, [-4e4, 1.0], [4e4, 1.0]),
@@ -45,7 +45,7 @@ def test_an_overflow_of_the_combination_changes_nothing(backend: str, case: str,
         optimizer.second_step()
     assert optimizer.skipped
     assert torch.equal(p, torch.zeros_like(p)) and not optimizer.state[p].get("momentum_buffer", p).any()
-    for gradient in ([1.0, 2.0], [2.0, 3.0]):  # and the next step is none the worse
+    for gradient in ([1.0, 2.0], [2.0, 3.0]):  # the next step is not affected
         p.grad = half(gradient)
         if not optimizer.perturbed:
             optimizer.first_step()
@@ -53,7 +53,7 @@ def test_an_overflow_of_the_combination_changes_nothing(backend: str, case: str,
     assert not optimizer.skipped and p.isfinite().all() and p.any()
 
 
-def test_looksam_between_looks(backend: str) -> None:
+def test_looksam_skips_an_overflow_in_a_step_of_one_pass(backend: str) -> None:
     p = nn.Parameter(torch.zeros(2, dtype=torch.float16))
     optimizer = fused_sam.LookSAM([p], lr=1e-6, k=2, alpha=1.0, backend=backend)
     scaler = fp16_scaler()
@@ -70,8 +70,8 @@ def test_looksam_between_looks(backend: str) -> None:
     assert optimizer.skipped and torch.equal(p, before)
 
 
-def test_a_sum_that_the_scaler_did_not_see(backend: str) -> None:
-    """Cleared in the last micro-batch and not reached by it: the sum so far is in the update, and not in p.grad."""
+def test_an_overflow_in_a_sum_that_the_scaler_does_not_check(backend: str) -> None:
+    """The last micro-batch clears a gradient without a new one. The update uses the earlier sum; p.grad lacks it."""
     p, q = nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2))
     optimizer = fused_sam.MicrobatchSAM([p, q], lr=0.1, num_microbatches=2, backend=backend)
     scaler = fp16_scaler()
@@ -85,7 +85,7 @@ def test_a_sum_that_the_scaler_did_not_see(backend: str) -> None:
     assert optimizer.skipped and not p.any() and not q.any()
 
 
-def test_what_is_combined_has_a_norm_under_a_scaler(backend: str) -> None:
+def test_update_norm_is_that_of_the_combination_under_a_scaler(backend: str) -> None:
     p = nn.Parameter(torch.zeros(2))
     optimizer = fused_sam.WSAM([p], gamma=0.75, decouple=False, lr=0.1, backend=backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0)

@@ -1,7 +1,7 @@
-"""The methods beside pytorch_optimizer's, where those follow the papers, in float64.
+"""The methods equal those of pytorch_optimizer in float64, if those follow the papers.
 
-Left out: its LookSAM on several tensors (norms of each tensor instead of global ones) and its centralised SAM (the norm
-before centralising).
+Its LookSAM on several tensors takes norms per tensor instead of global ones, and its centralised SAM takes the norm
+before centralising. These two are left out.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def ours(optimizer: Any, loss: Callable[[int], Tensor]) -> None:
         optimizer.step(closure)
 
 
-def assert_close(a: nn.Module, b: nn.Module, within: float = 1e-8) -> None:  # their norm is fp32
+def assert_close(a: nn.Module, b: nn.Module, within: float = 1e-8) -> None:  # pytorch_optimizer's norm is fp32
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=within)
 
@@ -106,4 +106,4 @@ def test_looksam_of_one_tensor(backend: str) -> None:
     options = {"rho": 0.2, "k": 3, "alpha": 0.4, **SGD}
     ours(fused_sam.LookSAM(models[0].parameters(), backend=backend, **options), loss_of(models[0]))
     theirs(pytorch_optimizer.LookSAM(models[1].parameters(), torch.optim.SGD, **options), loss_of(models[1]))
-    assert_close(*models, within=1e-6)  # 1e-8 beside a ||g_v|| of 0.01 to 0.1, then eight steps
+    assert_close(*models, within=1e-6)  # it adds 1e-8 to ||g_v||, which is 0.01 to 0.1; over eight steps

@@ -1,4 +1,4 @@
-"""Every method of the family resumes and copies to the bit, and a skipped step changes nothing."""
+"""Every method of the family resumes and copies bit for bit, and a skipped step changes nothing."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_resuming_from_a_checkpoint_changes_no_bit(backend: str, method: str, sc
 
 @every_method
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copy_goes_on_as_the_original(backend: str, method: str, way: str) -> None:
+def test_a_copy_continues_as_the_original(backend: str, method: str, way: str) -> None:
     model, optimizer = built(method, backend, schedule=Every(2))
     train(model, optimizer, range(3))
     clean(optimizer)
@@ -55,9 +55,9 @@ def test_a_copy_goes_on_as_the_original(backend: str, method: str, way: str) -> 
 
 @every_method
 @pytest.mark.parametrize("passes", [1, 2])
-def test_a_gradient_that_is_not_finite_changes_nothing(backend: str, method: str, passes: int) -> None:
+def test_a_non_finite_gradient_changes_nothing(backend: str, method: str, passes: int) -> None:
     model, optimizer = built(method, backend)
-    train(model, optimizer, range(3))  # LookSAM's next step is one with two passes
+    train(model, optimizer, range(3))  # LookSAM's next step has two passes
     before = Snapshot(optimizer)
     nets.loss_of(model, 3).backward()
     two = optimizer.needs_second_pass
@@ -72,7 +72,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(backend: str, method: str
     assert optimizer.skipped
     before.options = [
         {k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups
-    ]  # counters may move
+    ]  # counters may change
     before.assert_unchanged()
     optimizer.zero_grad()
     train(model, optimizer, range(4, 5))
@@ -90,7 +90,7 @@ def test_a_skipped_first_step_leaves_no_state(backend: str, method: str) -> None
     next(model.parameters()).grad.fill_(float("inf"))  # type: ignore[union-attr]
     optimizer.step()
     assert not any(optimizer.state.values())
-    for group in optimizer.param_groups:  # so that counters and draws agree
+    for group in optimizer.param_groups:  # so that counters and random numbers agree
         group.update(optimizer.group_state())
     optimizer.stepper.forget_state()
     train(model, optimizer, range(1, 5))
@@ -98,13 +98,13 @@ def test_a_skipped_first_step_leaves_no_state(backend: str, method: str) -> None
     assert_same_optimizers(optimizer, other)
 
 
-# The state that a method keeps of its own.
+# The names of each method's own state.
 VECTORS = {"LookSAM": "sharpness_direction", "FriendlySAM": "gradient_average"}
 
 
 @pytest.mark.parametrize("method", VECTORS)
-def test_where_only_the_device_knows_of_a_skip_memory_begins_as_late(backend: str, method: str) -> None:
-    """As on an accelerator, whose numbers the host does not read: the optimizer is kept from reading them here."""
+def test_state_starts_after_a_skip_that_the_host_does_not_read(backend: str, method: str) -> None:
+    """On an accelerator the host does not read the status. This test keeps the optimizer from reading it on the CPU."""
     model, optimizer = built(method, backend)
     twin, other = built(method, backend)
     optimizer.stepper.status.host = None
@@ -127,7 +127,7 @@ def test_where_only_the_device_knows_of_a_skip_memory_begins_as_late(backend: st
 
 
 @pytest.mark.parametrize("method", VECTORS)
-def test_where_only_the_device_knows_of_a_skip_memory_stays(backend: str, method: str) -> None:
+def test_state_is_unchanged_by_a_skip_that_the_host_does_not_read(backend: str, method: str) -> None:
     model, optimizer = built(method, backend)
     train(model, optimizer, range(3))
     optimizer.stepper.status.host = None

@@ -1,4 +1,4 @@
-"""Every method of the family in training: loss scaling, masters, accumulation, other base optimizers, schedules."""
+"""Tests of every method in training: loss scaling, masters, accumulation, other base optimizers, schedules."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ every_method = pytest.mark.parametrize("method", METHODS)
 
 
 @every_method
-def test_under_a_scaler_it_is_the_same_method(backend: str, method: str) -> None:
-    """Gradients scaled by powers of two that change on the way: the same steps, up to rounding at other scales."""
+def test_a_scaler_does_not_change_the_weights(backend: str, method: str) -> None:
+    """Changing loss scales that are powers of two give the same steps, except for rounding at other scales."""
     model, optimizer = built(method, backend)
     twin, plain = built(method, backend)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
@@ -33,7 +33,7 @@ def test_under_a_scaler_it_is_the_same_method(backend: str, method: str) -> None
     assert scaler.get_scale() > 2.0**10
     train(twin, plain, range(6))
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # eps beside a norm 1000 times as large; fp32 rounding
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)  # eps is added to a norm 1000 times as large; fp32 rounding
 
 
 @every_method
@@ -56,7 +56,7 @@ def test_a_scaler_skips_an_overflow(backend: str, method: str) -> None:
     before.assert_unchanged()
 
 
-def test_friendly_sam_asks_for_the_scale(backend: str) -> None:
+def test_friendly_sam_needs_the_scale(backend: str) -> None:
     model, optimizer = built("FriendlySAM", backend)
     scaler = torch.amp.GradScaler("cpu")
     before = Snapshot(optimizer)
@@ -75,8 +75,8 @@ def test_friendly_sam_asks_for_the_scale(backend: str) -> None:
 
 @every_method
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-def test_masters_follow_the_method_in_fp32(backend: str, method: str, dtype: torch.dtype) -> None:
-    """bf16 and fp16 models with masters stay near the fp32 method, and masters and models agree."""
+def test_masters_stay_near_the_fp32_method(backend: str, method: str, dtype: torch.dtype) -> None:
+    """bf16 and fp16 models with masters stay near the fp32 method, and the weights are their rounded masters."""
     torch.manual_seed(0)
     model, twin = nets.net(dtype=dtype), nets.net(dtype=dtype).float()
     extra = {"rho": 0.05, "lr": 0.1, "momentum": 0.9, "backend": backend}
@@ -95,13 +95,13 @@ def test_masters_follow_the_method_in_fp32(backend: str, method: str, dtype: tor
         )
         ** 0.5
     )
-    assert apart < 0.2 * moved  # bf16 gradients have 8 bits, and eight steps carry their errors on
+    assert apart < 0.2 * moved  # bf16 gradients have 8 bits, and eight steps add up their errors
     for p in model.parameters():
         assert_same_bits([p], [optimizer.state[p]["master_weight"].to(dtype)])
 
 
 @every_method
-def test_accumulated_gradients_are_those_of_the_whole_batch(backend: str, method: str) -> None:
+def test_accumulated_gradients_equal_those_of_the_whole_batch(backend: str, method: str) -> None:
     model, optimizer = built(method, backend)
     twin, whole = built(method, backend)
 
@@ -137,7 +137,7 @@ def test_rho_zero_is_the_base_optimizer(backend: str, method: str) -> None:
 
 @every_method
 def test_other_base_optimizers(backend: str, method: str) -> None:
-    """Adam is fused; RMSprop runs its own step on restored weights."""
+    """Adam is fused. RMSprop takes its own step on restored weights."""
     for base, extra in ((torch.optim.AdamW, {"betas": (0.8, 0.99)}), (torch.optim.RMSprop, {"momentum": 0.5})):
         if base is torch.optim.RMSprop and method == "MomentumSAM":
             continue
@@ -150,7 +150,7 @@ def test_other_base_optimizers(backend: str, method: str) -> None:
             train(model, optimizer, range(5))
             runs.append(list(model.parameters()))
         for p, q in zip(*runs, strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # of weights that moved by 0.05
+            torch.testing.assert_close(p, q, rtol=0, atol=2e-5)  # the weights have moved by 0.05
 
 
 SCHEDULES = [Every(3), LastSteps(0.5, 6), AfterDecay(), AdaptiveSchedule(6)]

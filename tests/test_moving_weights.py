@@ -1,4 +1,4 @@
-"""Weights and groups that change under the optimizer: moved, cast, added, frozen, loaded in place."""
+"""Weights and groups that users move, cast, add, freeze or load while the optimizer exists."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fused_sam import SAM
 
 
 def pair(backend: str, **options: Any) -> tuple[nn.Module, SAM, nn.Module, SAM]:
-    """Two equal models; what is done to the first must not show."""
+    """Return two equal models and their optimizers. Moving weights of the first must not change its results."""
     model, twin = net(), net()
     settings = {"rho": 0.1, "lr": 0.1, "momentum": 0.9, "backend": backend, **options}
     return model, SAM(model.parameters(), **settings), twin, SAM(twin.parameters(), **settings)  # type: ignore[arg-type]
@@ -35,7 +35,7 @@ def test_weights_moved_between_steps(backend: str) -> None:
 
 
 def test_weights_moved_while_perturbed(backend: str) -> None:
-    """Flattening wrappers move weights at any time; the undo follows them."""
+    """Flattening wrappers move weights at any time. The undo writes to the new memory."""
     model, optimizer, twin, other = pair(backend)
     for step in range(3):
         loss_of(model, step).backward()
@@ -78,13 +78,13 @@ def test_model_cast_between_steps(backend: str, dtype: torch.dtype) -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_cast_twice_so_that_an_address_may_come_back(backend: str) -> None:
-    """Memory freed by the first cast may be given to the second: an address alone does not say what lies there."""
+def test_weights_cast_at_the_same_address(backend: str) -> None:
+    """The second cast may get the memory that the first one freed. An address alone does not identify a tensor."""
     p = nn.Parameter(torch.ones(64, dtype=torch.float64))
     optimizer = SAM([p], rho=0.0, lr=1.0, backend=backend)
     p.grad = torch.ones(64, dtype=torch.float64)
     optimizer.step()
-    memory = p.data  # kept, so that the test decides what lies at its address
+    memory = p.data  # the reference keeps the memory, so that the cast can use its address
     p.grad = None
     p.data = memory.view(torch.float32)[:64]
     with torch.no_grad():
@@ -94,14 +94,14 @@ def test_cast_twice_so_that_an_address_may_come_back(backend: str) -> None:
     assert p.dtype is torch.float32 and torch.equal(p, torch.ones(64))
 
 
-def test_reshaped_in_place_at_the_same_address(backend: str) -> None:
+def test_weights_reshaped_at_the_same_address(backend: str) -> None:
     p = nn.Parameter(values((4, 6), 1, torch.float32))
     optimizer = SAM([p], rho=0.5, lr=0.1, backend=backend)
     p.grad = torch.ones(4, 6)
     optimizer.first_step()
     optimizer.second_step()
     p.grad = None
-    p.data = p.data[:2]  # pruned: fewer elements at the same address
+    p.data = p.data[:2]  # pruning leaves fewer elements at the same address
     before = p.detach().clone()
     p.grad = torch.ones(2, 6)
     optimizer.first_step()
@@ -110,7 +110,7 @@ def test_reshaped_in_place_at_the_same_address(backend: str) -> None:
     torch.testing.assert_close(p.detach(), before - 0.1, rtol=0, atol=1e-6)
 
 
-def test_channels_last_after_some_steps(backend: str) -> None:
+def test_weights_changed_to_channels_last_between_steps(backend: str) -> None:
     params, twins = ([nn.Parameter(values((4, 6, 3, 3), 1, torch.float32))] for _ in range(2))
     optimizers = [SAM(w, rho=0.5, lr=0.1, momentum=0.9, backend=backend) for w in (params, twins)]
     for step in range(4):
@@ -137,8 +137,8 @@ def test_weights_loaded_in_place(backend: str) -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_weights_assigned_by_the_user_are_kept(backend: str) -> None:
-    """Clamping after a step, a weight average: the next step starts from what is there."""
+def test_a_step_starts_from_weights_that_the_user_assigned(backend: str) -> None:
+    """Users clamp or average weights after a step. The next step starts from the assigned values."""
     p = nn.Parameter(torch.ones(4))
     optimizer = SAM([p], rho=0.5, lr=0.25, backend=backend)
     for _ in range(2):
@@ -151,8 +151,8 @@ def test_weights_assigned_by_the_user_are_kept(backend: str) -> None:
 
 
 @pytest.mark.parametrize("end", ["second_step", "restore", "unperturbed"])
-def test_weights_written_between_the_passes_where_they_are_not_perturbed(backend: str, end: str) -> None:
-    """Their masters follow, whichever way the step ends, and the next update starts from what was written."""
+def test_unperturbed_weights_written_between_the_passes_reach_their_masters(backend: str, end: str) -> None:
+    """The masters get the written values, however the step ends, and the next update starts from them."""
     p, q = (nn.Parameter(torch.ones(4, dtype=torch.bfloat16)) for _ in range(2))
     groups = [{"params": [p]}, {"params": [q], "perturb": False}]
     optimizer = SAM(groups, rho=0.5, lr=0.25, backend=backend, master_weights=True)
@@ -198,7 +198,7 @@ def test_add_param_group_mid_training(backend: str) -> None:
 
 
 def test_add_param_group_while_perturbed(backend: str) -> None:
-    """The new weights were not perturbed; the others are undone all the same."""
+    """The new weights were not perturbed. The perturbation of the others is undone as usual."""
     model = net()
     layers = list(model.parameters())
     optimizer = SAM(layers[:4], rho=0.5, lr=0.1, momentum=0.9, backend=backend)
@@ -211,8 +211,8 @@ def test_add_param_group_while_perturbed(backend: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["GSAM", "WSAM", "WSAM coupled", "FriendlySAM", "LookSAM"])
-def test_groups_added_and_reordered_while_first_gradients_are_kept(backend: str, method: str) -> None:
-    """Kept gradients go with their weights, not with their places."""
+def test_groups_added_and_reordered_while_ascent_gradients_are_kept(backend: str, method: str) -> None:
+    """A kept gradient belongs to its weight, not to a position in the groups."""
 
     def step(change: bool) -> list[torch.Tensor]:
         params = weights([(5,), (5,), (3, 4)], torch.float64)
@@ -235,7 +235,7 @@ def test_groups_added_and_reordered_while_first_gradients_are_kept(backend: str,
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
 
 
-def test_weight_removed_while_perturbed_is_an_error_that_says_so(backend: str) -> None:
+def test_removing_a_perturbed_weight_is_an_error_that_names_it(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, backend=backend)
     loss_of(model, 0).backward()
@@ -262,7 +262,7 @@ def test_group_removed_and_order_changed_between_steps(backend: str) -> None:
 
 
 def test_a_weight_moved_from_one_group_to_another_takes_its_options(backend: str) -> None:
-    """The parameters keep their order; only the group that one of them belongs to changes."""
+    """The parameters keep their order. Only the group of one of them changes."""
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(7))
     optimizer = SAM([{"params": [p, q], "lr": 0.25}, {"params": [], "lr": 0.5}], rho=0.0, backend=backend)
     for w in (p, q):
@@ -273,7 +273,7 @@ def test_a_weight_moved_from_one_group_to_another_takes_its_options(backend: str
     assert torch.equal(p, torch.full((5,), 0.5)) and torch.equal(q, torch.full((7,), 0.25))
 
 
-def test_a_parameter_exchanged_for_another(backend: str) -> None:
+def test_a_parameter_replaced_by_another(backend: str) -> None:
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     optimizer = SAM([p], rho=0.0, lr=0.5, backend=backend)
     p.grad, q.grad = torch.ones(5), torch.ones(5)
@@ -284,7 +284,7 @@ def test_a_parameter_exchanged_for_another(backend: str) -> None:
 
 
 def test_many_patterns_of_frozen_layers(backend: str) -> None:
-    """More patterns of present gradients than tables are kept for."""
+    """The gradients are present in more patterns than the optimizer caches tables for."""
     ours, theirs = weights([(7,)] * 6, torch.float32), weights([(7,)] * 6, torch.float32)
     optimizer = SAM(ours, rho=0.0, lr=0.1, momentum=0.9, backend=backend)
     base = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
@@ -300,8 +300,8 @@ def test_many_patterns_of_frozen_layers(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-4)
 
 
-def test_gradients_that_need_gradients_themselves(backend: str) -> None:
-    """backward(create_graph=True) leaves gradients with a graph; a step uses their numbers."""
+def test_gradients_that_require_grad(backend: str) -> None:
+    """backward(create_graph=True) makes gradients with a graph. A step uses only their values."""
     p, q = weights([(5,), (7,)], torch.float32)
     optimizer = SAM([p, q], rho=0.5, lr=0.1, momentum=0.9, backend=backend)
     before = Snapshot(optimizer)
@@ -309,7 +309,7 @@ def test_gradients_that_need_gradients_themselves(backend: str) -> None:
         for half in (optimizer.first_step, optimizer.second_step):
             optimizer.zero_grad()
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of the reference cycle, once a process
+                warnings.simplefilter("ignore")  # torch warns of the reference cycle once per process
                 (p.square().sum() + q.exp().sum()).backward(create_graph=True)
             half()
     optimizer.zero_grad()
@@ -331,7 +331,7 @@ def test_tied_weights_count_once(backend: str) -> None:
     assert_same_bits(model.parameters(), before)
 
 
-def test_parametrised_weights(backend: str) -> None:
+def test_weights_with_a_parametrization(backend: str) -> None:
     layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
     optimizer = SAM(layer.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     x = values((8, 6), 3, torch.float32)
@@ -348,7 +348,7 @@ def test_parametrised_weights(backend: str) -> None:
 
 
 class Tagged(torch.Tensor):
-    """A tensor subclass without behaviour of its own."""
+    """A tensor subclass that overrides nothing."""
 
 
 def test_parameters_of_a_tensor_subclass(backend: str) -> None:

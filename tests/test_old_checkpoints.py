@@ -1,4 +1,4 @@
-"""Checkpoints of earlier versions, whose group keys had other names: they load, and training goes on to the bit."""
+"""Checkpoints of earlier versions have other group keys. They load, and training continues bit for bit."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def train(model: nn.Module, optimizer: fused_sam.SAM, steps: range) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_resume_to_the_bit(backend: str, case: str) -> None:
+def test_resume_is_bit_equal(backend: str, case: str) -> None:
     model, optimizer = made(case, backend)
     train(model, optimizer, range(4))
     old = as_an_earlier_version_wrote_it(optimizer.state_dict())
@@ -74,8 +74,8 @@ def test_resume_to_the_bit(backend: str, case: str) -> None:
     assert_same_optimizers(optimizer, other)
 
 
-def test_the_bare_base_optimizers_own_keys_are_left_alone() -> None:
-    """A group without rho is no group of SAM's: its keys are whatever its optimizer means by them."""
+def test_keys_of_a_base_optimizers_checkpoint_keep_their_names() -> None:
+    """A group without rho is not one of SAM's groups, so that its keys keep their names."""
     _, optimizer = made("AdamW", "auto")
     plain = torch.optim.AdamW(nets.net().parameters(), lr=0.01)
     saved = plain.state_dict()

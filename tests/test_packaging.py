@@ -1,4 +1,4 @@
-"""The set-up: errors of one line, a complete source distribution, modules that load on any processor."""
+"""Tests of the build: errors of one line, a complete source distribution, and modules that load on any processor."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.skipif(not HAS_BUILD_FILES, reason="runs in a source tr
 
 @pytest.fixture
 def tree(tmp_path: Path) -> Path:
-    """Return a copy of the sources that a build may write to."""
+    """Return a copy of the sources, to which a build may write."""
     skip = shutil.ignore_patterns(".*", "build", "dist", "results", "*.so", "*.egg-info", "__pycache__")
     return Path(shutil.copytree(ROOT, tmp_path / "tree", ignore=skip))
 
@@ -32,32 +32,32 @@ def setup(tree: Path, *command: str, **env: str) -> subprocess.CompletedProcess[
     )  # fmt: skip
 
 
-def refused(tree: Path, **env: str) -> str:
-    """Return the one line with which a build in place refuses to start."""
+def build_error(tree: Path, **env: str) -> str:
+    """Return the error line of a build in place that does not start."""
     done = setup(tree, "build_ext", "--inplace", **env)
     lines = done.stderr.strip().splitlines()
     assert done.returncode == 1 and len(lines) == 1, done.stderr
     return lines[0]
 
 
-def test_wrong_choice_of_cuda_is_refused(tree: Path) -> None:
-    line = refused(tree, FUSED_SAM_CUDA="bogus")
+def test_a_wrong_choice_of_cuda_is_an_error(tree: Path) -> None:
+    line = build_error(tree, FUSED_SAM_CUDA="bogus")
     assert "FUSED_SAM_CUDA is 'bogus'" in line and "auto" in line
 
 
-def test_cuda_without_nvcc_says_what_to_install(tree: Path, tmp_path: Path) -> None:
+def test_the_error_of_cuda_without_nvcc_names_the_package(tree: Path, tmp_path: Path) -> None:
     (tree / "csrc" / "cuda").mkdir(exist_ok=True)
     (tree / "csrc" / "cuda" / "any.cu").touch()
-    line = refused(tree, FUSED_SAM_CUDA="1", CUDACXX="no-such-nvcc", CUDA_HOME=str(tmp_path))
+    line = build_error(tree, FUSED_SAM_CUDA="1", CUDACXX="no-such-nvcc", CUDA_HOME=str(tmp_path))
     assert "nvcc is missing" in line and "apt install" in line
 
 
-def test_missing_compiler_says_what_to_install(tree: Path) -> None:
-    assert "apt install g++" in refused(tree, CXX="no-such-compiler", FUSED_SAM_CUDA="0")
-    assert "apt install g++" in refused(tree, CXX="", PATH=str(tree), FUSED_SAM_CUDA="0")
+def test_the_error_of_a_missing_compiler_names_the_package(tree: Path) -> None:
+    assert "apt install g++" in build_error(tree, CXX="no-such-compiler", FUSED_SAM_CUDA="0")
+    assert "apt install g++" in build_error(tree, CXX="", PATH=str(tree), FUSED_SAM_CUDA="0")
 
 
-def test_without_a_compiler_a_package_of_python_alone(tree: Path, tmp_path: Path) -> None:
+def test_a_package_without_compiled_modules_needs_no_compiler(tree: Path, tmp_path: Path) -> None:
     nothing = {"CXX": "no-such-compiler", "FUSED_SAM_NATIVE": "0"}
     done = setup(tree, "bdist_wheel", f"--dist-dir={tmp_path}", **nothing)
     assert done.returncode == 0, done.stderr
@@ -72,8 +72,8 @@ def test_without_a_compiler_a_package_of_python_alone(tree: Path, tmp_path: Path
         [sys.executable, "-c", script], cwd=tmp_path / "installed", capture_output=True, text=True, check=True
     ).stdout
     assert "fused_sam._cpu is not built" in printed and printed.endswith("foreach\n")
-    assert "FUSED_SAM_NATIVE=0" in refused(tree, FUSED_SAM_CUDA="0", CXX="no-such-compiler")
-    assert "leave one of them out" in refused(tree, FUSED_SAM_CUDA="1", FUSED_SAM_NATIVE="0")
+    assert "FUSED_SAM_NATIVE=0" in build_error(tree, FUSED_SAM_CUDA="0", CXX="no-such-compiler")
+    assert "leave one of them out" in build_error(tree, FUSED_SAM_CUDA="1", FUSED_SAM_NATIVE="0")
 
 
 def test_failing_compile_shows_its_first_error(tree: Path) -> None:
@@ -86,7 +86,7 @@ def test_failing_compile_shows_its_first_error(tree: Path) -> None:
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 20
 
 
-def test_source_distribution_is_whole(tree: Path, tmp_path: Path) -> None:
+def test_the_source_distribution_is_complete(tree: Path, tmp_path: Path) -> None:
     done = setup(tree, "sdist", "--formats=gztar", f"--dist-dir={tmp_path}")
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -99,7 +99,7 @@ def test_source_distribution_is_whole(tree: Path, tmp_path: Path) -> None:
     assert wanted <= inside
 
 
-def test_version_stands_in_one_place() -> None:
+def test_the_version_is_in_one_place() -> None:
     import fused_sam
 
     declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
@@ -110,13 +110,13 @@ def test_version_stands_in_one_place() -> None:
     assert fused_sam.__version__ == declared.group(1)
 
 
-def test_names_are_there_after_one_import() -> None:
+def test_all_names_exist_after_one_import() -> None:
     program = "import fused_sam; [getattr(fused_sam, name) for name in fused_sam.__all__]; fused_sam.training.sam_step"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=120)
 
 
 def test_wide_kernels_share_no_symbol() -> None:
-    """A shared inline function compiled for AVX-512 could be the copy that an older processor then runs."""
+    """The linker could choose an inline function's AVX-512 copy, which an older processor cannot run."""
     objects = sorted((ROOT / "build").glob("cmake-*/CMakeFiles/kernels_avx*.dir/**/kernels.cpp.o"))
     if not objects or shutil.which("nm") is None:
         pytest.skip("no object files of an x86-64 build here")
@@ -130,7 +130,7 @@ def test_no_file_names_a_package_registry() -> None:
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, check=False)
     if listed.returncode != 0:
         pytest.skip("not a git checkout")
-    # The names are in pieces, so that this file does not contain them either.
+    # The names are in pieces, so that this file does not contain them.
     parts = [("pypi", "."), ("python", "hosted"), ("download.", "pytorch"), ("anaconda", "."), ("npm", "js")]
     names = [first + second for first, second in parts]
     hosts = re.compile("|".join(map(re.escape, names)).encode())

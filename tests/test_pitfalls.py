@@ -1,4 +1,4 @@
-"""What goes wrong in other SAM packages, a test each: D1 .. D24 are the numbers used throughout this file."""
+"""Defects of other SAM packages, numbered D1 to D31. Each test checks that fused_sam is free of one."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_d02_state_is_that_of_sgd_and_a_resume_is_bit_equal(backend: str) -> Non
     assert_same_optimizers(optimizer, other)
 
 
-def test_d03_gradient_in_the_first_pass_alone(backend: str) -> None:
+def test_d03_a_gradient_only_in_the_first_pass_is_no_update(backend: str) -> None:
     p, q = weights([(5,), (7,)], torch.float32)
     optimizer = sam([p, q], backend)
     before = [w.detach().clone() for w in (p, q)]
@@ -70,7 +70,7 @@ def test_d03_gradient_in_the_first_pass_alone(backend: str) -> None:
     assert not torch.equal(q, before[1])
 
 
-def test_d04_gradient_in_the_second_pass_alone(backend: str) -> None:
+def test_d04_a_gradient_only_in_the_second_pass_is_an_update(backend: str) -> None:
     p, q = weights([(5,), (7,)], torch.float32)
     twin = copy.deepcopy(p)
     optimizer, base = sam([p, q], backend), torch.optim.SGD([twin], lr=0.1, momentum=0.9, foreach=False)
@@ -79,14 +79,14 @@ def test_d04_gradient_in_the_second_pass_alone(backend: str) -> None:
     p.grad, twin.grad = torch.ones(5), torch.ones(5)
     optimizer.second_step()
     base.step()
-    torch.testing.assert_close(p, twin, rtol=0, atol=1e-6)  # as SGD would, to a rounding
+    torch.testing.assert_close(p, twin, rtol=0, atol=1e-6)  # one rounding near 1 may differ from SGD
     assert optimizer.state[p].keys() == {"momentum_buffer"}
 
 
 @pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
 @pytest.mark.parametrize("half", ["first", "second"])
 @pytest.mark.parametrize("steps_before", [0, 2])
-def test_d05_gradient_that_is_not_finite(variant: Variant, bad: float, half: str, steps_before: int) -> None:
+def test_d05_a_non_finite_gradient_changes_nothing(variant: Variant, bad: float, half: str, steps_before: int) -> None:
     model = net()
     optimizer = sam(model.parameters(), variant.name)
     train(model, optimizer, range(steps_before))
@@ -103,7 +103,7 @@ def test_d05_gradient_that_is_not_finite(variant: Variant, bad: float, half: str
     assert all(bool(p.isfinite().all()) for p in model.parameters())
 
 
-def test_d06_no_gradients_at_all(backend: str) -> None:
+def test_d06_a_step_without_gradients_changes_nothing(backend: str) -> None:
     model = net()
     optimizer = sam(model.parameters(), backend)
     before = Snapshot(optimizer)
@@ -115,7 +115,7 @@ def test_d06_no_gradients_at_all(backend: str) -> None:
     assert not optimizer.skipped and not optimizer.perturbed
 
 
-def test_d06_no_second_gradients_after_a_first_one_that_is_not_finite(backend: str) -> None:
+def test_d06_a_non_finite_first_gradient_is_skipped_without_second_gradients(backend: str) -> None:
     model = net()
     optimizer = sam(model.parameters(), backend)
     before = Snapshot(optimizer)
@@ -131,7 +131,7 @@ def test_d06_no_second_gradients_after_a_first_one_that_is_not_finite(backend: s
 
 
 def test_d07_fp16_weights_have_an_eps_and_a_norm(variant: Variant) -> None:
-    """In fp16 1e-12 is 0 and the squares of 300 are inf."""
+    """In fp16, 1e-12 rounds to 0 and the square of 300 is inf."""
     p = nn.Parameter(torch.zeros(1000, dtype=torch.float16))
     optimizer = sam([p], variant.name, rho=1.0)
     p.grad = torch.full((1000,), 300.0, dtype=torch.float16)
@@ -166,7 +166,7 @@ def test_d08_undo_is_exact(variant: Variant, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("found_inf", [1.0, 2.0])
 def test_d13_first_step_skipped_by_found_inf(variant: Variant, found_inf: float) -> None:
-    """Two devices that found infinities sum to 2; momentum must not exist, or be zeros, after a skipped first step."""
+    """found_inf is 2 if two devices found an inf. After a skipped first step, momentum does not exist or is zero."""
     p, twin = weights([(9,)], torch.float32) + weights([(9,)], torch.float32)
     optimizer = sam([p], variant.name, dampening=0.5)
     base = torch.optim.SGD([twin], lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
@@ -204,8 +204,8 @@ def test_d13_found_inf_from_grad_scaler(variant: Variant) -> None:
     torch.testing.assert_close(p.detach(), torch.full((9,), 0.9))
 
 
-def test_d13_new_and_old_momentum_side_by_side(variant: Variant) -> None:
-    """A layer thawed later begins its momentum while its neighbours continue theirs."""
+def test_d13_one_step_may_start_and_continue_momentum(variant: Variant) -> None:
+    """If a layer is unfrozen later, its momentum starts while other layers continue theirs."""
     ours, theirs = weights([(5,), (7,)], torch.float32), weights([(5,), (7,)], torch.float32)
     optimizer = sam(ours, variant.name, dampening=0.5)
     base = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, dampening=0.5, foreach=False)
@@ -222,7 +222,7 @@ EMPTY_ENDS = [[0, 5], [5, 0], [0], [0, 0, 5, 0, 0], [20000, 0, 3, 0], [5, 0, 0]]
 
 
 @pytest.mark.parametrize("sizes", EMPTY_ENDS, ids=str)
-def test_d14_empty_tensors_anywhere_in_the_table(variant: Variant, sizes: list[int]) -> None:
+def test_d14_empty_tensors_may_be_anywhere_in_the_table(variant: Variant, sizes: list[int]) -> None:
     params = [nn.Parameter(torch.ones(n)) for n in sizes]
     optimizer = sam(params, variant.name, rho=1.0, lr=0.5, momentum=0.0)
     total = sum(sizes)
@@ -236,8 +236,8 @@ def test_d14_empty_tensors_anywhere_in_the_table(variant: Variant, sizes: list[i
         assert torch.equal(p, torch.full_like(p, 0.5))
 
 
-def test_d15_chunks_follow_the_work(variant: Variant) -> None:
-    """A tensor of one chunk, of many, and a last chunk of one element: none lost, none done twice."""
+def test_d15_every_element_is_in_exactly_one_chunk(variant: Variant) -> None:
+    """The tensors have one chunk, several chunks, and a last chunk of one element."""
     params = [nn.Parameter(torch.zeros(n)) for n in (1, 16384, 16385, 3 * 16384 + 1, 65537)]
     optimizer = sam(params, variant.name, rho=1.0, lr=1.0, momentum=0.0)
     for p in params:
@@ -264,7 +264,7 @@ def test_d16_norm_of_bf16_is_not_rounded_to_bf16(variant: Variant) -> None:
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_d17_the_same_bits_every_time_and_for_any_number_of_threads(variant: Variant, adaptive: bool) -> None:
+def test_d17_results_have_the_same_bits_for_any_number_of_threads(variant: Variant, adaptive: bool) -> None:
     def run(threads: int) -> list[Tensor]:
         torch.set_num_threads(threads)
         params = weights([(100003,), (257, 129), (5,)], torch.float32)
@@ -278,18 +278,18 @@ def test_d17_the_same_bits_every_time_and_for_any_number_of_threads(variant: Var
 
     first = run(2)
     assert_same_bits(run(2), first)
-    if variant.name == "cpu":  # torch's own sums, in the others, depend on the number of threads
+    if variant.name == "cpu":  # other backends use torch's sums, which depend on the number of threads
         assert_same_bits(run(1), first)
         assert_same_bits(run(3), first)
 
 
-def test_d18_fp32_weights_are_worked_on_in_fp32(variant: Variant) -> None:
-    """The result is fp32's own: a learning rate that fp32 cannot hold is rounded first, as a float kernel does."""
+def test_d18_fp32_weights_are_updated_in_fp32(variant: Variant) -> None:
+    """The learning rate is rounded to fp32 before the update, as in a float kernel."""
     p = nn.Parameter(torch.full((64,), 1.0))
     optimizer = sam([p], variant.name, rho=0.0, lr=0.1, momentum=0.0)
     p.grad = torch.full((64,), 3.0)
     optimizer.step()
-    # 1 - 3 * fl(0.1), in fp32 with or without a fused multiply-add; in fp64 it would be 0.7 - 1e-17
+    # 1 - 3 * fl(0.1) in fp32; fp64 would give 0.7 - 1e-17. A fused multiply-add may differ by 2^-24, the ulp of 0.7.
     once = torch.tensor(1.0) - torch.tensor(0.1) * torch.tensor(3.0)
     assert float((p.detach() - once).abs().max()) <= 2**-24
     assert p.dtype is torch.float32
@@ -324,8 +324,8 @@ def test_d19_copies_and_pickles_keep_every_attribute(backend: str) -> None:
         assert_same_optimizers(optimizer, other)
 
 
-def test_d20_checkpoint_tools_may_step_without_gradients_to_speak_of(backend: str) -> None:
-    """torch.distributed.checkpoint calls step(closure=None) with zero gradients and lr 0, to have state made."""
+def test_d20_a_step_of_zero_gradients_and_zero_lr_creates_state(backend: str) -> None:
+    """torch.distributed.checkpoint calls step(closure=None) with zero gradients and lr 0 to create the state."""
     model = net()
     optimizer = sam(model.parameters(), backend)
     before = [p.detach().clone() for p in model.parameters()]
@@ -347,7 +347,7 @@ def test_d20_torch_distributed_checkpoint_state_dict(backend: str) -> None:
     model, other_model = net(), net()
     optimizer, other = sam(model.parameters(), backend), sam(other_model.parameters(), backend)
     train(model, optimizer, range(2))
-    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # torch hands over the tensors themselves
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer))  # torch returns the tensors themselves
     other_model.load_state_dict(model.state_dict())
     set_optimizer_state_dict(other_model, other, saved)
     assert other.param_groups[0]["lr"] == 0.1
@@ -357,7 +357,7 @@ def test_d20_torch_distributed_checkpoint_state_dict(backend: str) -> None:
 
 
 @pytest.mark.parametrize("write", ["first_step", "second_step", "restore", "step"])
-def test_d21_autograd_notices_what_was_written(variant: Variant, write: str) -> None:
+def test_d21_autograd_detects_that_weights_were_written(variant: Variant, write: str) -> None:
     p = nn.Parameter(torch.ones(5))
     optimizer = sam([p], variant.name)
 
@@ -377,10 +377,10 @@ def test_d21_autograd_notices_what_was_written(variant: Variant, write: str) -> 
 
 
 def test_d22_every_kernel_runs_once_on_live_state(variant: Variant) -> None:
-    """One step from known numbers is one step, from the very first call on: nothing is tried out on the weights."""
+    """Every call is one step, the first one included. No kernel is tuned on the weights."""
     p = nn.Parameter(torch.zeros(300))
     optimizer = sam([p], variant.name, rho=0.0, lr=1.0, momentum=1.0)
-    for expected in (-1.0, -3.0, -6.0):  # each run more would move the weight and the momentum again
+    for expected in (-1.0, -3.0, -6.0):  # another run would change the weight and the momentum again
         p.grad = torch.ones(300)
         optimizer.step()
         assert torch.equal(p, torch.full((300,), expected))
@@ -401,12 +401,12 @@ def test_d24_one_optimizer_object_for_scheduler_and_hooks(backend: str) -> None:
     before = p.detach().clone()
     optimizer.param_groups[0]["lr"] = 0.0
     two_steps(model, optimizer, 3)
-    assert same_bits(p, before)  # the numbers in param_groups are those that act
+    assert same_bits(p, before)  # the options in param_groups take effect
 
 
 @pytest.mark.parametrize("written", ["zeros", "mask", "fill"])
 def test_d31_momentum_that_a_user_has_set_to_zero_is_not_new(backend: str, written: str) -> None:
-    """Pruning multiplies momentum by a mask, which leaves -0.0; with dampening the next gradient enters in part."""
+    """Pruning multiplies momentum by a mask, which may leave -0.0. The next gradient is dampened as usual."""
     ends = []
     for make in (
         lambda p: torch.optim.SGD([p], lr=0.1, momentum=0.9, dampening=0.5, foreach=False),

@@ -1,4 +1,4 @@
-"""bf16 and fp16 weights: fp32 masters, rounding at random, and the warning where there is neither."""
+"""Tests of bf16 and fp16 weights: fp32 masters, stochastic rounding, and the warning if neither is used."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support.bits import Snapshot, assert_same_bits, assert_same_optimizers
-from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, drive, set_gradients, values, weights
+from support.draws import LAYOUTS, ODD_SHAPES, doubled, draw_passes, set_gradients, take_steps, values, weights
 from support.nets import loss_of, net, train, two_steps
 from torch import Tensor, nn
 from torch.amp import GradScaler
@@ -24,7 +24,8 @@ BASES: dict[str, dict[str, Any]] = {
 }
 
 
-def exact(optimizer: SAM, params: list[nn.Parameter]) -> list[Tensor]:
+def masters_of(optimizer: SAM, params: list[nn.Parameter]) -> list[Tensor]:
+    """Return the masters of all weights that have state."""
     return [optimizer.state[p]["master_weight"] for p in params if p in optimizer.state]
 
 
@@ -33,7 +34,7 @@ def exact(optimizer: SAM, params: list[nn.Parameter]) -> list[Tensor]:
 
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES.keys())
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_masters_follow_the_exact_trajectory(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_masters_take_the_trajectory_of_fp64(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
     params = weights(ODD_SHAPES, dtype)
     twin = doubled(params)
     passes = draw_passes(params, 4)
@@ -42,43 +43,44 @@ def test_masters_follow_the_exact_trajectory(backend: str, dtype: torch.dtype, o
                     master_weights=True, backend=backend, **options)  # fmt: skip
     other = SAM([{"params": twin[:half], "rho": 0.4}, {"params": twin[half:], "lr": 0.02}], rho=0.2,
                 backend="reference", **options)  # fmt: skip
-    climbed = drive(optimizer, params, passes)
-    expected = drive(other, twin, [tuple([g.double() for g in p] for p in both) for both in passes])  # type: ignore[misc]
-    for p, q, m in zip(params, twin, exact(optimizer, params), strict=True):
-        # fp32 masters through four steps of numbers near 1; Adam's first steps divide by small roots.
+    perturbed = take_steps(optimizer, params, passes)
+    expected = take_steps(other, twin, [tuple([g.double() for g in p] for p in both) for both in passes])  # type: ignore[misc]
+    for p, q, m in zip(params, twin, masters_of(optimizer, params), strict=True):
+        # The limit is fp32's rounding in four steps of numbers near 1. Adam's first steps divide by small roots.
         torch.testing.assert_close(m.double(), q.detach(), rtol=3e-5, atol=3e-6)
-        assert torch.equal(p, m.to(dtype)), "the model has its master, rounded once"
-    for found, wanted in zip(climbed[-1], expected[-1], strict=True):
+        assert torch.equal(p, m.to(dtype)), "a weight must be its master, rounded once"
+    for found, wanted in zip(perturbed[-1], expected[-1], strict=True):
+        # The perturbed weight is rounded once to its dtype.
         ulp = 2.0**-8 if dtype is torch.bfloat16 else 2.0**-10
         torch.testing.assert_close(found.double(), wanted, rtol=ulp, atol=1e-6)
 
 
-def test_masters_take_the_place_of_the_backup() -> None:
+def test_masters_replace_the_backups() -> None:
     params = weights([(1000,)], torch.bfloat16)
     optimizer = SAM(params, lr=0.1, momentum=0.9, master_weights=True)
-    drive(optimizer, params, draw_passes(params, 2))
+    take_steps(optimizer, params, draw_passes(params, 2))
     assert not optimizer.stepper.plan._backups
     assert set(optimizer.state[params[0]]) == {"momentum_buffer", "master_weight"}
 
 
 @pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("half", [0, 1])
-def test_overflow_leaves_masters_and_models_bit_equal(backend: str, half: int, scaled: bool) -> None:
+def test_an_overflow_changes_no_bit_of_masters_and_weights(backend: str, half: int, scaled: bool) -> None:
     params = weights([(33,), (7, 3)], torch.bfloat16)
     optimizer = SAM(params, lr=0.1, momentum=0.9, master_weights=True, backend=backend)
-    drive(optimizer, params, draw_passes(params, 2))
+    take_steps(optimizer, params, draw_passes(params, 2))
     before = Snapshot(optimizer)
     passes = draw_passes(params, 1, seed=9)[0]
     passes[half][1][2, 1] = float("inf")
     if scaled:
         optimizer.grad_scale = torch.tensor(8.0)  # type: ignore[attr-defined]
         optimizer.found_inf = torch.tensor(float(half == 1))  # type: ignore[attr-defined]
-    drive(optimizer, params, [passes])
+    take_steps(optimizer, params, [passes])
     assert optimizer.skipped and optimizer.step_was_skipped
     before.assert_unchanged()
 
 
-def test_restore_and_exceptions_with_masters(backend: str) -> None:
+def test_an_exception_changes_nothing_with_masters(backend: str) -> None:
     model = net(dtype=torch.bfloat16)
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, master_weights=True, backend=backend)
     train(model, optimizer, range(2))
@@ -98,7 +100,7 @@ def test_restore_and_exceptions_with_masters(backend: str) -> None:
 
 @pytest.mark.parametrize("options", BASES.values(), ids=BASES.keys())
 @pytest.mark.parametrize("mode", ["master_weights", "stochastic_rounding"])
-def test_resume_to_the_bit(backend: str, mode: str, options: dict[str, Any], tmp_path: Any) -> None:
+def test_resume_is_bit_equal(backend: str, mode: str, options: dict[str, Any], tmp_path: Any) -> None:
     settings = {**options, "rho": 0.1, mode: True, "seed": 11, "backend": backend}
     model = net(dtype=torch.bfloat16)
     optimizer = SAM(model.parameters(), **settings)
@@ -118,32 +120,32 @@ def test_resume_to_the_bit(backend: str, mode: str, options: dict[str, Any], tmp
     assert_same_optimizers(copied, optimizer)
 
 
-def test_weights_loaded_behind_the_optimizer_reach_the_masters(backend: str) -> None:
+def test_weights_that_the_user_loads_reach_their_masters(backend: str) -> None:
     params = weights([(50,), (3, 4)], torch.bfloat16)
     optimizer = SAM(params, rho=0.0, lr=0.0, master_weights=True, backend=backend)
-    drive(optimizer, params, draw_passes(params, 1))
+    take_steps(optimizer, params, draw_passes(params, 1))
     with torch.no_grad():
-        optimizer.state[params[0]]["master_weight"].add_(1e-5)  # below bf16's precision: this one has not changed
+        optimizer.state[params[0]]["master_weight"].add_(1e-5)  # below bf16's precision: the weight does not change
         params[1].copy_(values((3, 4), 77, torch.bfloat16))
-    kept = optimizer.state[params[0]]["master_weight"].clone()
-    drive(optimizer, params, draw_passes(params, 1))
+    unchanged = optimizer.state[params[0]]["master_weight"].clone()
+    take_steps(optimizer, params, draw_passes(params, 1))
     assert_same_bits(optimizer.state[params[1]]["master_weight"].to(torch.bfloat16)[None], [params[1].detach()])
     assert_same_bits([params[1].detach()], [values((3, 4), 77, torch.bfloat16)])
-    assert_same_bits([optimizer.state[params[0]]["master_weight"]], [kept])
+    assert_same_bits([optimizer.state[params[0]]["master_weight"]], [unchanged])
 
 
-def test_masters_replaced_by_the_user_are_climbed_from(backend: str) -> None:
+def test_a_step_starts_from_masters_that_the_user_replaced(backend: str) -> None:
     params = weights([(50,), (3, 4)], torch.bfloat16)
     twin = weights([(50,), (3, 4)], torch.bfloat16)
     optimizer = SAM(params, rho=0.3, lr=0.1, master_weights=True, backend=backend)
     other = SAM(twin, rho=0.3, lr=0.1, master_weights=True, backend=backend)
     passes = draw_passes(params, 2)
-    drive(optimizer, params, passes)
-    drive(other, twin, passes)
+    take_steps(optimizer, params, passes)
+    take_steps(other, twin, passes)
     for p, q in zip(params, twin, strict=True):
         optimizer.state[p]["master_weight"] = optimizer.state[p]["master_weight"] + 0.125
         other.state[q]["master_weight"].add_(0.125)
-    for found, expected in zip(drive(optimizer, params, passes), drive(other, twin, passes), strict=True):
+    for found, expected in zip(take_steps(optimizer, params, passes), take_steps(other, twin, passes), strict=True):
         assert_same_bits(found, expected)
     assert_same_optimizers(optimizer, other)
 
@@ -164,10 +166,10 @@ def test_checkpoints_of_plain_sgd_and_masters_load_each_other() -> None:
     train(twin, back, range(2))
 
 
-def test_fp32_weights_beside_low_precision_ones_have_no_master(backend: str) -> None:
+def test_only_low_precision_weights_have_masters(backend: str) -> None:
     params = [*weights([(40,)], torch.bfloat16), *weights([(40,)], torch.float32)]
     optimizer = SAM(params, rho=0.3, lr=0.1, momentum=0.9, master_weights=True, backend=backend)
-    drive(optimizer, params, draw_passes(params, 3))
+    take_steps(optimizer, params, draw_passes(params, 3))
     assert "master_weight" in optimizer.state[params[0]] and "master_weight" not in optimizer.state[params[1]]
     optimizer.add_param_group({"params": weights([(9,)], torch.bfloat16, seed=3)})
     assert_same_bits([optimizer.state[params[0]]["master_weight"].to(torch.bfloat16)], [params[0].detach()])
@@ -193,14 +195,14 @@ def _conv(layout: str) -> nn.Parameter:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_masters_of_every_layout(backend: str, layout: str) -> None:
+def test_masters_of_every_layout_are_equal(backend: str, layout: str) -> None:
     p, twin = _conv(layout), _conv("contiguous")
     options: dict[str, Any] = {"rho": 0.2, "lr": 0.1, "momentum": 0.9, "master_weights": True, "backend": backend}
     optimizer, other = SAM([p], **options), SAM([twin], **options)
     passes = draw_passes([twin], 4)
-    drive(optimizer, [p], passes)
-    drive(other, [twin], passes)
-    # The norm's sum takes another order.
+    take_steps(optimizer, [p], passes)
+    take_steps(other, [twin], passes)
+    # The layouts sum the norm's squares in different orders.
     torch.testing.assert_close(optimizer.state[p]["master_weight"], other.state[twin]["master_weight"].contiguous(),
                                rtol=1e-5, atol=1e-6)  # fmt: skip
 
@@ -223,7 +225,7 @@ def test_weights_that_change_their_layout(backend: str, masters: bool, between: 
             (other.first_step if half == 0 else other.second_step)(zero_grad=True)
     found = optimizer.state[p]["master_weight"] if masters else p.detach()
     expected = other.state[twin]["master_weight"] if masters else twin.detach()
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # sums in another order
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # the layouts sum in different orders
 
 
 def test_a_group_or_another_dtype_between_the_passes(backend: str) -> None:
@@ -241,10 +243,10 @@ def test_a_group_or_another_dtype_between_the_passes(backend: str) -> None:
     two_steps(model, optimizer, 2)
 
 
-def test_draws_go_on_after_loading_another_optimizers_state() -> None:
+def test_loading_another_optimizers_state_keeps_the_rng_offset() -> None:
     params = weights([(50,)], torch.bfloat16)
     optimizer = SAM(params, rho=0.1, lr=0.1, momentum=0.9, stochastic_rounding=True)
-    drive(optimizer, params, draw_passes(params, 3))
+    take_steps(optimizer, params, draw_passes(params, 3))
     state = torch.optim.SGD(params, lr=0.1, momentum=0.9).state_dict()
     optimizer.load_state_dict(state)
     assert optimizer.state_dict()["param_groups"][0]["rng_offset"] == 6
@@ -256,7 +258,7 @@ def test_options_for_low_precision_need_low_precision(mode: str) -> None:
         SAM(weights([(3,)], torch.float32), lr=0.1, **{mode: True})
 
 
-def test_one_of_the_two_modes() -> None:
+def test_masters_and_stochastic_rounding_exclude_each_other() -> None:
     with pytest.raises(ValueError, match="choose masters for the best result"):
         SAM(weights([(3,)], torch.bfloat16), lr=0.1, master_weights=True, stochastic_rounding=True)
 
@@ -267,11 +269,11 @@ def test_both_modes_need_a_fused_base(mode: str) -> None:
         SAM(weights([(3,)], torch.bfloat16), torch.optim.RMSprop, lr=0.1, **{mode: True})
 
 
-# ---- rounding at random ------------------------------------------------------------------------------------------
+# ---- stochastic rounding -----------------------------------------------------------------------------------------
 
 
 def mean_perturbation(mode: dict[str, Any], backend: str, dtype: torch.dtype) -> tuple[float, float]:
-    """Mean over draws of the realised e: its length over rho and its cosine to the wanted direction."""
+    """Return the mean of e over 200 perturbations: its length over rho, and its cosine with the gradient."""
     (p,) = weights([(3000,)], dtype)
     g = values((3000,), 5, dtype)
     optimizer = SAM([p], rho=0.01, lr=0.0, backend=backend, **mode)
@@ -287,36 +289,36 @@ def mean_perturbation(mode: dict[str, Any], backend: str, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-def test_rounding_at_random_has_the_right_mean(backend: str, dtype: torch.dtype) -> None:
-    # One draw's noise is half a gap, about 0.1 (bf16) a weight times sqrt(3000); a mean of 200 draws has 1/14 of that.
-    # With e of 0.01 the mean's cosine is low but clearly there; to nearest it is 0 as nothing moves.
+def test_stochastic_rounding_has_the_right_mean(backend: str, dtype: torch.dtype) -> None:
+    # One draw's noise is half a gap: in bf16 about 0.1 per weight times sqrt(3000). The mean of 200 draws has 1/14.
+    # With rho = 0.01, the cosine is low but clearly positive. Rounding to nearest moves no weight, so its cosine is 0.
     _, cosine = mean_perturbation({"stochastic_rounding": True}, backend, dtype)
     _, nearest = mean_perturbation({}, backend, dtype)
     assert cosine > (0.1 if dtype is torch.bfloat16 else 0.5)
     assert cosine > nearest + 0.05 or nearest > 0.99
 
 
-def test_the_seed_decides_and_every_step_draws_anew(backend: str) -> None:
+def test_equal_seeds_give_equal_bits_and_other_seeds_differ(backend: str) -> None:
     def run(seed: int) -> list[Tensor]:
         params = weights([(2000,), (33, 3)], torch.bfloat16)
         optimizer = SAM(params, rho=0.1, lr=0.01, momentum=0.9, stochastic_rounding=True, seed=seed, backend=backend)
-        seen = drive(optimizer, params, draw_passes(params, 2))
-        return [*seen[0], *seen[1], *(p.detach() for p in params)]
+        perturbed = take_steps(optimizer, params, draw_passes(params, 2))
+        return [*perturbed[0], *perturbed[1], *(p.detach() for p in params)]
 
     first, again, other = run(1), run(1), run(2)
     assert_same_bits(first, again)
     assert all(not torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_backends_round_alike(backend: str) -> None:
+def test_backends_round_by_the_same_random_numbers(backend: str) -> None:
     def run(name: str) -> list[Tensor]:
         params = weights([(2000,), (33, 3), (16385,)], torch.float16)
         optimizer = SAM(params, rho=0.1, lr=0.01, momentum=0.9, stochastic_rounding=True, seed=5, backend=name)
-        drive(optimizer, params, draw_passes(params, 2))
+        take_steps(optimizer, params, draw_passes(params, 2))
         return [p.detach() for p in params]
 
     for a, b in zip(run(backend), run("reference"), strict=True):
-        # fp32 sums that differ in their last bit meet another threshold once in some thousand weights.
+        # If fp32 sums differ in their last bit, about one in some thousand weights rounds to its other neighbour.
         assert (a != b).float().mean() < 0.002
         torch.testing.assert_close(a, b, rtol=2.0**-9, atol=1e-4)
 
@@ -327,11 +329,11 @@ def test_small_updates_are_not_lost() -> None:
     for _ in range(50):
         p.grad = torch.ones_like(p)
         optimizer.step()
-    # 50 steps of 1e-4, an eighth of the gap below 1; the mean of 20,000 walks is known to 1e-5 x 14 at 5 sigma.
+    # A step of 1e-4 is 1/39 of bf16's gap below 1. The mean of 20,000 walks is known to 1.4e-4 at 5 sigma.
     assert float(p.detach().double().mean()) == pytest.approx(1 - 50e-4, abs=3e-4)
 
 
-def test_loss_scale_and_rounding_at_random(backend: str) -> None:
+def test_a_step_under_grad_scaler_draws_twice(backend: str) -> None:
     model = net(dtype=torch.bfloat16)
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, stochastic_rounding=True, backend=backend)
     scaler = GradScaler("cpu", init_scale=2.0**4)
@@ -348,7 +350,7 @@ def test_loss_scale_and_rounding_at_random(backend: str) -> None:
 # ---- the warning -------------------------------------------------------------------------------------------------
 
 
-def test_a_warning_names_the_numbers() -> None:
+def test_the_warning_names_rho_and_the_rounding() -> None:
     params = weights([(100_000,)], torch.bfloat16)
     with pytest.warns(RoundingWarning, match=r"rho 0.05 over 100,000 weights is 1.6e-04 per weight, which about \d\d%"):
         SAM(params, rho=0.05, lr=0.1)
@@ -356,7 +358,7 @@ def test_a_warning_names_the_numbers() -> None:
 
 @pytest.mark.parametrize("options", [{"rho": 300.0}, {"rho": 0.05, "stochastic_rounding": True},
                                      {"rho": 0.05, "master_weights": True}, {"rho": 0.0}])  # fmt: skip
-def test_no_warning_where_there_is_nothing_to_warn_of(options: dict[str, Any]) -> None:
+def test_no_warning_if_rounding_keeps_the_perturbation(options: dict[str, Any]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         SAM(weights([(100_000,)], torch.bfloat16), lr=0.1, **options)

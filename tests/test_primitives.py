@@ -1,6 +1,6 @@
-"""Every backend's primitives against `reference`, table by table.
+"""Every backend's primitives equal those of `reference`, table by table.
 
-Dtypes, master weights, stochastic rounding, masks, clipping, update rules, skipped steps.
+The tests cover dtypes, masters, stochastic rounding, masks, clipping, update rules and skipped steps.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ from fused_sam.backends.rng import mask_of, round_stochastically, stream_key
 
 SUBJECTS = [v for v in VARIANTS if v.name != "reference"]
 
-# Groups per update rule, with all of its options.
+# Groups of each update rule, which cover all of its options.
 GROUPS: dict[str, Sequence[Group]] = {
     "sgd": [
         SGDGroup(0.1),
@@ -71,14 +71,14 @@ GROUPS: dict[str, Sequence[Group]] = {
         SGDGroup(0.05, momentum=0.8, dampening=0.3, maximize=True),
         SGDGroup(0.3, momentum=0.7, nesterov=True, weight_decay=0.01),
     ],
-    # An eps far above rounding: at 1e-8 a gradient that cancels to nothing would decide its element's sign.
+    # The eps is far above rounding. With 1e-8, rounding of a gradient near 0 would decide the sign of an element.
     "adam": [
         AdamGroup(0.1, 0.8, 0.95, eps=1e-3, weight_decay=0.05),
         AdamGroup(0.2, 0.9, 0.99, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
         AdamGroup(0.05, 0.0, 0.9, eps=1e-3, maximize=True, amsgrad=True),
         AdamGroup(0.3, 0.7, 0.8, eps=1e-1, decoupled_weight_decay=True, amsgrad=True),
     ],
-    # Betas on both sides of 0.5, where the moving average changes its formula, and at 0.
+    # The betas are 0 and on both sides of 0.5, where the moving average changes its formula.
     "lion": [
         LionGroup(0.1, weight_decay=0.05),
         LionGroup(0.2, 0.7, 0.3),
@@ -92,7 +92,7 @@ rules = pytest.mark.parametrize("rule", GROUPS)
 
 
 @pytest.fixture(params=SUBJECTS, ids=str)
-def variant(request: pytest.FixtureRequest) -> Any:  # instead of conftest's, which includes `reference`
+def variant(request: pytest.FixtureRequest) -> Any:  # replaces conftest's fixture, which includes `reference`
     with request.param.active():
         yield request.param
 
@@ -105,7 +105,7 @@ def kinds(of: Sequence[Kind]) -> Any:
 
 
 def assert_same_norms(pair: Pair) -> None:
-    # Sums in fp32 over 17,451 squares: 1e-5 is above their rounding and far below a lost tensor.
+    # The sums add 17,451 squares in fp32. 1e-5 is above their rounding, and far below the error of a lost tensor.
     for place in (ASCENT_NORM, INVERSE_NORM, UPDATE_NORM):
         wanted = float(pair.twin_status.values[place])
         assert float(pair.status.values[place]) == pytest.approx(wanted, rel=1e-5)
@@ -125,7 +125,7 @@ def test_norm(variant: Variant, kind: Kind) -> None:
 @kinds([*PLAIN[:3], MASTERS[0]])
 @pytest.mark.parametrize("ascent", [True, False])
 def test_norm_over_several_tables(variant: Variant, kind: Kind, ascent: bool) -> None:
-    """It equals the accumulated sums of the tables, from zero, and a finish."""
+    """norm() equals accumulate_norm() of all tables, from zero, and finish_norm()."""
     pair = Pair(variant, kind, SGD_GROUPS)
     more = draw_table(kind, SGD_GROUPS, [(3,), (70001,)], perturbed=True, seed=50)
     twin = draw_table(kind, SGD_GROUPS, [(3,), (70001,)], perturbed=True, seed=50)
@@ -181,7 +181,7 @@ def test_update_of_params_that_were_not_perturbed(variant: Variant, kind: Kind, 
     pair = Pair(variant, kind, GROUPS[rule], perturbed=False)
     pair.update()
     pair.compare()
-    if rule == "adam" or kind.param in (F32, F64):  # else params near 0 may differ by places of larger ones
+    if rule == "adam" or kind.param in (F32, F64):  # otherwise params near 0 may differ by ulps of larger ones
         pair.update()
         pair.compare()
 
@@ -213,7 +213,7 @@ def test_learning_rate_in_a_tensor(variant: Variant, kind: Kind, rule: str) -> N
 @pytest.mark.parametrize("scale", [None, 16.0])
 @pytest.mark.parametrize("limit", [100.0, 2.5, math.inf, 10.5])
 def test_clipping(variant: Variant, kind: Kind, rule: str, scale: float | None, limit: float) -> None:
-    """The update's norm is 160, of gradients that have the loss scale; 100 clips without one, 10.5 does not with 16."""
+    """The norm is 160 with the loss scale. 100 clips without a scale, and 10.5 does not clip with a scale of 16."""
     pair = Pair(variant, kind, GROUPS[rule])
     pair.perturb()
     pair.update(scale, limit)
@@ -222,7 +222,7 @@ def test_clipping(variant: Variant, kind: Kind, rule: str, scale: float | None, 
 
 @kinds([Kind(F64, F64), Kind(F32, F32)])
 @pytest.mark.parametrize("limit", [3.0, 1e4])
-def test_clipping_is_torchs(variant: Variant, kind: Kind, limit: float) -> None:
+def test_clipping_equals_torchs(variant: Variant, kind: Kind, limit: float) -> None:
     pair = Pair(variant, kind, [SGDGroup(0.1)], perturbed=False)
     twins = [torch.nn.Parameter(w.double()) for w in pair.table.params]
     for p, g in zip(twins, pair.table.grads, strict=True):
@@ -235,7 +235,7 @@ def test_clipping_is_torchs(variant: Variant, kind: Kind, limit: float) -> None:
         assert_near(found, wanted.detach().to(kind.param), "params")
 
 
-# ---- Adam is torch's, Lion is the paper's -----------------------------------------------------------------
+# ---- Adam equals torch, Lion the paper --------------------------------------------------------------------
 
 SHAPES = [(1,), (33,), (5, 205)]
 
@@ -243,7 +243,7 @@ SHAPES = [(1,), (33,), (5, 205)]
 def train(
     variant: Variant, kind: Kind, rule: UpdateRule, group: Group, follow: Callable[[list[Tensor]], None]
 ) -> Table:
-    """Run seven steps from new state; `follow` takes each step's gradients, in float64, before the backend does."""
+    """Take seven steps from initial state. `follow` gets the float64 gradients of each step before the backend."""
     backend = backend_for(variant, kind)
     params = [values(s, i, kind.param) for i, s in enumerate(SHAPES)]
     state: dict[str, list[Tensor | None]] = {
@@ -270,8 +270,8 @@ ADAMS: dict[str, dict[str, Any]] = {
 
 @kinds([Kind(F64, F64), Kind(F32, F32)])
 @pytest.mark.parametrize("name", ADAMS)
-def test_adam_is_torchs(variant: Variant, kind: Kind, name: str) -> None:
-    """Seven steps from nothing against torch.optim in float64."""
+def test_adam_equals_torchs(variant: Variant, kind: Kind, name: str) -> None:
+    """Seven steps from initial state equal those of torch.optim in float64."""
     options = ADAMS[name]
     cls = torch.optim.AdamW if name.startswith("adamw") else torch.optim.Adam
     twins = [torch.nn.Parameter(values(s, i, kind.param).double()) for i, s in enumerate(SHAPES)]
@@ -305,10 +305,10 @@ def test_adam_is_torchs(variant: Variant, kind: Kind, name: str) -> None:
 @pytest.mark.parametrize("maximize", [False, True])
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 @pytest.mark.parametrize("betas", [(0.9, 0.99), (0.75, 0.6), (0.4, 0.95)])
-def test_lion_is_the_papers(
+def test_lion_equals_the_papers(
     variant: Variant, kind: Kind, betas: tuple[float, float], decay: float, maximize: bool
 ) -> None:
-    """Seven steps from nothing against arXiv 2302.06675, algorithm 2, written out in float64."""
+    """Seven steps from initial state equal algorithm 2 of arXiv 2302.06675, written out in float64."""
     (b1, b2), lr = betas, 0.05
     twins = [values(s, i, kind.param).double() for i, s in enumerate(SHAPES)]
     means = [torch.zeros_like(w) for w in twins]
@@ -317,7 +317,7 @@ def test_lion_is_the_papers(
         for w, m, gradient in zip(twins, means, grads, strict=True):
             g = -gradient if maximize else gradient
             c = b1 * m + (1 - b1) * g
-            assert (c.abs() > 1e-6).all()  # else rounding might decide a sign
+            assert (c.abs() > 1e-6).all()  # rounding must not decide a sign
             w.sub_(lr * (torch.sign(c) + decay * w))
             m.copy_(b2 * m + (1 - b2) * g)
 
@@ -331,7 +331,7 @@ def test_lion_is_the_papers(
 
 @kinds(PLAIN)
 def test_lion_at_zero_and_nan(variant: Variant, kind: Kind) -> None:
-    """Where nothing has a sign, only the decay is left; NaN in the state reaches the params."""
+    """Where sign() is 0, only weight decay acts. A NaN in the state reaches the params."""
     pair = Pair(variant, kind, [LionGroup(0.5, weight_decay=0.25)], [(70,)], perturbed=False)
     pair.replace("params", [torch.ones(70)])
     pair.replace("grads", [torch.zeros(70)])
@@ -353,7 +353,7 @@ def test_lion_at_zero_and_nan(variant: Variant, kind: Kind) -> None:
 def test_a_skipped_step_changes_no_bit(variant: Variant, kind: Kind, rule: str) -> None:
     masked = [g._replace(mask_prob=0.5) for g in PERTURB_GROUPS]
     pair = Pair(variant, kind, GROUPS[rule], perturb_groups=masked)
-    odd = [w.index_fill(0, torch.tensor([0]), -0.0) for w in primary(pair.table)]  # a copy keeps its sign
+    odd = [w.index_fill(0, torch.tensor([0]), -0.0) for w in primary(pair.table)]  # a copy keeps the sign of -0.0
     odd[2][5] = math.inf
     pair.replace_primary(odd)
     before = pair.copies()
@@ -403,7 +403,7 @@ def test_axpby_and_ema_respect_skip(variant: Variant, skip: bool) -> None:
 @pytest.mark.parametrize(("dx", "dy"), VECTOR_DTYPES)
 @pytest.mark.parametrize("on_host", [True, False])
 def test_axpby_into_each_column(variant: Variant, dx: torch.dtype, dy: torch.dtype, on_host: bool) -> None:
-    """The coefficients come as numbers or as a tensor; a column with coefficient 0 counts for nothing."""
+    """The coefficients are numbers or a tensor. A column with coefficient 0 has no effect."""
     backend = backend_for(variant, Kind(F32, F32))
     for a, b in ((2.0, -0.5), (0.0, 1.5), (0.25, 0.0), (0.0, 0.0)):
         coefficients = (a, b) if on_host else torch.tensor([a, b], dtype=torch.float64)
@@ -432,7 +432,7 @@ def test_dot(variant: Variant, dx: torch.dtype, dy: torch.dtype) -> None:
         wanted += torch.stack([(u * v).sum(), (u * u).sum(), (v * v).sum()])
     sums, pair = torch.full((3,), 1e6, dtype=torch.float64), VectorPair(x, y)
     backend.dot(pair, sums, reset=True)
-    # <x, y> cancels, and so is compared on the scale of the norms.
+    # The terms of <x, y> cancel, so that its limit is relative to the norms.
     torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=1e-5 * float(wanted[1]))
     backend.dot(pair, sums, reset=False)
     torch.testing.assert_close(sums, 2 * wanted, rtol=1e-5, atol=1e-5 * float(wanted[1]))
@@ -446,7 +446,7 @@ def test_dot(variant: Variant, dx: torch.dtype, dy: torch.dtype) -> None:
 @pytest.mark.parametrize("skip", [0.0, 1.0])
 @pytest.mark.parametrize("total", [0.0, 6.25, math.inf, math.nan])
 def test_finish_norm(variant: Variant, total: float, skip: float, keep_skip: bool, ascent: bool) -> None:
-    """For a sum that came from elsewhere."""
+    """finish_norm() works on a sum from another source."""
     backend = backend_for(variant, Kind(F32, F32))
     numbers = {SUM: total, ASCENT_NORM: 3.0, UPDATE_NORM: 4.0, SKIP: skip, RNG_OFFSET: 5.0}
     found, wanted = status_with(numbers), status_with(numbers)
@@ -457,7 +457,7 @@ def test_finish_norm(variant: Variant, total: float, skip: float, keep_skip: boo
 
 # ---- random numbers ---------------------------------------------------------------------------------------
 
-# Numbers around every case of rounding: subnormals, fp16's largest number, numbers beyond it, and those not finite.
+# Numbers around every case of rounding: subnormals, fp16's largest number, larger numbers, inf and NaN.
 EDGES = [
     0.0, 1e-45, 2.0**-26, 2.0**-24, 1.5 * 2.0**-24, 2.0**-14 - 2.0**-26, 2.0**-14, 1.0, 65503.9, 65504.0, 65519.9,
     65520.0, 1e6, 3.3e38, 3.4028234e38, math.inf, math.nan,
@@ -475,8 +475,8 @@ def every_magnitude(n: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("purpose", [ROUND_PERTURBED, ROUND_UPDATED])
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 @pytest.mark.parametrize("offset", [0, 1, 16777215])
-def test_stochastic_rounding_to_the_bit(variant: Variant, dtype: torch.dtype, purpose: int, offset: int) -> None:
-    """From params of 0 the result is the gradient exactly, so that only the rounding is left to differ."""
+def test_stochastic_rounding_is_bit_equal(variant: Variant, dtype: torch.dtype, purpose: int, offset: int) -> None:
+    """With params of 0 the result before rounding is the gradient exactly, so that only rounding may differ."""
     groups, perturb_groups = [SGDGroup(1.0, maximize=True)], [PerturbGroup(1.0)]
     pair = Pair(variant, Kind(dtype, F32, stochastic=True), groups, [(3000,), (1,)], perturb_groups=perturb_groups)
     pair.set_status({INVERSE_NORM: 1.0, RNG_OFFSET: offset})
@@ -499,7 +499,7 @@ def test_stochastic_rounding_to_the_bit(variant: Variant, dtype: torch.dtype, pu
 @kinds([k for k in KINDS if not k.stochastic] + STOCHASTIC[:1])
 @pytest.mark.parametrize("prob", [0.5, 0.1])
 def test_mask(variant: Variant, kind: Kind, prob: float) -> None:
-    """Only elements drawn at random are perturbed, by rho / mask_prob; the others keep every bit."""
+    """Only the elements of a random mask are perturbed, by rho / mask_prob. The others keep every bit."""
     groups = [g._replace(mask_prob=prob) for g in PERTURB_GROUPS]
     pair = Pair(variant, kind, SGD_GROUPS, perturb_groups=groups)
     pair.replace_primary([w.index_fill(0, torch.arange(0, w.numel(), 7), -0.0) for w in primary(pair.table)])
@@ -510,7 +510,7 @@ def test_mask(variant: Variant, kind: Kind, prob: float) -> None:
         mask = mask_of(stream_key(pair.table.seed, 7, pair.table.rng_streams[i], MASK), w, prob)
         assert_same_bits([now[~mask]], [w.to(now.dtype)[~mask]])
         if kind.param in (F32, F64) and groups[pair.table.group_ids[i]].rho and w.numel() > 1000:
-            assert torch.equal(now != w, mask)  # all of the mask moved: no gradient is small enough to round away
+            assert torch.equal(now != w, mask)  # no gradient in the mask is lost to rounding
 
 
 @kinds([Kind(F32, F32), Kind(F64, F64), Kind(BF16, BF16), Kind(BF16, BF16, masters=True)])
@@ -523,7 +523,7 @@ def test_groups_with_and_without_a_mask(variant: Variant, kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("kind", [Kind(F32, F32), *STOCHASTIC[::2]], ids=str)
-def test_draws_depend_on_the_offset_in_the_status(variant: Variant, kind: Kind) -> None:
+def test_random_numbers_depend_on_the_offset_in_the_status(variant: Variant, kind: Kind) -> None:
     seen = []
     for offset in (3, 4, 3):
         pair = Pair(variant, kind, [SGDGroup(0.1)], [(1025,)], perturb_groups=[PerturbGroup(1.0, mask_prob=0.5)])
@@ -535,8 +535,8 @@ def test_draws_depend_on_the_offset_in_the_status(variant: Variant, kind: Kind) 
     assert not torch.equal(seen[0], seen[1])
 
 
-def _relaid(column: list[Any]) -> None:
-    """Put the first two tensors of a column in other orders in memory."""
+def _in_other_layouts(column: list[Any]) -> None:
+    """Return the column with its first two tensors in other memory layouts."""
     if column and column[0] is not None:
         column[0] = column[0].contiguous(memory_format=torch.channels_last)
     if column and column[1] is not None:
@@ -551,10 +551,10 @@ def test_random_numbers_depend_on_the_place_in_memory(variant: Variant, kind: Ki
     pair = Pair(variant, kind, GROUPS[rule], shapes, perturb_groups=groups)
     for table in (pair.table, pair.twin):
         for name in ("params", "grads", "backups", "masters"):
-            _relaid(getattr(table, name))
+            _in_other_layouts(getattr(table, name))
         assert table.rule is not None
         for name in table.rule.buffers():
-            _relaid(table.state[name])
+            _in_other_layouts(table.state[name])
         table.grad_addresses = addressed(table.grads)
     pair.perturb()
     pair.update()
@@ -565,7 +565,7 @@ def test_random_numbers_depend_on_the_place_in_memory(variant: Variant, kind: Ki
 
 
 def test_addresses_as_bytes(variant: Variant) -> None:
-    """The form in which the reader returns them. Other gradients' addresses replace them at the next primitive."""
+    """The gradient reader returns addresses as bytes. Those of other gradients replace them at the next primitive."""
     if variant.name != "cpu":
         pytest.skip("for the tables of the CPU backend")
     pair = Pair(variant, Kind(F32, F32), SGD_GROUPS)

@@ -1,4 +1,4 @@
-"""Random shapes, groups, hyper-parameters and dtypes: every backend stays with `reference` in float64."""
+"""Every backend equals `reference` in float64 for random shapes, groups, options and dtypes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     groups = draw(st.lists(st.tuples(st.lists(SHAPES, min_size=1, max_size=4), options()), min_size=1, max_size=3))
     steps = draw(st.integers(1, 3))
     count = sum(len(shapes) for shapes, _ in groups)
-    # Which parameters have a gradient in which pass; mostly all.
+    # Most parameters have a gradient in each pass.
     present = draw(
         st.lists(st.lists(st.integers(0, 9), min_size=count, max_size=count), min_size=2 * steps, max_size=2 * steps)
     )
@@ -79,7 +79,7 @@ def test_backends_agree_with_reference(problem: dict[str, Any]) -> None:
     expected, norm = run(twin, "reference")
     torch.set_num_threads(problem["threads"])
     for variant in VARIANTS:
-        if variant.name == "triton":  # its interpreter is slow, and its own tests cover this
+        if variant.name == "triton":  # Triton's interpreter is slow, and Triton's tests cover this
             continue
         with variant.active():
             found, found_norm = run(weights(shapes, dtype, problem["seed"]), variant.name)

@@ -1,4 +1,4 @@
-"""Schedules of rho: warming up, following the learning rate, and resuming."""
+"""Tests of schedules of rho: warm-up, a rho proportional to the learning rate, and resuming."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_warm_up_resumes_from_the_optimizer_alone() -> None:
     assert [g["rho"] for g in other.param_groups] == [0.4, 0.2]
 
 
-def test_a_warm_up_goes_on_after_another_optimizer_s_checkpoint() -> None:
+def test_a_warm_up_continues_after_another_optimizer_s_checkpoint() -> None:
     optimizer = two_groups()
     schedule = RhoWarmup(optimizer, 2)
     groups = [{"params": g["params"]} for g in optimizer.param_groups]
@@ -66,7 +66,7 @@ def test_a_warm_up_goes_on_after_another_optimizer_s_checkpoint() -> None:
     assert [g["rho"] for g in optimizer.param_groups] == [0.4, 0.2]
 
 
-def test_a_warm_up_s_state_is_of_no_group_and_no_optimizer() -> None:
+def test_a_warm_up_ignores_other_keys_of_a_state_dict() -> None:
     schedule = RhoWarmup(two_groups(), 4, start=0.5)
     schedule.step()
     one = SAM([nn.Parameter(torch.ones(1))], rho=0.3, lr=0.1)
@@ -77,7 +77,7 @@ def test_a_warm_up_s_state_is_of_no_group_and_no_optimizer() -> None:
     assert schedule.state_dict() == resumed.state_dict() == {"duration": 4, "start": 0.5, "steps": 1}
 
 
-def test_rho_follows_the_learning_rate() -> None:
+def test_rho_is_proportional_to_the_learning_rate() -> None:
     """arXiv 2203.08065."""
     optimizer = two_groups()
     optimizer.param_groups[1]["lr"] = 0.05
@@ -91,7 +91,7 @@ def test_rho_follows_the_learning_rate() -> None:
         for group in optimizer.param_groups:
             assert group["rho"] == pytest.approx(0.1 + 0.4 * (group["lr"] - 0.01) / 0.09)
     assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1)
-    optimizer.param_groups[0]["lr"] = 0.001  # held within the range, so that rho stays in its own
+    optimizer.param_groups[0]["lr"] = 0.001  # clamped to its range, so that rho stays in its range
     schedule.step()
     assert optimizer.param_groups[0]["rho"] == pytest.approx(0.1)
 

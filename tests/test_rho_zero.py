@@ -1,4 +1,4 @@
-"""rho = 0 is the base optimizer: torch.optim.SGD's for-loop, bit for bit on `reference`, to a rounding elsewhere."""
+"""With rho = 0, `reference` equals torch.optim.SGD's for-loop bit for bit, and other backends within rounding."""
 
 from __future__ import annotations
 
@@ -54,12 +54,12 @@ def test_reference_is_sgd_bit_for_bit(dtype: torch.dtype, options: dict[str, Any
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_every_backend_is_sgd_to_a_rounding(variant: Variant, dtype: torch.dtype) -> None:
+def test_every_backend_is_sgd_within_rounding(variant: Variant, dtype: torch.dtype) -> None:
     for options in COMBINATIONS:
         optimizer, base = both(dtype, variant.name, options)
         for group, other in zip(optimizer.param_groups, base.param_groups, strict=True):
             for p, q in zip(group["params"], other["params"], strict=True):
-                # A fused multiply-add saves one rounding of each of 3 products a step; terms here are below 8.
+                # A fused multiply-add saves one rounding of each of 3 products per step. The terms are below 8.
                 atol = STEPS * 3 * torch.finfo(dtype).eps * 8
                 torch.testing.assert_close(p, q, rtol=0, atol=atol)
                 assert optimizer.state[p].keys() == base.state[q].keys()
@@ -68,7 +68,7 @@ def test_every_backend_is_sgd_to_a_rounding(variant: Variant, dtype: torch.dtype
 @pytest.mark.parametrize("fresh", [False, True])
 @pytest.mark.parametrize("off", [{"rho": 0.0}, {"rho": 0.5, "perturb": False}], ids=["rho", "perturb"])
 def test_closure_runs_once(off: dict[str, Any], fresh: bool) -> None:
-    """Also where gradients are there already: the closure's are the ones that count, as in torch.optim.SGD."""
+    """The update uses the closure's gradients even if others are present, as in torch.optim.SGD."""
     model, twin = net(), net()
     optimizer = SAM([{"params": list(model.parameters()), **off}], lr=0.1, momentum=0.9, backend="reference")
     base = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, foreach=False)
@@ -85,7 +85,7 @@ def test_closure_runs_once(off: dict[str, Any], fresh: bool) -> None:
 
 
 def test_two_steps_are_a_base_step(backend: str) -> None:
-    """first_step() moves nothing and second_step() is the base step with the second gradient."""
+    """first_step() moves no weight, and second_step() is the base step with the second gradient."""
     p = nn.Parameter(torch.ones(5))
     optimizer = SAM([p], rho=0.0, lr=0.5, backend=backend)
     p.grad = torch.ones(5)
@@ -96,11 +96,11 @@ def test_two_steps_are_a_base_step(backend: str) -> None:
     assert torch.equal(p, torch.zeros(5))
 
 
-def test_groups_without_rho_stay_where_they_are_while_others_climb(backend: str) -> None:
+def test_groups_with_rho_zero_are_not_perturbed_with_other_groups(backend: str) -> None:
     p, q = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(5))
     optimizer = SAM([{"params": [p]}, {"params": [q], "rho": 0.0}], rho=1.0, lr=0.5, backend=backend)
     p.grad, q.grad = torch.ones(5), torch.ones(5)
     optimizer.first_step()
     assert torch.equal(q, torch.ones(5))
-    # It counts in the norm, unlike a group with perturb=False: 10 ones in all.
+    # The group counts in the norm, unlike one with perturb=False. There are 10 ones in all.
     torch.testing.assert_close(p.detach(), torch.ones(5) + 10**-0.5)

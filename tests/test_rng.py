@@ -1,4 +1,4 @@
-"""The specification of random numbers and of stochastic rounding: they are fair, independent and unbiased.
+"""The specified random numbers are fair and independent, and stochastic rounding is unbiased.
 
 All seeds are fixed, so that a test passes always or never. Bounds are 5 standard deviations of the measured number. A
 fair generator would leave them once in two million tries.
@@ -38,7 +38,7 @@ def test_words_are_uniform(key: tuple[int, int, int, int]) -> None:
     x = uniform(stream_key(*key))
     assert abs(float(x.mean()) - 0.5) < DEVIATIONS * math.sqrt(1 / 12 / N)
     assert abs(float(x.var()) - 1 / 12) < DEVIATIONS * math.sqrt(1 / 180 / N)
-    # 256 bins: chi squared has 255 degrees of freedom, and so a standard deviation of sqrt(2 * 255).
+    # With 256 bins, chi squared has 255 degrees of freedom and a standard deviation of sqrt(2 * 255).
     for shift in (24, 16, 8, 0):
         bins = torch.bincount((random_words(stream_key(*key), FLAT) >> shift) & 0xFF, minlength=256)
         chi = float((bins - N / 256).square().sum() / (N / 256))
@@ -52,7 +52,7 @@ def test_neighbours_in_a_stream_are_independent() -> None:
 
 
 def test_streams_are_independent() -> None:
-    """Streams of neighbouring seeds, offsets, tensors and purposes, and of seeds that differ in their upper half."""
+    """The streams have neighbouring seeds, offsets, tensors and purposes, or seeds that differ in their upper half."""
     keys = [stream_key(SEED, 5, 6, MASK)]
     keys += [stream_key(SEED + d, 5, 6, MASK) for d in (1, 1 << 32, 1 << 63)]
     keys += [stream_key(SEED, 5 + d, 6, MASK) for d in (1, 2, 1 << 20)]
@@ -61,13 +61,13 @@ def test_streams_are_independent() -> None:
     streams = [uniform(key) for key in keys]
     for (i, a), (j, b) in itertools.combinations(enumerate(streams), 2):
         assert abs(correlation(a, b)) < DEVIATIONS / math.sqrt(N), f"streams {i} and {j}"
-        # No stream is a shifted copy of another: of N words, a fair pair shares N * N / 2^32 = 1.
+        # No stream is a shifted copy of another. A fair pair of N words each shares N * N / 2^32 = 1 word.
         shared = int(torch.isin(random_words(keys[i], FLAT), random_words(keys[j], FLAT)).sum())
         assert shared < 1 + DEVIATIONS * 2, f"streams {i} and {j} share {shared} words"
 
 
 def test_keys_of_a_run_do_not_coincide() -> None:
-    """30 offsets, 50 tensors, 3 purposes: of 4,500 keys in 2^32 a fair hash lets 0.002 pairs coincide."""
+    """30 offsets, 50 tensors and 3 purposes have 4,500 keys in 2^32. A fair hash lets 0.002 pairs coincide."""
     keys = {stream_key(SEED, d, s * 7919, p)[0] for d in range(0, 300, 10) for s in range(50) for p in range(3)}
     assert len(keys) >= 30 * 50 * 3 - 1
 
@@ -123,28 +123,28 @@ def test_rounding_is_unbiased(dtype: torch.dtype, x: float, sign: float) -> None
     low, high = neighbours(exact, dtype)
     assert set(found.tolist()) <= {low, high}
     share = (exact - low) / (high - low)
-    # In units of the step between the two; 2^-13 is what fp16's 13 random bits leave of a share.
+    # The unit is the gap between the two neighbours. 2^-13 is the resolution of fp16's 13 random bits.
     error = abs(float((found - low).mean()) / (high - low) - share)
     assert error < DEVIATIONS * math.sqrt(share * (1 - share) / N) + 2.0**-13
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_many_small_steps_add_up(dtype: torch.dtype) -> None:
-    """The purpose of stochastic rounding: rounding to nearest loses each step of a twentieth of the last place."""
+    """Rounding to nearest would lose every step of a twentieth of an ulp. Stochastic rounding keeps their sum."""
     step = float(torch.finfo(dtype).eps) / 20
     x, nearest = torch.ones(4096, dtype=dtype), torch.ones(4096, dtype=dtype)
     for draw in range(100):
         x = round_stochastically(x.float() + step, stream_key(SEED, draw, 8, ROUND_UPDATED), dtype)
         nearest = (nearest.float() + step).to(dtype)
     assert torch.equal(nearest, torch.ones(4096, dtype=dtype))
-    # Each step adds eps with probability 1/20: variance 100 * 1/20 * 19/20 in units of eps squared.
+    # Each step adds eps with probability 1/20. The variance is 100 * 1/20 * 19/20 in units of eps squared.
     bound = DEVIATIONS * math.sqrt(100 * 0.05 * 0.95 / 4096)
     assert abs(float((x.double() - 1).mean()) / float(torch.finfo(dtype).eps) - 5) < bound
 
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_representable_numbers_stay(dtype: torch.dtype) -> None:
-    """Every representable number, also subnormals and signed zeros: a param that does not move keeps its bits."""
+    """Rounding keeps every representable number, subnormals and signed zeros included."""
     every = torch.arange(-(1 << 15), 1 << 15, dtype=torch.int32).to(torch.int16).view(dtype)
     every = every[~every.isnan()]
     for draw in range(8):
@@ -155,7 +155,7 @@ def test_representable_numbers_stay(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("steps", [255, 256, 511, 1023])
 def test_large_subnormals_of_fp16_stay_for_every_draw(steps: int) -> None:
-    """If fp32 could not represent the sum of the number and the random fraction, it would be rounded up."""
+    """fp32 must represent the sum of the number and the random fraction, or the number would be rounded up."""
     x = torch.full((N,), steps * 2.0**-24)
     for draw in range(4):
         assert torch.equal(round_stochastically(x, stream_key(SEED, draw, 2, ROUND_UPDATED), F16).float(), x)
@@ -186,7 +186,7 @@ def test_rounding_is_symmetric(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_rounding_keeps_the_order(dtype: torch.dtype) -> None:
-    """One word rounds a sequence of numbers without changing their order, also where fp16's two formulas meet."""
+    """Rounding with one random word keeps the order of numbers, even where fp16's two formulas meet."""
     key = stream_key(SEED, 6, 6, ROUND_UPDATED)
     ladder = [2.0**-14 * (1 + i * 2.0**-13) for i in range(-64, 64)]
     columns = [round_stochastically(torch.full((256,), x), key, dtype).double() for x in ladder]

@@ -1,4 +1,4 @@
-"""Schedules: which steps perturb, and that a state_dict resumes them."""
+"""Tests of schedules: the steps that perturb, and resuming from a state_dict."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def test_every(backend: str) -> None:
 @pytest.mark.parametrize(
     ("start", "total", "first"), [(0.7, 20, 14), (0.71, 20, 15), (13, None, 13), (0.0, 20, 0), (1.0, 20, 20)]
 )
-def test_tail(backend: str, start: float, total: int | None, first: int) -> None:
+def test_last_steps(backend: str, start: float, total: int | None, first: int) -> None:
     assert perturbed_steps(LastSteps(start, total), backend) == [t >= first for t in range(STEPS)]
 
 
 @pytest.mark.parametrize(("share", "total", "first"), [(0.07, 100, 7), (0.55, 100, 55), (0.14, 50, 7), (0.141, 50, 8)])
-def test_tail_of_a_share_that_is_a_whole_number_of_steps(share: float, total: int, first: int) -> None:
+def test_last_steps_of_a_share_that_is_a_whole_number_of_steps(share: float, total: int, first: int) -> None:
     assert LastSteps(share, total).start == first
 
 
@@ -62,7 +62,7 @@ def test_after_decay_waits_for_a_rate_above_zero(backend: str) -> None:
     assert seen == [False] * 5 + [True]
 
 
-def test_after_decay_follows_any_scheduler(backend: str) -> None:
+def test_after_decay_works_with_any_scheduler(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, schedule=AfterDecay(0.3), backend=backend)
     scheduler = torch.optim.lr_scheduler.SequentialLR(
@@ -103,7 +103,7 @@ def test_random_is_reproducible_and_has_its_probability(backend: str) -> None:
 
 
 def adaptive_rule(squares: list[float], total: int, low: float, high: float, delta: float) -> list[bool]:
-    """arXiv 2304.14647, on its own."""
+    """Return the decisions of arXiv 2304.14647, written out."""
     mean = variance = 0.0
     due = []
     for t, s in enumerate(squares):
@@ -155,7 +155,7 @@ def test_adaptive_with_a_closure_and_gradients_computed_before(backend: str) -> 
     assert runs[0].param_groups[0]["square_mean"] == runs[1].param_groups[0]["square_mean"]
 
 
-def test_adaptive_asked_too_early(backend: str) -> None:
+def test_reading_needs_second_pass_before_the_gradients_is_an_error(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, schedule=AdaptiveSchedule(10), backend=backend)
     with pytest.raises(RuntimeError, match=r"ask after backward\(\)"):
@@ -164,7 +164,7 @@ def test_adaptive_asked_too_early(backend: str) -> None:
     assert optimizer.param_groups[0]["sam_step"] == 2
 
 
-def test_adaptive_keeps_its_averages_from_gradients_that_are_not_finite(backend: str) -> None:
+def test_adaptive_leaves_non_finite_gradients_out_of_its_averages(backend: str) -> None:
     model = nets.net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, schedule=AdaptiveSchedule(10), backend=backend)
     train(model, optimizer, range(3))

@@ -30,14 +30,14 @@ SCHEDULES: dict[str, Callable[[Optimizer], Any]] = {
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES.keys())
-def test_with_rho_zero_it_is_sgd_bit_for_bit(schedule: Callable[[Optimizer], Any]) -> None:
+def test_with_rho_zero_sam_is_sgd_bit_for_bit(schedule: Callable[[Optimizer], Any]) -> None:
     model, twin = net(), net()
     options = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer = SAM(groups_of(model, lr=0.02), rho=0.0, backend="reference", **options)  # type: ignore[arg-type]
     base = torch.optim.SGD(groups_of(twin, lr=0.02), foreach=False, **options)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR's, of its own call in older torch
+        warnings.filterwarnings("ignore", "The epoch parameter")  # SequentialLR in older torch warns of its own call
         ours = schedule(optimizer)
         for step in range(STEPS - 1):
             optimizer.step(closure_for(model, step))
@@ -51,7 +51,7 @@ def test_with_rho_zero_it_is_sgd_bit_for_bit(schedule: Callable[[Optimizer], Any
         assert (group["lr"], group["momentum"]) == (other["lr"], other["momentum"])
 
 
-def test_one_cycle_moves_momentum_of_every_backend(backend: str) -> None:
+def test_one_cycle_changes_momentum_on_every_backend(backend: str) -> None:
     model, twin = net(), net()
     optimizers = [
         SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend),
@@ -102,8 +102,8 @@ def test_reduce_on_plateau_and_a_resumed_scheduler(backend: str) -> None:
     assert other.param_groups[0]["initial_lr"] == 0.025
 
 
-def test_averaged_model_beside_it(backend: str) -> None:
-    """torch.optim.swa_utils updates its own copies from our weights."""
+def test_an_averaged_model_of_the_same_weights(backend: str) -> None:
+    """torch.optim.swa_utils updates its own copies from the optimizer's weights."""
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, backend=backend)
     averaged = torch.optim.swa_utils.AveragedModel(model)

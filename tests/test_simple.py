@@ -1,4 +1,4 @@
-"""fused_sam.simple, the family in plain torch: each method takes the fused class's steps, and stays short."""
+"""Tests of fused_sam.simple: each method in plain torch takes the fused class's steps, and stays short."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def _net() -> nn.Module:
 
 @dataclass
 class Run:
-    """A two-layer net, the batches of its training, and the number of passes so far."""
+    """A two-layer net with its training batches and its number of passes so far."""
 
     model: nn.Module = field(default_factory=_net)
     passes: int = 0
 
     def groups(self) -> list[dict[str, Any]]:
-        """Weights in one group; biases in another, with options of their own."""
+        """Return the weights as one group and the biases as another, which has its own options."""
         params = list(self.model.parameters())
         return [
             {"params": [p for p in params if p.dim() > 1]},
@@ -72,7 +72,7 @@ class Run:
         ]
 
     def closure(self, step: int, num_microbatches: int, factor: float = 1.0) -> Callable[..., Tensor]:
-        """Return the closure of a step: of the whole batch, or of its micro-batch i."""
+        """Return the closure of a step, for the whole batch or for its micro-batch i."""
         generator = torch.Generator().manual_seed(1000 + step)
         x = torch.randn(PARTS * PART, 7, generator=generator, dtype=torch.float64)
         y = torch.randint(0, 3, (PARTS * PART,), generator=generator)
@@ -88,7 +88,7 @@ class Run:
 
 
 def both(name: str, base: str, options: dict[str, Any]) -> tuple[Run, Any, Run, Any]:
-    """Return the plain and the fused optimizer of this name, each on a net of its own."""
+    """Return the plain and the fused optimizer of this name, each with its own net."""
     cls, base_options = BASES[base]
     plain, fused = Run(), Run()
     params, optimizer = plain.model.parameters(), cls(plain.groups(), **base_options)
@@ -107,7 +107,7 @@ def assert_same(plain: Run, fused: Run, when: str) -> None:
 
 @each_base
 @each_method
-def test_every_step_is_the_fused_one(name: str, base: str, options: dict[str, Any]) -> None:
+def test_every_step_equals_the_fused_one(name: str, base: str, options: dict[str, Any]) -> None:
     plain, simple_optimizer, fused, fused_optimizer = both(name, base, options)
     parts = options.get("num_microbatches", 1)
     for step in range(STEPS):
@@ -122,7 +122,7 @@ def test_every_step_is_the_fused_one(name: str, base: str, options: dict[str, An
 
 @each_method
 def test_a_gradient_of_zero_leaves_the_weights_finite(name: str, options: dict[str, Any]) -> None:
-    """Step 3 is one of LookSAM's k-steps with k=3: it leaves a direction of zero to the next two steps."""
+    """With k=3, LookSAM takes two passes in step 3. It keeps a direction of zero for the next two steps."""
     plain, simple_optimizer, fused, fused_optimizer = both(name, "SGD", options)
     parts = options.get("num_microbatches", 1)
     for step in range(STEPS):
@@ -136,7 +136,7 @@ def test_a_gradient_of_zero_leaves_the_weights_finite(name: str, options: dict[s
 
 @each_base
 def test_momentum_sam_displaces_by_the_momentum(base: str) -> None:
-    """The fused class's parameters stay displaced between steps; those of the plain one do not."""
+    """The fused class's parameters stay displaced between steps. Those of the plain class do not."""
     plain, simple_optimizer, fused, fused_optimizer = both("MomentumSAM", base, {"rho": 0.5})
     assert simple_optimizer.displacement() is None
     for step in range(STEPS):
@@ -172,7 +172,7 @@ def test_the_example_of_the_docstring_runs() -> None:
     assert not any(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-def test_the_module_needs_torch_alone() -> None:
+def test_the_module_needs_only_torch() -> None:
     """A reader may copy the file into a project without fused_sam."""
     modules = set()
     for node in ast.walk(_tree()):
@@ -185,7 +185,7 @@ def test_the_module_needs_torch_alone() -> None:
 
 @pytest.mark.parametrize("name", sorted({name for name, _ in METHODS}))
 def test_a_method_stays_short(name: str) -> None:
-    """Lines of code: docstrings, comments and empty lines are not counted."""
+    """The limit is on lines of code, without docstrings, comments and empty lines."""
     (node,) = (c for c in _classes() if c.name == name)
     source = inspect.getsource(simple).splitlines()
     lines = set(range(node.lineno, (node.end_lineno or 0) + 1))

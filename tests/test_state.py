@@ -1,4 +1,4 @@
-"""Saving, loading, copying: state dicts both ways with torch.optim.SGD, resume, deepcopy, pickle, others' files."""
+"""Tests of saving, loading and copying: resume, deepcopy, pickle, and checkpoints of torch.optim and other packages."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def trained(backend: str, steps: int = 3, **options: Any) -> tuple[nn.Module, SA
     return model, optimizer
 
 
-def test_sgd_loads_ours_and_goes_on(backend: str) -> None:
+def test_sgd_continues_from_a_sam_checkpoint(backend: str) -> None:
     model, optimizer = trained(backend)
     twin = copy.deepcopy(model)
     base = SGD(twin.parameters(), lr=0.5, foreach=False)
@@ -43,7 +43,7 @@ def test_sgd_loads_ours_and_goes_on(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-def test_we_load_sgds_and_go_on(backend: str) -> None:
+def test_sam_continues_from_an_sgd_checkpoint(backend: str) -> None:
     model = net()
     base = SGD(model.parameters(), foreach=False, **OPTIONS)
     train_plain(model, base, range(3))
@@ -78,7 +78,7 @@ def test_resume_is_bit_equal(backend: str, options: dict[str, Any]) -> None:
 
 
 def test_roll_back_in_place_is_bit_equal(backend: str) -> None:
-    """Weights and state loaded into the same objects: tables that point to the old state must not be used."""
+    """Weights and state are loaded into the same objects. Tables that point to the old state must not be used."""
     model, optimizer = trained(backend)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     train(model, optimizer, range(3, 6))
@@ -90,8 +90,8 @@ def test_roll_back_in_place_is_bit_equal(backend: str) -> None:
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
-@pytest.mark.parametrize("drive", ["two steps", "closure"])
-def test_copies_continue_bit_equal_and_apart(backend: str, how: str, drive: str) -> None:
+@pytest.mark.parametrize("calls", ["two steps", "closure"])
+def test_copies_are_independent_and_continue_bit_equal(backend: str, how: str, calls: str) -> None:
     model, optimizer = trained(backend)
     if how == "deepcopy":
         twin, other = copy.deepcopy((model, optimizer))
@@ -105,20 +105,20 @@ def test_copies_continue_bit_equal_and_apart(backend: str, how: str, drive: str)
     assert {id(p) for p in twin.parameters()} == {id(p) for p in other.param_groups[0]["params"]}
     before = Snapshot(other)
     for step in range(3, 6):
-        if drive == "closure":
+        if calls == "closure":
             optimizer.step(closure_for(model, step))
         else:
             two_steps(model, optimizer, step)
     before.assert_unchanged()  # a copy shares nothing
     for step in range(3, 6):
-        if drive == "closure":
+        if calls == "closure":
             other.step(closure_for(twin, step))
         else:
             two_steps(twin, other, step)
     assert_same_optimizers(optimizer, other)
 
 
-def test_a_scheduler_copied_along_drives_the_copy(backend: str) -> None:
+def test_a_scheduler_copied_with_the_optimizer_belongs_to_the_copy(backend: str) -> None:
     model, optimizer = trained(backend)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
     twin, other, other_scheduler = copy.deepcopy((model, optimizer, scheduler))
@@ -131,19 +131,19 @@ def test_a_scheduler_copied_along_drives_the_copy(backend: str) -> None:
 
 
 def test_checkpoint_of_the_public_package_with_backups_in_it(backend: str) -> None:
-    """Its state holds `old_p`, the weights before the last perturbation, or `e_w`, beside the base optimizer's own."""
+    """The public package keeps `old_p`, the weights before the perturbation, or `e_w` in the base optimizer's state."""
     model, optimizer = trained(backend)
     saved = copy.deepcopy(optimizer.state_dict())
     for entry, p in zip(saved["state"].values(), model.parameters(), strict=True):
         entry["old_p"] = entry["e_w"] = p.detach().clone()
     for group in saved["param_groups"]:
         for ours in ("eta", "perturb"):
-            del group[ours]  # options that it does not know
+            del group[ours]  # options that the public package does not have
     twin = copy.deepcopy(model)
     other = SAM(twin.parameters(), SGD, lr=0.3, backend=backend)
     other.load_state_dict(saved)
     assert all(entry.keys() == {"momentum_buffer"} for entry in other.state.values())
-    assert "old_p" in saved["state"][0]  # the caller's dict is the caller's
+    assert "old_p" in saved["state"][0]  # loading does not change the caller's dict
     train(model, optimizer, range(3, 5))
     train(twin, other, range(3, 5))
     assert_same_optimizers(optimizer, other)
@@ -168,8 +168,8 @@ def test_checkpoint_of_pytorch_optimizers_sam(backend: str) -> None:
         torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-def test_momentum_of_negative_zero_in_a_checkpoint_is_momentum(backend: str) -> None:
-    """SGD with maximize leaves -0.0 where a gradient is 0; with dampening that is not momentum's beginning."""
+def test_negative_zero_in_a_checkpoint_is_momentum_and_no_first_step(backend: str) -> None:
+    """SGD with maximize makes momentum of -0.0 for a gradient of 0. With dampening, it must not start again."""
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "maximize": True}
     p, q = weights([(4,)], torch.float32) + weights([(4,)], torch.float32)
     base = SGD([p], foreach=False, **options)
@@ -186,7 +186,7 @@ def test_momentum_of_negative_zero_in_a_checkpoint_is_momentum(backend: str) -> 
     torch.testing.assert_close(q, p, rtol=0, atol=1e-6)
 
 
-def test_state_cleared_by_the_user_begins_anew(backend: str) -> None:
+def test_state_that_the_user_cleared_starts_again(backend: str) -> None:
     p, q = weights([(9,)], torch.float32) + weights([(9,)], torch.float32)
     optimizer = SAM([p], rho=0.0, lr=0.1, momentum=0.9, backend=backend)
     base = SGD([q], lr=0.1, momentum=0.9, foreach=False)
@@ -202,8 +202,8 @@ def test_state_cleared_by_the_user_begins_anew(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-def test_state_cleared_after_its_first_step_begins_anew(backend: str, cls: type[Optimizer]) -> None:
-    """The tables of a first step begin state; that they have written it must not be forgotten with it."""
+def test_state_cleared_after_its_first_step_starts_again(backend: str, cls: type[Optimizer]) -> None:
+    """Clearing state after each step leaves every step a first step, as with the base optimizer."""
     p, q = weights([(9,)], torch.float32) + weights([(9,)], torch.float32)
     options: dict[str, Any] = {"lr": 0.1} if cls is torch.optim.AdamW else {"lr": 0.1, "momentum": 0.9}
     optimizer, base = SAM([p], cls, rho=0.0, backend=backend, **options), cls([q], **options)
@@ -220,7 +220,7 @@ def test_buffers_replaced_by_the_user_are_used(backend: str, layout: str) -> Non
     p, q = weights([(6, 5)], torch.float32) + weights([(6, 5)], torch.float32)
     optimizer = SAM([p], rho=0.0, lr=0.1, momentum=0.9, backend=backend)
     base = SGD([q], lr=0.1, momentum=0.9, foreach=False)
-    mine = values((6, 5), 50, torch.float32).bfloat16()  # numbers that every dtype holds
+    mine = values((6, 5), 50, torch.float32).bfloat16()  # values that every dtype can hold
     new = {
         "same": mine.float(),
         "bf16": mine.clone(),
@@ -249,7 +249,7 @@ def test_buffers_written_in_place_by_the_user_are_used(backend: str) -> None:
     torch.testing.assert_close(p, q, rtol=0, atol=1e-5)
 
 
-def test_entries_of_the_users_own_stay_in_the_state(backend: str) -> None:
+def test_entries_that_the_user_adds_stay_in_the_state(backend: str) -> None:
     model, optimizer = trained(backend)
     p = next(model.parameters())
     optimizer.state[p]["note"] = 5
@@ -262,7 +262,7 @@ def test_entries_of_the_users_own_stay_in_the_state(backend: str) -> None:
     assert optimizer.state[p]["note"] == 5
 
 
-def test_groups_options_are_saved_and_loaded(backend: str) -> None:
+def test_options_of_groups_are_saved_and_loaded(backend: str) -> None:
     model = net()
     optimizer = SAM(groups_of(model, rho=0.3, adaptive=True, perturb=False), rho=0.1, backend=backend, **OPTIONS)
     saved = optimizer.state_dict()
@@ -283,7 +283,7 @@ def test_named_parameters_are_saved_by_name(backend: str) -> None:
     other.load_state_dict(saved)
 
 
-def test_state_dict_holds_no_perturbed_moment(backend: str) -> None:
+def test_saving_loading_and_copying_perturbed_weights_is_an_error(backend: str) -> None:
     model, optimizer = trained(backend)
     loss_of(model, 9).backward()
     optimizer.first_step()
@@ -299,7 +299,7 @@ def test_state_dict_holds_no_perturbed_moment(backend: str) -> None:
     optimizer.state_dict()
 
 
-def test_load_does_not_touch_the_dict_it_was_given(backend: str) -> None:
+def test_loading_does_not_change_the_state_dict(backend: str) -> None:
     _, optimizer = trained(backend)
     saved = optimizer.state_dict()
     keys = [set(group) for group in saved["param_groups"]]
@@ -311,8 +311,8 @@ def test_load_does_not_touch_the_dict_it_was_given(backend: str) -> None:
     assert "rho" not in saved["param_groups"][0]
 
 
-def test_low_precision_checkpoint_of_sgd_goes_on_in_fp32(backend: str) -> None:
-    """torch.optim.SGD has bf16 momentum for bf16 weights; its numbers go on in fp32."""
+def test_bf16_momentum_of_sgd_continues_in_fp32(backend: str) -> None:
+    """torch.optim.SGD keeps bf16 momentum for bf16 weights. SAM converts it to fp32 without a change of value."""
     model = net(dtype=torch.bfloat16)
     base = SGD(model.parameters(), foreach=False, **OPTIONS)
     train_plain(model, base, range(2))
@@ -330,7 +330,7 @@ def test_low_precision_checkpoint_of_sgd_goes_on_in_fp32(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
-def test_checkpoints_from_before_an_option_existed(cls: type[Optimizer]) -> None:
+def test_checkpoints_may_lack_options_that_torch_added_later(cls: type[Optimizer]) -> None:
     model = net()
     state = cls(model.parameters(), lr=0.1).state_dict()
     for name in ("maximize", "foreach", "amsgrad", "fused", "decoupled_weight_decay"):
@@ -354,7 +354,7 @@ def test_adamw_stays_adamw_after_loading_adam() -> None:
 
 
 @pytest.mark.parametrize("shape", [(6, 4), (2, 4)])
-def test_state_of_another_shape_is_an_error_not_an_overrun(backend: str, shape: tuple[int, ...]) -> None:
+def test_state_of_another_shape_is_an_error(backend: str, shape: tuple[int, ...]) -> None:
     p = nn.Parameter(torch.ones(4, 4))
     optimizer = SAM([p], lr=0.1, momentum=0.9, backend=backend)
     for _ in range(2):

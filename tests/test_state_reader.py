@@ -1,4 +1,4 @@
-"""Both readers' answer to whether an optimizer's state is still the one that tables were made for."""
+"""Both state readers detect whether an optimizer's state is still that of its tables."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_every_key_of_every_entry_counts(reader: Reader) -> None:
         assert not unchanged()
         entries[i][key] = kept
     assert unchanged()
-    entries[1]["max_exp_avg_sq"] = torch.zeros(1)  # where there was none
+    entries[1]["max_exp_avg_sq"] = torch.zeros(1)  # the entry had no such tensor
     assert not unchanged()
     del entries[1]["max_exp_avg_sq"]
     entries[1]["of_the_user"] = 1  # no table points to it
@@ -53,5 +53,5 @@ def test_entries_come_and_go(reader: Reader) -> None:
     state[torch.ones(4)] = {}
     assert not reader.unchanged(state, entries, entries, ("step",), [steps])
     state.popitem()
-    state[weights[1]] = dict(entries[1])  # another one with the same contents, as after load_state_dict()
+    state[weights[1]] = dict(entries[1])  # an equal entry in a new dict, as after load_state_dict()
     assert not reader.unchanged(state, entries, entries, ("step",), [steps])

@@ -1,4 +1,4 @@
-"""first_step(), second_step(), step() without a closure, restore(): the order of calls, and what each leaves."""
+"""Tests of first_step(), second_step(), step() without a closure and restore(), in every order of calls."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_positional_signature_is_that_of_the_public_package(backend: str) -> Non
     assert SAM([p], lr=0.1).param_groups[0]["rho"] == 0.05
 
 
-def test_first_step_climbs_and_second_step_descends(backend: str) -> None:
+def test_first_step_perturbs_and_second_step_updates(backend: str) -> None:
     p, optimizer = simple(backend)
     p.grad = torch.full((4,), 3.0)
     optimizer.first_step()
@@ -42,7 +42,7 @@ def test_first_step_climbs_and_second_step_descends(backend: str) -> None:
     assert float(optimizer.grad_norm) == 6.0 and float(optimizer.update_norm) == 4.0
 
 
-def test_zero_grad_argument(backend: str) -> None:
+def test_zero_grad_clears_gradients_after_a_step(backend: str) -> None:
     p, optimizer = simple(backend)
     p.grad = torch.ones(4)
     optimizer.first_step(zero_grad=True)
@@ -52,7 +52,7 @@ def test_zero_grad_argument(backend: str) -> None:
     assert p.grad is None
 
 
-def test_step_finishes_what_first_step_began(backend: str) -> None:
+def test_step_after_first_step_is_the_second_step(backend: str) -> None:
     p, optimizer = simple(backend)
     p.grad = torch.ones(4)
     optimizer.first_step(zero_grad=True)
@@ -68,7 +68,7 @@ def test_step_without_first_step_is_a_base_step(backend: str) -> None:
     assert torch.equal(p, torch.full((4,), 0.5))
 
 
-def test_restore_undoes_and_the_next_step_is_whole(backend: str) -> None:
+def test_restore_undoes_the_perturbation_and_the_next_step_is_complete(backend: str) -> None:
     model, twin = net(), net()
     optimizer = SAM(model.parameters(), rho=0.3, lr=0.1, momentum=0.9, backend=backend)
     other = SAM(twin.parameters(), rho=0.3, lr=0.1, momentum=0.9, backend=backend)
@@ -84,7 +84,7 @@ def test_restore_undoes_and_the_next_step_is_whole(backend: str) -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_the_norm_is_global_and_of_perturbed_groups_alone(backend: str) -> None:
+def test_the_norm_is_global_over_perturbed_groups_only(backend: str) -> None:
     p, q, r = (nn.Parameter(torch.zeros(1)) for _ in range(3))
     groups = [{"params": [p]}, {"params": [q]}, {"params": [r], "perturb": False}]
     optimizer = SAM(groups, rho=1.0, lr=1.0, backend=backend)
@@ -101,20 +101,20 @@ def test_non_finite_gradient_of_an_unperturbed_group_skips_in_the_second_pass(ba
     optimizer = SAM([{"params": [p]}, {"params": [r], "perturb": False}], rho=1.0, lr=1.0, backend=backend)
     p.grad, r.grad = torch.ones(2), torch.tensor([1.0, float("nan")])
     optimizer.first_step()
-    assert not optimizer.skipped  # it takes no part in the perturbation
+    assert not optimizer.skipped  # the norm leaves this group out
     optimizer.second_step()
     assert optimizer.skipped
     assert torch.equal(p, torch.ones(2)) and torch.equal(r, torch.ones(2))
 
 
-def test_options_changed_between_steps_act_at_once(backend: str) -> None:
+def test_options_changed_between_steps_take_effect_at_once(backend: str) -> None:
     p, optimizer = simple(backend)
     group = optimizer.param_groups[0]
     p.grad = torch.ones(4)
     group["rho"] = 4.0
     optimizer.first_step()
     torch.testing.assert_close(p.detach(), torch.full((4,), 3.0))
-    group["rho"] = 0.0  # between the passes: what was perturbed is undone all the same
+    group["rho"] = 0.0  # a change between the passes does not affect the undo
     group["lr"] = 0.25
     optimizer.second_step()
     assert torch.equal(p, torch.full((4,), 0.75))
@@ -130,7 +130,7 @@ def test_options_changed_between_steps_act_at_once(backend: str) -> None:
     assert torch.equal(p, torch.full((4,), 0.25))
 
 
-def test_momentum_switched_off_and_on_goes_on_as_in_sgd(backend: str) -> None:
+def test_momentum_switched_off_and_on_is_as_in_sgd(backend: str) -> None:
     ours, theirs = weights([(9,)], torch.float32), weights([(9,)], torch.float32)
     optimizer = SAM(ours, rho=0.0, lr=0.1, momentum=0.9, backend=backend)
     base = torch.optim.SGD(theirs, lr=0.1, momentum=0.9, foreach=False)
@@ -171,7 +171,7 @@ def test_steps_under_inference_and_grad_modes(backend: str) -> None:
         assert not optimizer.state[p]["momentum_buffer"].requires_grad
 
 
-def test_no_gradient_is_kept_alive(backend: str) -> None:
+def test_no_reference_to_a_gradient_is_kept(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     train(model, optimizer, range(2))
@@ -193,7 +193,7 @@ def test_skipped_is_true_then_false_again(backend: str) -> None:
         assert bool(optimizer.skipped) is skips
 
 
-def test_what_skipped_returned_does_not_change_afterwards(backend: str) -> None:
+def test_a_later_step_does_not_change_the_returned_values(backend: str) -> None:
     p, optimizer = simple(backend)
     p.grad = torch.full((4,), float("nan"))
     optimizer.step()
@@ -234,7 +234,7 @@ def test_lr_as_a_tensor(backend: str, dim: int) -> None:
 
 
 def test_two_optimizers_over_one_model(backend: str) -> None:
-    """Each undoes its own perturbation: they may be nested, not interleaved."""
+    """Each optimizer undoes its own perturbation. Their steps may be nested, not interleaved."""
     model = net()
     layers = list(model.parameters())
     first = SAM(layers[:2], rho=0.1, lr=0.1, backend=backend)

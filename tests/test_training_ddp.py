@@ -1,4 +1,4 @@
-"""sam_step() and local_perturbation() under DistributedDataParallel, two gloo processes beside one."""
+"""Tests of sam_step() and local_perturbation() under DistributedDataParallel: two gloo processes, and one alone."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def run(rank: int, folder: str) -> None:
 
 def save(folder: str, name: str, model: DistributedDataParallel, optimizer: SAM, **more: Any) -> None:
     weights = [p.detach().clone() for p in model.parameters()]
-    told = optimizer.stepper.skip_process_group is model.process_group
-    torch.save({"weights": weights, "told": told, **more}, f"{folder}/{name}")
+    local = optimizer.stepper.skip_process_group is model.process_group
+    torch.save({"weights": weights, "local": local, **more}, f"{folder}/{name}")
 
 
 def counting_all_reduce(averages, bucket):  # type: ignore[no-untyped-def]  # torch refuses annotations that are strings
@@ -84,15 +84,15 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, int], Any
 
 
 @pytest.mark.parametrize("local", [False, True])
-def test_processes_stay_equal_and_average_once_a_pass(found: dict[tuple[Any, int], Any], local: bool) -> None:
+def test_processes_stay_equal_and_average_once_per_pass(found: dict[tuple[Any, int], Any], local: bool) -> None:
     assert_same_bits(found[local, 0]["weights"], found[local, 1]["weights"])
     for rank in range(RANKS):
-        # Two micro-batches a pass; a local climb averages nothing. The net fits into one bucket.
+        # A pass has two micro-batches, and the net fits into one bucket. A local ascent pass averages nothing.
         assert found[local, rank]["averages"] == STEPS * (1 if local else 2)
-        assert found[local, rank]["told"] == local
+        assert found[local, rank]["local"] == local
 
 
-def test_two_processes_are_one_on_the_joined_batch(found: dict[tuple[Any, int], Any]) -> None:
+def test_two_processes_equal_one_with_the_whole_batch(found: dict[tuple[Any, int], Any]) -> None:
     model = net(dtype=torch.float64)
     optimizer = SAM(model.parameters(), **OPTIONS)
     for step in range(STEPS):
@@ -101,19 +101,19 @@ def test_two_processes_are_one_on_the_joined_batch(found: dict[tuple[Any, int], 
         torch.testing.assert_close(p.detach(), q, rtol=1e-11, atol=1e-13)  # float64 sums in another order
 
 
-def test_local_climbs_are_each_process_s_own(found: dict[tuple[Any, int], Any]) -> None:
+def test_with_local_each_process_has_its_own_perturbation(found: dict[tuple[Any, int], Any]) -> None:
     model = net(dtype=torch.float64)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     for step in range(STEPS):
         gradients = []
         for rank in range(RANKS):
-            climber = copy.deepcopy(model)
-            g = torch.autograd.grad(loss_fn(climber, part(step, rank)), list(climber.parameters()))
+            perturbed = copy.deepcopy(model)
+            g = torch.autograd.grad(loss_fn(perturbed, part(step, rank)), list(perturbed.parameters()))
             norm = torch.cat([t.flatten() for t in g]).norm()
             with torch.no_grad():
-                for p, t in zip(climber.parameters(), g, strict=True):
+                for p, t in zip(perturbed.parameters(), g, strict=True):
                     p += 0.3 * t / norm
-            gradients.append(torch.autograd.grad(loss_fn(climber, part(step, rank)), list(climber.parameters())))
+            gradients.append(torch.autograd.grad(loss_fn(perturbed, part(step, rank)), list(perturbed.parameters())))
         for p, *both in zip(model.parameters(), *gradients, strict=True):
             p.grad = sum(both) / RANKS  # type: ignore[assignment]
         optimizer.step()

@@ -1,4 +1,4 @@
-"""sam_step() with the methods of the family: micro-batches, loss scales, whole tensors, selection, one pass."""
+"""Tests of sam_step() with every method: micro-batches, loss scales, whole tensors, selection, and one pass."""
 
 from __future__ import annotations
 
@@ -51,25 +51,25 @@ def test_msam_is_the_mean_over_micro_batches(sizes: tuple[int, ...], scaled: boo
             mean += float(loss.detach()) * weight
             g = torch.autograd.grad(loss, list(twin.parameters()))
             norm = torch.cat([v.flatten() for v in g]).norm()
-            climbed = copy.deepcopy(twin)
+            perturbed = copy.deepcopy(twin)
             with torch.no_grad():
-                for p, v in zip(climbed.parameters(), g, strict=True):
+                for p, v in zip(perturbed.parameters(), g, strict=True):
                     p.add_(0.2 / norm * v)
-            up = torch.autograd.grad(mean_loss(climbed, part), list(climbed.parameters()))
+            up = torch.autograd.grad(mean_loss(perturbed, part), list(perturbed.parameters()))
             total = [t + weight * v for t, v in zip(total, up, strict=True)]
         for p, t in zip(twin.parameters(), total, strict=True):
             p.grad = t
         base.step()
         assert float(result.loss) == pytest.approx(mean) and result.perturbed_loss is not None
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)  # float64, sums in another order
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)  # float64 sums in another order
 
 
 @pytest.mark.parametrize(
     ("keywords", "message"),
     [({"microbatches": 3}, "num_microbatches=4"), ({"ascent_fraction": 0.5}, "ascent_fraction must be 1")],
 )
-def test_msam_refuses_other_cuts(keywords: dict[str, Any], message: str) -> None:
+def test_msam_needs_its_own_number_of_micro_batches(keywords: dict[str, Any], message: str) -> None:
     model = net()
     optimizer = fused_sam.MicrobatchSAM(model.parameters(), num_microbatches=4, **BASE)
     with pytest.raises(ValueError, match=message):
@@ -105,7 +105,7 @@ METHODS = family.cases({**fused_sam.METHODS, **family.EXAMPLES}, CASES)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_loss_scale_that_changes_makes_no_difference(method: str) -> None:
+def test_a_changing_loss_scale_does_not_change_the_weights(method: str) -> None:
     model = net(dtype=torch.float64)
     twin = copy.deepcopy(model)
     optimizer, other = (METHODS[method](m.parameters(), **BASE) for m in (model, twin))
@@ -115,7 +115,7 @@ def test_a_loss_scale_that_changes_makes_no_difference(method: str) -> None:
         sam_step(twin, mean_loss, batch(step, torch.float64), other)
     assert scaler.get_scale() == 2.0**7
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)  # float64; powers of two, rounded in other places
+        torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)  # float64 rounding; the scales are powers of two
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ def test_a_loss_scale_that_changes_makes_no_difference(method: str) -> None:
     ],
     ids=["schedule", "FriendlySAM", "rho 0", "MomentumSAM"],
 )
-def test_a_step_without_a_climb_takes_the_whole_batch(cls: Any, options: dict[str, Any]) -> None:
+def test_a_step_without_a_perturbation_uses_the_whole_batch(cls: Any, options: dict[str, Any]) -> None:
     sizes: list[int] = []
 
     def counting(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
@@ -151,7 +151,7 @@ def test_a_step_without_a_climb_takes_the_whole_batch(cls: Any, options: dict[st
         (fused_sam.SAM, {"schedule": AdaptiveSchedule(9)}, "AdaptiveSchedule decides by the first gradient"),
     ],
 )
-def test_a_partial_climb_is_refused_where_the_update_uses_it(cls: Any, options: dict[str, Any], message: str) -> None:
+def test_a_partial_ascent_is_an_error_if_the_update_uses_it(cls: Any, options: dict[str, Any], message: str) -> None:
     model = net()
     optimizer = cls(model.parameters(), **BASE, **options)
     before = [p.detach().clone() for p in model.parameters()]

@@ -1,4 +1,4 @@
-"""The parts of fused_sam.training: frozen batch norm, replayed random numbers, selection, closures, cut batches."""
+"""Tests of fused_sam.training: frozen batch norm, replayed random numbers, selection, closures, and split batches."""
 
 from __future__ import annotations
 
@@ -33,21 +33,21 @@ NORMS: dict[str, Any] = {
 @pytest.fixture(params=NORMS.values(), ids=NORMS.keys())
 def norm(request: pytest.FixtureRequest) -> nn.Module:
     layer: nn.Module = request.param()
-    layer(torch.randn(7, 5, 3))  # statistics that are not the initial ones
+    layer(torch.randn(7, 5, 3))  # this changes the initial statistics
     return layer
 
 
-def test_frozen_layers_normalise_as_in_training_and_count_nothing(norm: nn.Module) -> None:
+def test_frozen_layers_normalise_as_in_training_and_keep_their_statistics(norm: nn.Module) -> None:
     x, before = torch.randn(7, 5, 3) * 3 + 1, copy.deepcopy(norm.state_dict())
     twin = copy.deepcopy(norm)
     with frozen_batch_norm(norm):
         y = norm(x)
-    assert same_bits(y, twin(x))  # by the batch's statistics
+    assert same_bits(y, twin(x))  # both use the batch's statistics
     assert norm.state_dict().keys() == before.keys()
     for name, value in norm.state_dict().items():
         assert same_bits(value, before[name])
     assert same_bits(norm(x), twin(x))
-    for name, value in norm.state_dict().items():  # and thawed: both have counted x, the twin twice
+    for name, value in norm.state_dict().items():  # no longer frozen; the twin has counted x twice
         changed = "running" in name or ("tracked" in name and value != 0)  # instance norm never counts batches
         assert torch.equal(value, before[name]) != changed
 
@@ -72,14 +72,14 @@ def test_frozen_inside_frozen_and_through_an_exception(norm: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm1d(5), nn.InstanceNorm1d(5, track_running_stats=True)])
-def test_layers_in_eval_mode_are_left_alone(layer: Any) -> None:
+def test_layers_in_eval_mode_are_not_changed(layer: Any) -> None:
     layer(torch.randn(7, 5, 3))
     layer.eval()
     x = torch.randn(7, 5, 3)
     expected, mean = layer(x), layer.running_mean
     with frozen_batch_norm(layer):
         assert layer.running_mean is mean and layer.track_running_stats
-        # The batch's own statistics would differ by tenths; the bits depend on where torch puts the result.
+        # The batch's statistics would differ by tenths. The last bits depend on the alignment of torch's result.
         torch.testing.assert_close(layer(x), expected)
 
 
@@ -100,7 +100,7 @@ def test_a_batch_of_infinities_leaves_the_statistics_finite(norm: nn.Module) -> 
     assert all(value.isfinite().all() for value in norm.state_dict().values())
 
 
-def test_replayed_draws_are_the_first_ones_and_leave_no_trace() -> None:
+def test_replayed_random_numbers_are_the_first_ones_and_restore_the_generator() -> None:
     torch.manual_seed(3)
     rng = ReplayedRNG()
     first = torch.rand(9)
@@ -108,7 +108,7 @@ def test_replayed_draws_are_the_first_ones_and_leave_no_trace() -> None:
     for _ in range(2):
         with rng:
             assert same_bits(torch.rand(9), first)
-            torch.rand(1000)  # however much the second pass draws
+            torch.rand(1000)  # the second pass may draw any number
         assert torch.equal(torch.get_rng_state(), expected_after)
     with suppress(KeyError), rng:
         torch.rand(1)
@@ -116,7 +116,7 @@ def test_replayed_draws_are_the_first_ones_and_leave_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), expected_after)
 
 
-def test_replaying_within_itself_is_refused() -> None:
+def test_nested_replaying_is_an_error() -> None:
     rng = ReplayedRNG()
     with rng:
         with pytest.raises(RuntimeError, match="within itself"), rng:
@@ -127,7 +127,7 @@ def test_replaying_within_itself_is_refused() -> None:
 
 
 @pytest.mark.gpu
-def test_replayed_draws_on_the_gpu() -> None:
+def test_replayed_random_numbers_on_the_gpu() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     model = nn.Linear(2, 2, device="cuda")
@@ -142,7 +142,7 @@ def test_replayed_draws_on_the_gpu() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.lists(st.sampled_from([-1.0, 0.0, 0.25, 3.0]), min_size=1, max_size=20),  # ties are the hard part
+    st.lists(st.sampled_from([-1.0, 0.0, 0.25, 3.0]), min_size=1, max_size=20),  # so few values make ties
     st.floats(0.01, 1.0),
 )
 def test_selection_keeps_exactly_the_promised_number_of_the_largest_rises(rises: list[float], gamma: float) -> None:
@@ -155,13 +155,13 @@ def test_selection_keeps_exactly_the_promised_number_of_the_largest_rises(rises:
 
 
 @pytest.mark.parametrize("gamma", [0.0, -0.5, 1.5, float("nan")])
-def test_selection_refuses_a_share_out_of_range(gamma: float) -> None:
+def test_a_selected_share_out_of_range_is_an_error(gamma: float) -> None:
     with pytest.raises(ValueError, match="gamma must be above 0"):
         select_sharp(torch.zeros(3), torch.ones(3), gamma)
 
 
 @pytest.mark.parametrize(("before", "after"), [((3,), (4,)), ((), ()), ((0,), (0,)), ((3, 1), (3, 1))])
-def test_selection_refuses_anything_but_a_loss_a_sample(before: tuple[int, ...], after: tuple[int, ...]) -> None:
+def test_selection_needs_one_loss_per_sample(before: tuple[int, ...], after: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="one loss per sample"):
         select_sharp(torch.zeros(before), torch.zeros(after), 0.5)
 
@@ -181,10 +181,10 @@ def test_a_paired_closure_makes_two_equal_passes() -> None:
         optimizer.step(paired_closure(closure, model, optimizer))
         assert norm.num_batches_tracked == step
         assert len(masks) == 2 * step
-    # A mask is where dropout or the weights give 0; batch norm's outputs here are never exactly 0.
+    # The mask is where dropout or the weights give 0. Batch norm's outputs are never exactly 0 here.
     assert torch.equal(masks[0], masks[1]) and torch.equal(masks[2], masks[3])
     assert not torch.equal(masks[1], masks[2])
-    closure()  # the first gradient from outside: there is no mask to replay
+    closure()  # the first gradient is from outside, so that there is no mask to replay
     optimizer.step(paired_closure(closure, model, optimizer))
     assert norm.num_batches_tracked == 4 - 1
 
@@ -198,7 +198,7 @@ def test_local_perturbation_needs_data_parallel() -> None:
         pass
 
 
-def test_local_perturbation_refuses_what_would_part_the_processes() -> None:
+def test_local_perturbation_is_an_error_if_processes_would_differ() -> None:
     class Wrapped(nn.Linear):
         process_group, no_sync = None, nullcontext
 
@@ -226,7 +226,7 @@ Pair = namedtuple("Pair", "x y")
 
 
 @pytest.mark.parametrize("microbatches", [1, 2, 3, 7])
-def test_a_batch_of_any_nesting_is_cut_into_near_equal_parts(microbatches: int) -> None:
+def test_a_batch_of_any_nesting_is_split_into_near_equal_parts(microbatches: int) -> None:
     x, y = torch.randn(7, 2), torch.arange(7)
     batch = {"a": [x, (Pair(x, y), "name")], "temperature": torch.tensor(2.0)}
     parts = split(batch, microbatches)
@@ -241,7 +241,7 @@ def test_a_batch_of_any_nesting_is_cut_into_near_equal_parts(microbatches: int) 
 
 @pytest.mark.parametrize("fraction", [0.01, 0.25, 0.5, 0.9])
 @pytest.mark.parametrize("microbatches", [1, 3])
-def test_the_leading_part_ends_where_it_should(fraction: float, microbatches: int) -> None:
+def test_the_leading_part_has_the_given_share(fraction: float, microbatches: int) -> None:
     y = torch.arange(11)
     parts = leading_samples(split(y, microbatches), fraction)
     wanted = max(1, round(fraction * 11))
@@ -251,7 +251,7 @@ def test_the_leading_part_ends_where_it_should(fraction: float, microbatches: in
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_chosen_samples_are_found_in_their_micro_batches(microbatches: int) -> None:
+def test_selected_samples_are_taken_from_their_micro_batches(microbatches: int) -> None:
     y = torch.arange(10) * 10
     index = torch.tensor([0, 1, 7, 9])
     parts = selected_samples(split((y, y), microbatches), index)
@@ -275,6 +275,6 @@ def test_taking_samples_by_slice_copies_nothing() -> None:
         (None, [], "holds no batch"),
     ],
 )
-def test_batches_that_cannot_be_cut_are_refused(batch: Any, microbatches: Any, message: str) -> None:
+def test_batches_that_cannot_be_split_are_errors(batch: Any, microbatches: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         split(batch, microbatches)

@@ -1,4 +1,4 @@
-"""sam_step(): the same numbers as loops written out, over accumulation, precision, selection, skips and exceptions."""
+"""sam_step() equals loops written out, with accumulation, low precision, selection, skips and exceptions."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ OPTIONS: dict[str, Any] = {"rho": 0.3, "lr": 0.1, "momentum": 0.9, "weight_decay
 
 
 class Selecting(SAM):
-    """SAM that asks for data selection, as ESAM does."""
+    """SAM with data selection, like ESAM's."""
 
     selects: float | None = 0.4
 
 
 class OnePass(SAM):
-    """SAM that perturbs in no step, as a schedule may have it."""
+    """SAM that never perturbs, as with some schedules."""
 
     needs_second_pass = False
 
@@ -43,7 +43,7 @@ def sample_losses(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def regular_net() -> nn.Sequential:
-    """With batch norm and dropout."""
+    """Return a net with batch norm and dropout."""
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(0.3), nn.Linear(16, 3))
 
@@ -83,7 +83,7 @@ def test_a_step_is_the_loop_written_out(loss_fn: Any, cls: Any) -> None:
 
         assert torch.equal(after, expected_after)
         assert result.perturbed_loss is not None and not result.skipped
-        # The mean of a batch's losses and the loss of reduction="mean" may differ by their last bit.
+        # The mean of a batch's losses and the loss of reduction="mean" may differ by the last bit.
         torch.testing.assert_close(result.loss, loss.detach(), rtol=1e-6, atol=0)
         torch.testing.assert_close(result.perturbed_loss, second.detach(), rtol=1e-6, atol=0)
         assert not result.loss.requires_grad and not result.perturbed_loss.requires_grad
@@ -91,15 +91,15 @@ def test_a_step_is_the_loop_written_out(loss_fn: Any, cls: Any) -> None:
         assert_same_optimizers(optimizer, other)
         assert_same_bits(model.buffers(), twin.buffers())
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)  # four steps' growth of that last bit
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-6)  # four steps amplify that last bit
 
 
 @pytest.mark.parametrize("on", [True, False])
-def test_statistics_and_masks_can_be_left_to_both_passes(on: bool) -> None:
+def test_each_pass_may_have_its_own_statistics_and_masks(on: bool) -> None:
     model, optimizer, _, _ = pair(regular_net)
     masks: list[Tensor] = []
     model[3].register_forward_hook(lambda _m, x, y: masks.append((x[0] != 0) & (y == 0)))  # type: ignore[index, operator]
-    # Weights that hardly move keep ReLU's zeros where they are, so that the masks can be compared.
+    # If weights hardly move, ReLU's zeros stay, so that the masks can be compared.
     optimizer.param_groups[0]["rho"] = 1e-9
     sam_step(model, mean_loss, batch(0), optimizer, freeze_batch_norm=on, replay_rng=on)
     assert model[1].num_batches_tracked == (1 if on else 2)  # type: ignore[index]
@@ -109,7 +109,7 @@ def test_statistics_and_masks_can_be_left_to_both_passes(on: bool) -> None:
 @pytest.mark.parametrize("microbatches", [3, 32])
 @pytest.mark.parametrize("given", ["number", "iterable"])
 @pytest.mark.parametrize("loss_fn", [mean_loss, sample_losses])
-def test_accumulated_micro_batches_are_the_big_batch(microbatches: int, given: str, loss_fn: Any) -> None:
+def test_accumulated_micro_batches_equal_the_whole_batch(microbatches: int, given: str, loss_fn: Any) -> None:
     model, optimizer, twin, other = pair(lambda: net(dtype=torch.float64))
     for step in range(4):
         x, y = batch(step, torch.float64)
@@ -125,7 +125,7 @@ def test_accumulated_micro_batches_are_the_big_batch(microbatches: int, given: s
         torch.testing.assert_close(p, q, rtol=1e-11, atol=1e-13)  # float64 sums in another order
 
 
-def test_micro_batches_see_their_own_masks_again() -> None:
+def test_both_passes_of_a_micro_batch_have_the_same_masks() -> None:
     model, optimizer, _, _ = pair(lambda: nn.Sequential(nn.Dropout(0.5), *net()))
     masks: list[Tensor] = []
     model[0].register_forward_hook(lambda _m, _x, y: masks.append(y == 0))  # type: ignore[index, operator]
@@ -135,7 +135,7 @@ def test_micro_batches_see_their_own_masks_again() -> None:
 
 
 @pytest.mark.parametrize(("fraction", "microbatches"), [(0.25, 1), (0.4, 5), (0.001, 1)])
-def test_partial_ascent_climbs_by_the_first_part_of_the_batch(fraction: float, microbatches: int) -> None:
+def test_partial_ascent_uses_the_first_part_of_the_batch(fraction: float, microbatches: int) -> None:
     model, optimizer, twin, other = pair(lambda: net(dtype=torch.float64))
     for step in range(3):
         x, y = batch(step, torch.float64)
@@ -150,7 +150,7 @@ def test_partial_ascent_climbs_by_the_first_part_of_the_batch(fraction: float, m
 
 
 @pytest.mark.parametrize("microbatches", [1, 5])
-def test_selection_descends_by_the_samples_that_rose_most(microbatches: int) -> None:
+def test_selection_updates_with_the_samples_of_largest_rise(microbatches: int) -> None:
     model, optimizer, twin, other = pair(lambda: net(dtype=torch.float64), Selecting)
     for step in range(4):
         x, y = batch(step, torch.float64)
@@ -179,7 +179,7 @@ def test_selection_measures_the_rise_under_the_same_masks() -> None:
 
 
 @pytest.mark.parametrize("microbatches", [1, 4])
-def test_selection_without_sample_losses_is_refused_and_changes_nothing(microbatches: int) -> None:
+def test_selection_without_sample_losses_is_an_error_and_changes_nothing(microbatches: int) -> None:
     model, optimizer, _, _ = pair(net, Selecting)
     sam_step(model, sample_losses, batch(0), optimizer)
     before = Snapshot(optimizer)
@@ -192,14 +192,14 @@ def test_selection_without_sample_losses_is_refused_and_changes_nothing(microbat
 
 
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_scaled_losses_make_the_step_of_unscaled_ones(autocast: torch.dtype | None) -> None:
+def test_scaled_losses_give_the_step_of_unscaled_ones(autocast: torch.dtype | None) -> None:
     model, optimizer, twin, other = pair(net)
     scaler = GradScaler("cpu", init_scale=2.0**6, growth_interval=2)
     for step in range(5):
         sam_step(model, mean_loss, batch(step), optimizer, scaler=scaler, autocast=autocast, microbatches=2)
         sam_step(twin, mean_loss, batch(step), other, autocast=autocast, microbatches=2)
-    assert scaler.get_scale() == 2.0**8  # update() was called each step
-    # A power of two scales exactly, but in fp16, whose small gradients the scale keeps: there to its precision.
+    assert scaler.get_scale() == 2.0**8  # update() was called in each step
+    # A power of two scales exactly. In fp16, small gradients are kept only with the scale; the limit is its precision.
     tolerance = 5e-3 if autocast is torch.float16 else 1e-5
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=0, atol=tolerance)
@@ -229,7 +229,7 @@ def test_autocast_around_the_step_does_not_keep_casts_of_old_weights() -> None:
 
 @pytest.mark.parametrize("in_pass", [1, 2])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_skipped_update_is_told_and_holds_the_scheduler(in_pass: int, scaled: bool) -> None:
+def test_a_skipped_update_is_in_the_result_and_holds_the_scheduler(in_pass: int, scaled: bool) -> None:
     model, optimizer, _, _ = pair(net)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
     scaler = GradScaler("cpu", init_scale=4.0) if scaled else None
@@ -267,10 +267,10 @@ def test_an_exception_in_any_pass_leaves_the_weights_and_the_generators(call: in
     before.assert_unchanged()
     assert not optimizer.perturbed
     assert model[1].track_running_stats and model[1].num_batches_tracked == min(call - 1, 2)  # type: ignore[index]
-    sam_step(model, loss_fn, batch(0), optimizer)  # and the next step is made of its own gradients
+    sam_step(model, loss_fn, batch(0), optimizer)  # the next step uses only its own gradients
 
 
-def test_gradients_that_were_there_are_not_counted() -> None:
+def test_gradients_from_before_the_step_do_not_count() -> None:
     model, optimizer, twin, other = pair(net)
     mean_loss(model, batch(7)).backward()
     sam_step(model, mean_loss, batch(0), optimizer)
@@ -298,7 +298,7 @@ def test_models_that_return_their_loss_take_a_mapping() -> None:
     assert_same_optimizers(optimizer, other)
 
 
-def test_a_step_that_does_not_perturb_is_one_pass() -> None:
+def test_a_step_that_does_not_perturb_has_one_pass() -> None:
     model, optimizer, twin, plain = pair(net, OnePass)
     calls = []
 
@@ -316,7 +316,7 @@ def test_a_step_that_does_not_perturb_is_one_pass() -> None:
     assert_same_optimizers(optimizer, plain)
 
 
-def test_a_schedule_makes_one_pass_between_its_perturbations() -> None:
+def test_steps_between_a_schedule_s_perturbations_have_one_pass() -> None:
     model, twin = net(), net()
     optimizer = SAM(model.parameters(), schedule=Every(3), **OPTIONS)
     other = SAM(twin.parameters(), **OPTIONS)
@@ -335,19 +335,19 @@ def test_a_schedule_makes_one_pass_between_its_perturbations() -> None:
         ({"ascent_fraction": 1.5}, "ascent_fraction must be above 0"),
     ],
 )
-def test_options_out_of_range_are_refused_before_anything_runs(options: dict[str, Any], message: str) -> None:
+def test_options_out_of_range_are_errors_before_any_pass(options: dict[str, Any], message: str) -> None:
     model, optimizer, _, _ = pair(net)
     with pytest.raises(ValueError, match=message):
         sam_step(model, lambda *_: pytest.fail("ran"), batch(0), optimizer, **options)
 
 
-def test_a_loss_of_the_wrong_shape_is_refused() -> None:
+def test_a_loss_of_the_wrong_shape_is_an_error() -> None:
     model, optimizer, _, _ = pair(net)
     with pytest.raises(ValueError, match=r"shape \[\], or one loss per sample, shape \[B\], not \[32, 3\]"):
         sam_step(model, lambda model, batch: model(batch[0]), batch(0), optimizer)
 
 
-def test_other_optimizers_and_perturbed_weights_are_refused() -> None:
+def test_other_optimizers_and_perturbed_weights_are_errors() -> None:
     model, optimizer, _, _ = pair(net)
     with pytest.raises(TypeError, match=r"not SGD: .* use SAM with rho=0"):
         sam_step(model, mean_loss, batch(0), torch.optim.SGD(model.parameters(), lr=0.1))  # type: ignore[arg-type]
@@ -357,7 +357,7 @@ def test_other_optimizers_and_perturbed_weights_are_refused() -> None:
         sam_step(model, mean_loss, batch(0), optimizer)
 
 
-def test_a_compiled_model_is_compiled_once_a_kind_of_pass() -> None:
+def test_a_model_is_compiled_once_per_kind_of_pass() -> None:
     compilations = []
 
     def counting(graph: Any, _inputs: Any) -> Any:
@@ -381,7 +381,7 @@ def test_a_compiled_model_is_compiled_once_a_kind_of_pass() -> None:
 
 @pytest.mark.parametrize("method", ["SAM", "MicrobatchSAM"])
 def test_the_last_smaller_batch_of_an_epoch_takes_fewer_micro_batches(backend: str, method: str) -> None:
-    """A batch of 3 samples in 4 micro-batches is one of 3, and the next whole batch is cut in 4 again."""
+    """A batch of 3 samples takes 3 micro-batches instead of 4. The next whole batch takes 4 again."""
     model, twin = net(dtype=torch.float64), net(dtype=torch.float64)
     own = {"num_microbatches": 4} if method == "MicrobatchSAM" else {}
     less = {"num_microbatches": 3} if method == "MicrobatchSAM" else {}

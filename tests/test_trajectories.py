@@ -1,4 +1,4 @@
-"""Twenty steps of training against two oracles: SAM written by hand in float64, and the public pytorch_optimizer."""
+"""Twenty training steps equal two oracles: SAM written out in float64, and the public package pytorch_optimizer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ OF_BIASES: dict[str, Any] = {"lr": 0.02, "rho": 0.2, "momentum": 0.3, "dampening
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
-def test_follows_sam_written_by_hand(variant: Variant, options: dict[str, Any]) -> None:
-    """float64 throughout: 20 steps differ by rounding alone, 1e-16 a step and amplified by training, not by 1e-11."""
+def test_trajectory_of_sam_written_by_hand(variant: Variant, options: dict[str, Any]) -> None:
+    """All is float64. 20 steps differ only by rounding, 1e-16 per step, which training amplifies to less than 1e-11."""
     ours, hand = net(dtype=torch.float64), net(dtype=torch.float64)
     options = {"rho": 0.05, **options}
     groups = [{**options, **group} for group in groups_of(hand, **OF_BIASES)]
@@ -37,7 +37,7 @@ def test_follows_sam_written_by_hand(variant: Variant, options: dict[str, Any]) 
     optimizer = SAM(groups_of(ours, **OF_BIASES), torch.optim.SGD, backend=variant.name, **options)
     for step in range(STEPS):
         two_steps(ours, optimizer, step)
-        for half in (oracle.climb, oracle.descend):
+        for half in (oracle.perturb, oracle.update):
             hand.zero_grad()
             loss_of(hand, step).backward()
             half()
@@ -47,10 +47,10 @@ def test_follows_sam_written_by_hand(variant: Variant, options: dict[str, Any]) 
 
 @pytest.mark.parametrize("adaptive", [False, True])
 @pytest.mark.parametrize("several_groups", [False, True])
-def test_follows_pytorch_optimizer(variant: Variant, adaptive: bool, several_groups: bool) -> None:
-    """fp32: two roundings of 6e-8 a step, amplified by 20 steps; 2e-5 is a thousandth of one step's move."""
+def test_trajectory_of_pytorch_optimizer(variant: Variant, adaptive: bool, several_groups: bool) -> None:
+    """fp32 has two roundings of 6e-8 per step, which 20 steps amplify. 2e-5 is a thousandth of one step's change."""
     ours, theirs = net(), net()
-    # Beside a per-group rho theirs takes no per-group perturb or eta.
+    # pytorch_optimizer has a per-group rho, but no per-group perturb or eta.
     of_biases = {"lr": 0.02, "rho": 0.2, "momentum": 0.3} if several_groups else {}
     options: dict[str, Any] = {"rho": 0.1, "adaptive": adaptive, "lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
     optimizer = SAM(groups_of(ours, **of_biases), torch.optim.SGD, backend=variant.name, **options)
@@ -65,14 +65,14 @@ def test_follows_pytorch_optimizer(variant: Variant, adaptive: bool, several_gro
         torch.testing.assert_close(p, q, rtol=2e-5, atol=2e-5)
 
 
-def test_every_way_of_driving_it_gives_the_same_weights(backend: str) -> None:
-    """Two steps, either closure habit, step() in place of second_step(): bit for bit."""
+def test_every_order_of_calls_gives_the_same_weights(backend: str) -> None:
+    """Two steps, both conventions of closures, and step() as second_step() agree bit for bit."""
     models = [net() for _ in range(4)]
     optimizers = [SAM(m.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend) for m in models]
     for step in range(5):
         two_steps(models[0], optimizers[0], step)
 
-        closure_for(models[1], step)()  # the public SAM package's habit
+        closure_for(models[1], step)()  # the public SAM package's convention
         optimizers[1].step(closure_for(models[1], step))
         optimizers[1].zero_grad()
 
@@ -90,7 +90,7 @@ def test_every_way_of_driving_it_gives_the_same_weights(backend: str) -> None:
 
 
 def test_gradient_accumulation_equals_the_whole_batch(backend: str) -> None:
-    """Two micro-batches a pass, their losses halved, are one batch; in float64 the order of sums does not show."""
+    """Two micro-batches per pass with halved losses equal one batch. float64 hides the order of sums."""
     whole, parts = net(dtype=torch.float64), net(dtype=torch.float64)
     one = SAM(whole.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)
     other = SAM(parts.parameters(), rho=0.1, lr=0.1, momentum=0.9, backend=backend)

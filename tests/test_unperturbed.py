@@ -1,4 +1,4 @@
-"""`with optimizer.unperturbed()`: clean weights between the two passes, and the perturbed ones again, bit for bit."""
+"""`with optimizer.unperturbed()` restores the clean weights between the passes, and perturbs them again afterwards."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ MODES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("dtype", "options"), MODES.values(), ids=MODES.keys())
-def test_clean_inside_perturbed_outside(backend: str, dtype: torch.dtype, options: dict[str, Any]) -> None:
+def test_weights_are_clean_inside_and_perturbed_after(
+    backend: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
     model, twin = net(dtype=dtype), net(dtype=dtype)
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1, momentum=0.9, backend=backend, **options)
     other = SAM(twin.parameters(), rho=0.5, lr=0.1, momentum=0.9, backend=backend, **options)
@@ -28,22 +30,22 @@ def test_clean_inside_perturbed_outside(backend: str, dtype: torch.dtype, option
         clean = [p.detach().clone() for p in model.parameters()]
         loss_of(model, step).backward()
         optimizer.first_step(zero_grad=True)
-        climbed = [p.detach().clone() for p in model.parameters()]
-        assert any(not torch.equal(a, b) for a, b in zip(clean, climbed, strict=True))
+        perturbed = [p.detach().clone() for p in model.parameters()]
+        assert any(not torch.equal(a, b) for a, b in zip(clean, perturbed, strict=True))
         with optimizer.unperturbed():
             assert not optimizer.perturbed
             assert_same_bits(model.parameters(), clean)
-            optimizer.state_dict()  # may be saved now
+            optimizer.state_dict()  # saving is allowed inside
             loss_of(model, 9)
         assert optimizer.perturbed
-        assert_same_bits(model.parameters(), climbed)
+        assert_same_bits(model.parameters(), perturbed)
         loss_of(model, step).backward()
         optimizer.second_step(zero_grad=True)
         two_steps(twin, other, step)
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_saving_while_perturbed_says_what_to_do() -> None:
+def test_the_error_of_saving_while_perturbed_names_unperturbed() -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
     loss_of(model, 0).backward()
@@ -52,18 +54,18 @@ def test_saving_while_perturbed_says_what_to_do() -> None:
         optimizer.state_dict()
 
 
-def test_an_exception_inside_perturbs_again() -> None:
+def test_the_weights_are_perturbed_again_after_an_exception_inside() -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
     loss_of(model, 0).backward()
     optimizer.first_step()
-    climbed = [p.detach().clone() for p in model.parameters()]
+    perturbed = [p.detach().clone() for p in model.parameters()]
     with pytest.raises(KeyError), optimizer.unperturbed():
         raise KeyError
-    assert_same_bits(model.parameters(), climbed)
+    assert_same_bits(model.parameters(), perturbed)
 
 
-def test_nothing_happens_to_clean_weights() -> None:
+def test_steps_inside_are_allowed_if_the_weights_are_clean() -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
     with optimizer.unperturbed():
@@ -71,7 +73,7 @@ def test_nothing_happens_to_clean_weights() -> None:
     two_steps(model, optimizer, 1)
 
 
-def test_stepping_inside_is_an_error() -> None:
+def test_steps_inside_raise_an_error_if_the_weights_are_perturbed() -> None:
     model = net()
     optimizer = SAM(model.parameters(), rho=0.5, lr=0.1)
     loss_of(model, 0).backward()

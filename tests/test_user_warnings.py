@@ -1,4 +1,4 @@
-"""A loop that trains without SAM is told so."""
+"""A training loop that never perturbs gets one warning."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def plain_step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: i
 
 
 @pytest.mark.parametrize("options", [{}, {"schedule": Every(2)}, {"adaptive": True}], ids=["SAM", "schedule", "ASAM"])
-def test_a_loop_without_a_second_pass_is_told_once_and_at_its_own_line(options: dict[str, Any]) -> None:
+def test_a_loop_without_a_second_pass_gets_one_warning_at_its_own_line(options: dict[str, Any]) -> None:
     model = net()
     optimizer = SAM(model.parameters(), lr=0.1, rho=0.1, **options)
-    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # wraps step() once more
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # the scheduler wraps step() again
     with pytest.warns(PlainStepWarning, match="plain SGD step: this loop trains without SAM") as caught:
         plain_step(model, optimizer)
     assert [w.filename for w in caught] == [__file__]
     plain_step(model, optimizer)
 
 
-def test_whoever_knows_about_the_second_pass_is_not_told() -> None:
+def test_a_loop_with_a_second_pass_or_without_need_of_one_gets_no_warning() -> None:
     def fresh(**options: Any) -> tuple[torch.nn.Module, SAM]:
         model = net()
         return model, SAM(model.parameters(), lr=0.1, **options)
@@ -54,8 +54,8 @@ def test_whoever_knows_about_the_second_pass_is_not_told() -> None:
 
 
 @pytest.mark.parametrize("rate", [0.0, torch.tensor(0.0)], ids=["number", "tensor"])
-def test_a_step_of_rate_zero_only_makes_state(rate: Any) -> None:
-    # torch.distributed.checkpoint begins an optimizer's state so.
+def test_a_step_of_rate_zero_only_creates_state(rate: Any) -> None:
+    # torch.distributed.checkpoint creates an optimizer's state with such a step.
     model = net()
     optimizer = SAM(model.parameters(), lr=rate, momentum=0.9)
     plain_step(model, optimizer)

@@ -1,4 +1,4 @@
-"""Other base optimizers than SGD: fused perturbation and undo around their own step."""
+"""Tests of base optimizers that are not fused. Perturbation and undo are fused around their own step."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ BASES: dict[str, tuple[type[Optimizer], dict[str, Any]]] = {
 
 
 def by_hand(model: torch.nn.Module, base: Optimizer, rho: float, step: int) -> None:
-    """SAM around a plain optimizer, weight by weight."""
+    """Take a step of SAM around a plain optimizer, weight by weight."""
     params = list(model.parameters())
     base.zero_grad()
     loss_of(model, step).backward()
@@ -56,7 +56,7 @@ def test_equals_a_loop_written_by_hand(backend: str, cls: type[Optimizer], optio
     for step in range(5):
         two_steps(model, optimizer, step)
         by_hand(twin, base, 0.1, step)
-    # float64: the two ways to a perturbation differ by 1e-16 each.
+    # In float64, the two perturbations differ by 1e-16 per step.
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-9)
         assert optimizer.state[p].keys() == base.state[q].keys()
@@ -73,7 +73,7 @@ def test_rho_zero_is_the_base_optimizer_bit_for_bit(backend: str) -> None:
     assert_same_bits(model.parameters(), twin.parameters())
 
 
-def test_adagrad_has_its_state_from_the_start(backend: str) -> None:
+def test_adagrad_keeps_the_state_of_its_constructor(backend: str) -> None:
     """Adagrad fills its state in the constructor."""
     model, twin = net(dtype=torch.float64), net(dtype=torch.float64)
     optimizer = SAM(model.parameters(), torch.optim.Adagrad, rho=0.1, lr=0.1, backend=backend)
@@ -138,7 +138,7 @@ def test_state_dict_is_the_base_optimizers_and_a_resume_is_bit_equal(backend: st
 
 
 def test_state_of_other_shapes_than_the_weights_is_loaded(backend: str) -> None:
-    """Adafactor keeps a row and a column a matrix."""
+    """Adafactor keeps a row and a column per matrix."""
     model, twin = net(), net()
     optimizer = SAM(model.parameters(), torch.optim.Adafactor, rho=0.1, lr=1e-2, backend=backend)
     two_steps(model, optimizer, 0)
@@ -173,7 +173,7 @@ def test_add_param_group_reaches_the_base_optimizer(backend: str) -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"fused": True}], ids=["for-loop", "fused"])
-def test_hooks_run_once_and_see_the_facade(backend: str, options: dict[str, Any]) -> None:
+def test_hooks_run_once_and_get_the_sam_optimizer(backend: str, options: dict[str, Any]) -> None:
     model = net()
     optimizer = SAM(model.parameters(), torch.optim.Adam, rho=0.1, lr=1e-2, backend=backend, **options)
     seen: list[Any] = []
@@ -190,7 +190,7 @@ def test_hooks_run_once_and_see_the_facade(backend: str, options: dict[str, Any]
 
 
 class Signs(Optimizer):
-    """A user's own optimizer, with a keyword of its own in step()."""
+    """A user's optimizer, whose step() has an additional keyword."""
 
     def __init__(self, params: Any, lr: float = 0.1) -> None:
         super().__init__(params, {"lr": lr})
@@ -204,7 +204,7 @@ class Signs(Optimizer):
                     p.sub_(group["lr"] * p.grad.sign())
 
 
-def test_an_optimizer_of_the_users_own(backend: str) -> None:
+def test_a_users_own_optimizer(backend: str) -> None:
     p: Tensor = torch.nn.Parameter(torch.ones(3))
     optimizer = SAM([p], Signs, rho=0.1, lr=0.25, backend=backend)
     for _ in range(2):
@@ -216,7 +216,7 @@ def test_an_optimizer_of_the_users_own(backend: str) -> None:
 
 
 class Momentum(torch.optim.SGD):
-    """A subclass of SGD whose step may be its own: it is wrapped, not fused."""
+    """A subclass of SGD with its own step(). SAM wraps it and does not fuse it."""
 
     def step(self, closure: Any = None) -> Any:
         for group in self.param_groups:
@@ -250,8 +250,8 @@ def test_hooks_of_a_subclass_calling_super_run_once(backend: str) -> None:
 
 
 @pytest.mark.parametrize("cls", [torch.optim.Adadelta])
-def test_base_with_an_option_of_the_same_name_as_sams_is_refused(cls: type[Optimizer]) -> None:
-    """A group has one entry named rho: Adadelta would take SAM's as its decay."""
+def test_a_base_with_an_option_of_the_same_name_as_sams_is_an_error(cls: type[Optimizer]) -> None:
+    """A group has only one entry named rho. Adadelta would use SAM's rho as its decay."""
     with pytest.raises(TypeError, match="Adadelta has an option 'rho' of its own"):
         SAM([torch.nn.Parameter(torch.ones(3))], cls)
 
@@ -271,13 +271,13 @@ def test_error_in_the_base_step_restores_the_weights(backend: str) -> None:
 
 
 def test_eps_belongs_to_a_base_optimizer_that_has_one() -> None:
-    """As with the public package, which hands every further keyword to the base optimizer."""
+    """The public package passes every further keyword to the base optimizer, too."""
     optimizer = SAM([nn.Parameter(torch.ones(3))], torch.optim.Adam, lr=0.1, eps=1e-3)
     assert optimizer.param_groups[0]["eps"] == 1e-3
     assert "eps" not in SAM([nn.Parameter(torch.ones(3))], torch.optim.SGD, lr=0.1, eps=1e-3).param_groups[0]
 
 
-def test_clipping_where_there_is_no_gradient(backend: str) -> None:
+def test_clipping_without_gradients(backend: str) -> None:
     model = net()
     optimizer = SAM(model.parameters(), torch.optim.RMSprop, rho=0.1, lr=0.1, max_norm=1.0, backend=backend)
     before = Snapshot(optimizer)
@@ -288,7 +288,7 @@ def test_clipping_where_there_is_no_gradient(backend: str) -> None:
 
 
 class Averaging(torch.optim.SGD):
-    """As schedule-free optimizers do: eval() puts the average of the weights in their place, train() takes it away."""
+    """Like schedule-free optimizers, eval() replaces the weights by their average, and train() restores them."""
 
     def step(self, closure: Any = None) -> None:
         super().step(closure)
@@ -311,7 +311,7 @@ class Averaging(torch.optim.SGD):
                 p.copy_(self.state[p][there])
 
 
-def test_a_base_lends_its_train_and_eval(backend: str) -> None:
+def test_train_and_eval_of_the_base_optimizer(backend: str) -> None:
     model, twin = net(dtype=torch.float64), net(dtype=torch.float64)
     optimizer = SAM(model.parameters(), Averaging, rho=0.1, backend=backend, lr=0.1)
     base = Averaging(twin.parameters(), lr=0.1)
@@ -324,7 +324,7 @@ def test_a_base_lends_its_train_and_eval(backend: str) -> None:
         optimizer.eval()  # type: ignore[attr-defined]
         base.eval()
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)  # as above
+            torch.testing.assert_close(p, q, rtol=0, atol=1e-12)  # float64 rounding, as above
         optimizer.train()  # type: ignore[attr-defined]
         base.train()
         assert_same_bits(model.parameters(), clean)

@@ -1,4 +1,4 @@
-"""Methods that a user writes over the public step: the examples against their formulas, and errors of wrong hooks."""
+"""Tests of methods that users write with the public Step: the examples' formulas, and the errors of wrong hooks."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["
 
 
 def norm(v: Vector, p: Problem) -> float:
-    """Over the perturbed groups."""
+    """Return the norm over the perturbed groups."""
     return math.sqrt(sum(float(x.square().sum()) for x, on in zip(v, p.perturbed, strict=True) if on))
 
 
-# ---- the examples of examples/methods, each from its formula --------------------------------------------------------
+# ---- the methods of examples/methods equal their formulas -----------------------------------------------------------
 
 
 @DTYPES
@@ -39,14 +39,14 @@ def test_stable_sam(backend: str, dtype: torch.dtype) -> None:
     p = Problem()
     for step in range(STEPS):
         g = p.gradient(p.w, step)
-        g_s = p.gradient(p.climb(g), step)
-        p.descend([norm(g, p) / float(dot(g_s, g_s).sqrt()) * x for x in g_s])
+        g_s = p.gradient(p.perturb(g), step)
+        p.update([norm(g, p) / float(dot(g_s, g_s).sqrt()) * x for x in g_s])
     assert_weights(model, p.w)
 
 
 @DTYPES
 def test_le_sam(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max), sigma_t a cosine to 0; every perturbed group alike."""
+    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max). sigma_t is a cosine to 0, for all perturbed groups."""
     model, groups = model_and_groups(dtype)
     optimizer = LESAM(groups, sigma=0.03, rho_max=0.15, total=8, backend=backend, **options())
     sam_steps(model, optimizer)
@@ -56,7 +56,7 @@ def test_le_sam(backend: str, dtype: torch.dtype) -> None:
         sigma = 0.03 * (1 + math.cos(math.pi * min(1.0, step / 8))) / 2
         lengths.append(min(sigma / norm(g, p), 0.15))
         p.rho = [lengths[-1]] * len(p.rho)
-        p.descend(p.gradient(p.climb(g), step))
+        p.update(p.gradient(p.perturb(g), step))
     assert_weights(model, p.w)
     assert lengths[0] == 0.15 and any(0 < length < 0.15 for length in lengths), "both limits are met"
 
@@ -69,13 +69,13 @@ def test_unnormalised_sam(backend: str, dtype: torch.dtype) -> None:
     p = Problem()
     for step in range(STEPS):
         g = p.gradient(p.w, step)
-        p.descend(p.gradient(p.climb(g, factor=norm(g, p)), step))
+        p.update(p.gradient(p.perturb(g, factor=norm(g, p)), step))
     assert_weights(model, p.w)
 
 
 @DTYPES
 def test_vasso(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2308.11214: e = rho d / ||d||, d the running average of the ascent gradients."""
+    """arXiv 2308.11214: e = rho d / ||d||. d is the running average of the ascent gradients."""
     model, groups = model_and_groups(dtype)
     optimizer = VaSSO(groups, theta=0.3, backend=backend, **options())
     sam_steps(model, optimizer)
@@ -83,13 +83,13 @@ def test_vasso(backend: str, dtype: torch.dtype) -> None:
     d = [torch.zeros_like(w) for w in p.w]
     for step in range(STEPS):
         d = [0.7 * m + 0.3 * x for m, x in zip(d, p.gradient(p.w, step), strict=True)]
-        p.descend(p.gradient(p.climb(d), step))
+        p.update(p.gradient(p.perturb(d), step))
     assert_weights(model, p.w)
     for q, m in zip(model.parameters(), d, strict=True):
         torch.testing.assert_close(optimizer.state[q]["direction"].double(), m, rtol=0, atol=2e-6)
 
 
-# ---- what a method that is wrong is told; weights and state stay as they are --------------------------------------
+# ---- errors of wrong methods, which change no weight and no state --------------------------------------------------
 
 
 def broken(hook: Callable[[SAM, Step], Any], name: str, **attributes: Any) -> type[SAM]:
@@ -120,7 +120,7 @@ WRONG: list[tuple[str, Any, str, dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "hook", "message", "attributes"), WRONG)
-def test_a_wrong_hook_is_told_and_changes_nothing(
+def test_a_wrong_hook_is_an_error_and_changes_nothing(
     backend: str, name: str, hook: Any, message: str, attributes: dict[str, Any]
 ) -> None:
     model, groups = model_and_groups(torch.float32)
@@ -133,7 +133,7 @@ def test_a_wrong_hook_is_told_and_changes_nothing(
     assert not any(optimizer.state.values()) and not optimizer.perturbed
 
 
-def test_an_exception_of_a_hook_leaves_everything_as_it_was(backend: str) -> None:
+def test_an_exception_of_a_hook_changes_nothing(backend: str) -> None:
     class Fails(SAM):
         def descent(self, step: Step) -> None:
             raise KeyError("mine")
@@ -167,7 +167,7 @@ def test_options_are_declared_once() -> None:
     assert "strength" in str(Mine.__signature__)  # type: ignore[attr-defined]
 
 
-def test_a_wrong_declaration_is_refused_where_it_stands() -> None:
+def test_a_wrong_declaration_is_an_error_of_the_class_statement() -> None:
     with pytest.raises(TypeError, match=r"Bad.OPTIONS\['strength'\] must be made by fused_sam.option"):
         type("Bad", (SAM,), {"OPTIONS": {"strength": 0.5}})
     with pytest.raises(TypeError, match=r"Bad.OPTIONS\['rho'\] is SAM's own; its default goes into DEFAULTS"):
@@ -175,7 +175,7 @@ def test_a_wrong_declaration_is_refused_where_it_stands() -> None:
 
 
 def test_combinations_are_read_in_any_order(backend: str) -> None:
-    """update_grad = a x + b y, y x - b, and sums that meet a vector twice."""
+    """The combinations are a x + b y in any order, and sums with a vector that occurs twice."""
 
     class Mix(SAM):
         keeps_ascent_grad = True
@@ -193,29 +193,29 @@ def test_combinations_are_read_in_any_order(backend: str) -> None:
     torch.testing.assert_close(p.detach(), -torch.tensor([4.5, 5.0, 5.5]))
 
 
-def test_unscaling_after_the_first_pass_is_found_out(backend: str) -> None:
-    """scaler.unscale_() before the update leaves g scaled and g_s not: refused, unless the scale was told."""
-    for told in (False, True):
+def test_unscaling_after_the_first_pass_is_an_error(backend: str) -> None:
+    """scaler.unscale_() before the update unscales only g_s. That is an error unless first_step() got the scale."""
+    for given in (False, True):
         p = nn.Parameter(torch.zeros(2))
         optimizer = fused_sam.WSAM([p], gamma=0.5, decouple=False, rho=0.1, lr=1.0, backend=backend)
         p.grad = torch.tensor([8.0, 16.0])
-        optimizer.first_step(grad_scale=8.0 if told else None)
+        optimizer.first_step(grad_scale=8.0 if given else None)
         p.grad = torch.tensor([3.0, 5.0])
-        optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # as GradScaler sets them after unscale_()
-        if not told:
+        optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # GradScaler sets these after unscale_()
+        if not given:
             with pytest.raises(RuntimeError, match=r"unscale_\(\) has unscaled the second one only"):
                 optimizer.second_step()
             assert torch.equal(p, torch.zeros(2))
             continue
         optimizer.second_step()
-        torch.testing.assert_close(p.detach(), -torch.tensor([3.0, 5.0]))  # gamma 0.5 is g_s alone
+        torch.testing.assert_close(p.detach(), -torch.tensor([3.0, 5.0]))  # with gamma 0.5, d is g_s
 
 
 # ---- what hooks read ------------------------------------------------------------------------------------------------
 
 
 def test_weights_in_updated_are_the_new_ones(backend: str) -> None:
-    """A norm that `descent` has read is not served again after the update."""
+    """After the update, a norm that `descent` has read is computed again."""
     seen: list[float] = []
 
     class Reads(SAM):
@@ -234,7 +234,7 @@ def test_weights_in_updated_are_the_new_ones(backend: str) -> None:
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["fused", "wrapped"])
 def test_gradients_in_updated_have_no_loss_scale(backend: str, base: Any) -> None:
-    """A base optimizer with a step of its own has unscaled p.grad in place: it is not divided once more."""
+    """For a wrapped base optimizer, p.grad is already unscaled in place. It is not divided again."""
     seen: list[float] = []
 
     class Reads(SAM):
@@ -248,7 +248,7 @@ def test_gradients_in_updated_have_no_loss_scale(backend: str, base: Any) -> Non
         p.grad = torch.tensor([1.0, 1.0]) * factor
         optimizer.first_step(grad_scale=scale)
         p.grad = torch.tensor([3.0, 4.0]) * factor
-        if scale is not None:  # as GradScaler sets them
+        if scale is not None:  # GradScaler sets these
             optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.zeros(())
         optimizer.second_step()
     assert seen == pytest.approx([5.0, 5.0])
@@ -265,7 +265,7 @@ def test_options_that_are_whole_numbers() -> None:
             Counts([p], few=wrong, lr=0.1)
 
 
-def test_a_method_that_asks_for_its_own_decision_is_told(backend: str) -> None:
+def test_a_method_that_reads_its_own_decision_is_an_error(backend: str) -> None:
     class Asks(SAM):
         def wants_perturbation(self, step: Step) -> bool:
             return step.scheduled
@@ -280,7 +280,7 @@ def test_a_method_that_asks_for_its_own_decision_is_told(backend: str) -> None:
 
 @DTYPES
 def test_a_running_average_in_one_launch(backend: str, dtype: torch.dtype) -> None:
-    """lerp_() of a state: zeros at first, then an exponential moving average; a skipped step leaves it."""
+    """lerp_() makes a state an exponential moving average that starts at zero. A skipped step does not change it."""
 
     class Averages(SAM):
         def updated(self, step: Step) -> None:

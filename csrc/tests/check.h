@@ -1,4 +1,4 @@
-// The macros of a test: CHECK a condition, CHECK_THROWS an exception. result() is main's exit status.
+// CHECK tests a condition, and CHECK_THROWS tests for an exception. result() returns main's exit status.
 #pragma once
 
 #include <cstdio>

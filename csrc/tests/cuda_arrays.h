@@ -1,4 +1,4 @@
-// Arrays of a storage type for the CUDA kernels' tests; the address sanitizer watches their ends.
+// Arrays of a storage type for the CUDA kernels' tests. The address sanitizer detects accesses past their ends.
 #pragma once
 
 #include <cstdint>
@@ -20,7 +20,7 @@ class Array {
  public:
   using Dtype = fused_sam::Dtype;
 
-  // offset: elements between a 16-byte boundary and the first element.
+  // `offset` is the number of elements between a 16-byte boundary and the first element.
   Array(Dtype dtype, int64_t size, int64_t offset)
       : dtype_(dtype), size_(size), bytes_(new char[size_t((size + offset) * size_of(dtype))]), offset_(offset) {}
 
@@ -64,7 +64,7 @@ std::vector<uintptr_t> addresses(const Arrays& arrays);
 std::vector<std::vector<char>> copies(const Arrays& arrays);
 bool same(const Arrays& arrays, const std::vector<std::vector<char>>& before);
 
-// Return true within the rounding of a few fp32 operations, and of one write in the storage type.
+// Return true if the difference is within the rounding of a few fp32 operations and one write in the storage type.
 bool near(double found, double expected, fused_sam::Dtype dtype, double magnitude);
 // Return x after one write in the storage type.
 float rounded(float x, fused_sam::Dtype dtype);

@@ -1,4 +1,4 @@
-// The arrays and the rig of the CUDA kernels' tests, compiled once for all of them.
+// Arrays and Rig of the CUDA kernels' tests. All tests share this object file.
 #include "tests/cuda_rig.h"
 
 #include <cmath>
@@ -65,7 +65,7 @@ const std::vector<AdamGroupOf<double>> kAdamGroups = {
     adam_group(0.05, 0.7, 0.9, 1e-3, 0, 1, false, true),
     adam_group(0.3, 0.9, 0.999, 1e-1, 0.1, 1, true, false),
 };
-// lr, one_minus_beta1, one_minus_beta2, weight_decay, factor; a beta of 0, and one below and one above 0.5
+// lr, one_minus_beta1, one_minus_beta2, weight_decay, factor. The betas are 0, and below and above 0.5.
 const std::vector<LionGroupOf<double>> kLionGroups = {
     {0.1, 0.1, 0.01, 0.05, 1}, {0.2, 0.75, 0.25, 0, -1}, {0.05, 1, 0.5, 0.1, 1}, {0.3, 0.2, 1, 0.01, 1}};
 
@@ -95,8 +95,8 @@ Rig::Rig(const Case& c)
       workspace(size_t(table.workspace_bytes()) + 64) {
   std::mt19937 random(1);
   for (size_t t = 0; t < c.sizes.size(); ++t) {
-    params[t].fill(random, c.has_masters() ? 100 : 2);  // with masters, nothing reads the params
-    backups[t].fill(random, 100);                       // garbage, until perturb writes them
+    params[t].fill(random, c.has_masters() ? 100 : 2);  // with masters, no kernel reads the params
+    backups[t].fill(random, 100);                       // arbitrary values until perturb writes them
     masters[t].fill(random, 2);
     grads[t].fill(random, 0.5);
     for (Arrays& buffer : state) buffer[t].fill(random, 1);

@@ -1,4 +1,4 @@
-// adam, Adam's and AdamW's step, in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// Steps of Adam and AdamW in the CUDA kernels' source on the host (cuda_shim/) equal formulas in double.
 #include <algorithm>
 #include <cmath>
 
@@ -20,7 +20,7 @@ std::vector<std::vector<double>> numbers(const Arrays& arrays) {
   return out;
 }
 
-// With masters, the masters are read and written, and the params are their rounding.
+// With masters, the update reads and writes them, and the params are the rounded masters.
 void check_adam(const Case& c, const float* scale, double max_norm) {
   Rig rig(c);
   rig.use_adam();
@@ -56,7 +56,7 @@ void check_adam(const Case& c, const float* scale, double max_norm) {
     CHECK(good);
   }
   CHECK(!c.has_masters() || rig.params_are_rounded());
-  // Under skip nothing is counted, no state changes, and the params are restored.
+  // A skipped step is not counted, changes no state, and restores the params.
   const auto state = copies(rig.state[0]), clean = copies(rig.clean());
   const std::vector<float> steps = rig.steps;
   rig.status.skip = 1;
@@ -79,7 +79,7 @@ void test_adam() {
   check_adam({Dtype::f32, Dtype::f32, {5000, 7, 4096}, 0, 1, false}, nullptr, kInf);
 }
 
-// The steps of tensors in several launches, each counted once per step, whichever block comes last.
+// The steps of tensors in several launches are counted once, whichever block finishes last.
 void test_adam_counts_every_step_once() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;
@@ -100,7 +100,7 @@ void test_adam_counts_every_step_once() {
   cuda_shim::machine().driver = 13000;
 }
 
-// The state's columns in any order, before and after the others.
+// The columns of state may be set in any order, before and after the others.
 void test_columns_in_any_order() {
   const Case c{Dtype::f32, Dtype::f32, {100, 0, 5}, 0};
   Rig usual(c), reversed(c);

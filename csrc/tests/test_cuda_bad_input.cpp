@@ -1,4 +1,4 @@
-// The errors of the CUDA backend, and its reasons on a machine where it cannot run; on cuda_shim/, without a GPU.
+// The CUDA backend's errors, and its reasons on machines where it cannot run. cuda_shim/ replaces the GPU.
 #include "cuda/device.h"
 #include "cuda_runtime.h"
 #include "tests/check_words.h"

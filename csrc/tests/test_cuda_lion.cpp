@@ -1,4 +1,4 @@
-// lion in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// Steps of Lion in the CUDA kernels' source on the host (cuda_shim/) equal formulas in double.
 #include <algorithm>
 #include <cmath>
 
@@ -39,7 +39,7 @@ void check_lion(const Case& c, const float* scale, double max_norm) {
       const double w = before[t][k], old = exp_avg[t][k], d = h.factor * unscale * clip * rig.grads[t].get(i);
       const double mean = old + h.one_minus_beta1 * (d - old), m = old + h.one_minus_beta2 * (d - old);
       good = good && near(rig.state[0][t].get(i), m, Dtype::f32, 4);
-      // The sign of a number within rounding of 0 may be either.
+      // Rounding may change the sign of a number near 0.
       if (mean != 0 && std::fabs(mean) < 1e-6) {
         ++near_zero;
         continue;
@@ -50,7 +50,7 @@ void check_lion(const Case& c, const float* scale, double max_norm) {
     CHECK(good && near_zero <= 1 + c.sizes[t] / 1000);
   }
   CHECK(!c.has_masters() || rig.params_are_rounded());
-  // Under skip no state changes, and the params are restored.
+  // A skipped step changes no state, and restores the params.
   const auto state = copies(rig.state[0]), clean = copies(rig.clean());
   rig.status.skip = 1;
   rig.table.lion(kLionGroups, rig.arguments(scale, max_norm));
@@ -73,7 +73,7 @@ void test_lion() {
     check_lion({Dtype::f32, Dtype::f32, {5000, 7, 4096}, 0, offset, false}, nullptr, kInf);
 }
 
-// A NaN in the state is not hidden by the sign.
+// sign() does not hide a NaN in the state.
 void test_nan_stays_nan() {
   Rig rig({Dtype::f32, Dtype::f32, {100}, 0, 0, false});
   rig.use_lion();
@@ -83,7 +83,7 @@ void test_nan_stays_nan() {
     CHECK(std::isnan(rig.params[0].get(i)) == (i == 7) && std::isnan(rig.state[0][0].get(i)) == (i == 7));
 }
 
-// Lion's tables are those of SGD: as many tensors per launch.
+// Lion uses SGD's tables, with as many tensors per launch.
 void test_launches() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;

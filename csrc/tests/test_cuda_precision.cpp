@@ -37,7 +37,7 @@ void test_masters() {
             plain.state[0][t].set(i, rig.state[0][t].get(i));
           }
         rig.table.sgd(kSgdGroups, rig.arguments()), plain.table.sgd(kSgdGroups, plain.arguments());
-        bool good = true;  // the master's update is that of an fp32 param
+        bool good = true;  // a master is updated like an fp32 param
         for (size_t t = 0; t < rig.masters.size(); ++t)
           for (int64_t i = 0; i < rig.masters[t].size(); ++i)
             good = good && near(rig.masters[t].get(i), plain.params[t].get(i), Dtype::f32, 1) &&
@@ -46,9 +46,9 @@ void test_masters() {
       }
 }
 
-constexpr uint64_t kSeed = 0xf123456789abcdefu;  // of Rig::arguments, too
+constexpr uint64_t kSeed = 0xf123456789abcdefu;  // Rig::arguments has the same seed
 
-// From params of 0 the perturbed param is the gradient exactly, except for the mask and the rounding.
+// With params of 0, the perturbed param is the gradient, except for the mask and the rounding.
 template <class T>
 void check_perturb(Dtype dtype) {
   for (int64_t chunk : {int64_t(333), int64_t(0)}) {
@@ -74,7 +74,7 @@ void check_perturb(Dtype dtype) {
   }
 }
 
-// Each update from params of 0 and with a learning rate of -1, so that the new param is exactly known before rounding.
+// Updates start from params of 0 with a learning rate of -1, so that the new param is exactly known before rounding.
 template <class T>
 void check_updates(Dtype dtype) {
   for (int64_t chunk : {int64_t(333), int64_t(0)})

@@ -1,4 +1,4 @@
-// A step of SAM with SGD in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// Steps of SAM with SGD in the CUDA kernels' source on the host (cuda_shim/) equal formulas in double.
 #include <algorithm>
 #include <cmath>
 
@@ -35,10 +35,10 @@ void check_step(const Case& c) {
   CHECK(std::fabs(rig.status.update_norm - rig.expected_norm(false)) <= 1e-5 * rig.status.update_norm);
   CHECK(rig.status.ascent_norm == first);
 
-  // Every third momentum has never been written.
+  // Every third momentum has its initial value.
   for (Array& m : rig.state[0])
     for (int64_t i = 0; i < m.size(); i += 3) m.set(i, -0.0f);
-  const auto momenta = copies(rig.state[0]);
+  const auto momentum_buffers = copies(rig.state[0]);
   std::vector<std::vector<float>> before;
   for (const Array& a : rig.clean()) {
     before.emplace_back();
@@ -52,7 +52,7 @@ void check_step(const Case& c) {
     for (int64_t i = 0; i < c.sizes[t]; ++i) {
       const double w = before[t][size_t(i)], d = h.factor / scale * rig.grads[t].get(i) + h.weight_decay * w;
       float old;
-      std::memcpy(&old, &momenta[t][size_t(i) * 4], 4);
+      std::memcpy(&old, &momentum_buffers[t][size_t(i) * 4], 4);
       const bool dampened = h.one_minus_dampening != 1, first = dampened && is_negative_zero(old);
       const double m = h.momentum == 0 || first ? d : h.momentum * old + h.one_minus_dampening * d;
       const double updated = w - h.lr * (h.nesterov ? d + h.momentum * m : m);
@@ -61,7 +61,7 @@ void check_step(const Case& c) {
       good = good && (h.momentum == 0 || !dampened || !is_negative_zero(rig.state[0][t].get(i)));
     }
     CHECK(good);
-    if (h.momentum == 0) CHECK(rig.state[0][t].equals(momenta[t]));
+    if (h.momentum == 0) CHECK(rig.state[0][t].equals(momentum_buffers[t]));
   }
   if (c.separate) {
     CHECK(same(rig.backups, original));
@@ -95,7 +95,7 @@ void test_unaligned_and_own_backup() {
     }
 }
 
-// Tables that fill a launch, with one tensor more or less: small tables with an old driver, and large ones.
+// The tables fill a launch, or have one tensor more or less. Old drivers take small tables, and new ones large tables.
 void test_full_tables() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;
@@ -112,14 +112,14 @@ void test_full_tables() {
   cuda_shim::machine().driver = 13000;
 }
 
-// inf and NaN first, in the middle and last, in either gradient: no param and no state changes.
+// An inf or a NaN at the start, in the middle or at the end of either gradient changes no param and no state.
 void test_skip() {
   const Sizes sizes = {33333, 0, 555};
   for (float bad : {kInf, -kInf, kNan})
     for (int place = 0; place < 3; ++place)
       for (bool second : {false, true}) {
         Rig rig({Dtype::f32, Dtype::f32, sizes, 333});
-        const auto params = copies(rig.params), momenta = copies(rig.state[0]);
+        const auto params = copies(rig.params), momentum_buffers = copies(rig.state[0]);
         const auto poison = [&](float value) {
           Array& g = rig.grads[place == 2 ? 2 : 0];
           const int64_t i = place == 0 ? 0 : place == 1 ? g.size() / 2 : g.size() - 1;
@@ -136,15 +136,15 @@ void test_skip() {
         rig.norm(false, true);
         CHECK(rig.status.skip == 1);
         rig.table.sgd(kSgdGroups, rig.arguments());
-        CHECK(same(rig.params, params) && same(rig.state[0], momenta));
+        CHECK(same(rig.params, params) && same(rig.state[0], momentum_buffers));
         rig.norm(false, false);
-        CHECK((rig.status.skip != 0) == second);  // without keep_skip, only the present gradient counts
+        CHECK((rig.status.skip != 0) == second);  // without keep_skip, only the present gradient is checked
       }
 }
 
-// A sum over several tables, which share nothing but the status: the first resets it, and the last one finishes.
+// A norm over several tables needs only a common status. The first table resets it, and the last one finishes it.
 void test_chain_of_tables() {
-  for (int driver : {13000, 12000}) {  // the last table in one launch, or in two
+  for (int driver : {13000, 12000}) {  // the last table takes one launch, or two
     cuda_shim::machine().driver = driver;
     Rig a({Dtype::f32, Dtype::f32, {1000, 5}, 0}), b({Dtype::bf16, Dtype::f32, Sizes(SmallTable::kTensors + 1, 77), 0});
     a.status = {1e6f, 3, 4, 1, 5, 6};
@@ -201,7 +201,7 @@ void test_finish_norm_in_a_launch_of_its_own() {
   CHECK(status.update_norm == 2.5f && status.skip == 0 && status.ascent_norm == 2.5f);
 }
 
-// The spans of blocks in tensors that are too large for this machine: offsets beyond 32 bits.
+// Blocks have the right spans in tensors that are too large for this machine, with offsets beyond 32 bits.
 void test_spans_beyond_32_bits() {
   const Sizes sizes = {555, (int64_t(1) << 33) + 777, 3};
   for (int64_t chunk : {int64_t(333), int64_t(33333), kLongestChunk}) {

@@ -1,4 +1,4 @@
-// dot and axpby in the CUDA kernels' source on the host (cuda_shim/), against formulas in double.
+// dot and axpby in the CUDA kernels' source on the host (cuda_shim/) equal formulas in double.
 #include <cmath>
 #include <utility>
 
@@ -65,7 +65,7 @@ void test_vectors() {
           }
         }
     }
-  // A column whose coefficient is 0 counts for nothing, even where it is not finite.
+  // A column with coefficient 0 has no effect, even if it is not finite.
   Arrays x = arrays(Dtype::f32, {3}, 0), y = arrays(Dtype::f32, {3}, 0);
   for (int64_t i = 0; i < 3; ++i) x[0].set(i, float(i)), y[0].set(i, i == 1 ? kNan : kInf);
   CudaVectorPair pair(Dtype::f32, Dtype::f32, 0, {3}, 0);

@@ -1,4 +1,4 @@
-// The per-element formulas against numbers computed by hand, and the -0.0 of a momentum that was never written.
+// The per-element formulas equal numbers computed by hand. A momentum of -0.0 has its initial value.
 #include "core/formulas.h"
 
 #include <cmath>
@@ -23,11 +23,11 @@ SgdGroupOf<double> sgd_group() {
 void test_inverse_norm() {
   CHECK(inverse_norm<double>(3, 1) == 0.25);
   CHECK(inverse_norm<float>(0.5f, 0.0f) == 2.0f);
-  // No direction: a gradient of zero, with and without eps, and one below 1e-30.
+  // A gradient of zero, and one with a norm below 1e-30, have no direction.
   CHECK(inverse_norm<double>(0, 0) == 0);
   CHECK(inverse_norm<float>(0, 0) == 0);
   CHECK(inverse_norm<double>(1e-31, 0) == 0);
-  CHECK(inverse_norm<double>(0, 1e-12) == 1e12);  // times a gradient of zero
+  CHECK(inverse_norm<double>(0, 1e-12) == 1e12);  // the factor of a gradient of zero
   CHECK(inverse_norm<double>(std::numeric_limits<double>::infinity(), 0) == 0);
   CHECK(inverse_norm<double>(std::nan(""), 0) == 0);
 }
@@ -47,7 +47,7 @@ void test_perturbation() {
   CHECK(scaled_gradient<true>(-3.0, 2.0, 0.5) == 7.0);
   CHECK(perturbed<false>(1.0, 2.0, 0.25, 9.0) == 1.5);
   CHECK(perturbed<true>(-3.0, 2.0, 0.5, 1.0) == -3.0 + 0.5 * 16 * 2);
-  // T is multiplied twice: its square would overflow, T * (T * g) does not.
+  // T is multiplied twice, because its square would overflow and T * (T * g) does not.
   CHECK(std::isfinite(perturbed<true>(1e25f, 1e-30f, 1.0f, 0.0f)));
 }
 
@@ -65,10 +65,10 @@ void test_sgd_momentum() {
   CHECK(sgd_momentum<false>(-0.0, 8.0, h) == 8.0);
   CHECK(sgd_momentum<false>(4.0, 8.0, h) == 9.0);
   h.one_minus_dampening = 0.5;
-  CHECK(sgd_momentum<true>(-0.0, 8.0, h) == 8.0);  // the first gradient whole
+  CHECK(sgd_momentum<true>(-0.0, 8.0, h) == 8.0);  // the first gradient is not dampened
   CHECK(sgd_momentum<true>(0.0, 8.0, h) == 4.0);
   CHECK(sgd_momentum<true>(4.0, 8.0, h) == 5.0);
-  // No written momentum is -0.0.
+  // An update never writes a momentum of -0.0.
   for (double d : {0.0, -0.0, 1.0, -1.0})
     for (double m : {0.0, -0.0, 1.0, -1.0, -std::numeric_limits<double>::denorm_min()}) {
       const double next = sgd_momentum<true>(m, d, h);
@@ -86,7 +86,7 @@ void test_clip_factor() {
   CHECK(clip_factor<double>(8, 1, INFINITY) == 1);
   CHECK(clip_factor(8.0, 1.0, 100.0) == 1);
   CHECK(clip_factor(8.0, 1.0, 2.0) == 2 / (8 + 1e-6));
-  CHECK(clip_factor(16.0, 0.5, 2.0) == 2 / (8 + 1e-6));  // a norm that still has the loss scale 2
+  CHECK(clip_factor(16.0, 0.5, 2.0) == 2 / (8 + 1e-6));  // the norm still has the loss scale, 2
   CHECK(clip_factor(0.0, 1.0, 0.5) == 1);
   CHECK(clip_factor<float>(8, 1, INFINITY) == 1 && clip_factor<float>(8, 1, 0) == 0);
 }
@@ -94,7 +94,7 @@ void test_clip_factor() {
 void test_bias_correction() {
   CHECK(std::fabs(bias_correction(std::log(0.9), 3.0) - (1 - 0.729)) <= 1e-15);
   CHECK(std::fabs(bias_correction(float(std::log(0.999)), 1.0f) - 0.001f) <= 2e-10f);  // 1 - 0.999f is off by 1e-8
-  CHECK(bias_correction(std::log(0.0), 1.0) == 1 && bias_correction(std::log(0.0f), 5.0f) == 1);  // beta 0: no memory
+  CHECK(bias_correction(std::log(0.0), 1.0) == 1 && bias_correction(std::log(0.0f), 5.0f) == 1);  // beta 0: no bias
 }
 
 void test_adam() {
@@ -129,12 +129,12 @@ void test_lion() {
   CHECK(lion_weight(4.0, 1.0, 1.0, h) == 4 * 0.75 - 0.5);
   CHECK(lion_weight(4.0, 1.0, -2.0, h) == 4 * 0.75 - 0.5);  // 0.75 * 1 - 0.25 * 2 is above 0
   CHECK(lion_weight(4.0, 1.0, -4.0, h) == 4 * 0.75 + 0.5);
-  CHECK(lion_weight(4.0, 1.0, -3.0, h) == 4 * 0.75);  // no sign
+  CHECK(lion_weight(4.0, 1.0, -3.0, h) == 4 * 0.75);  // sign(0) is 0
   CHECK(lion_weight(4.0, -0.0, -0.0, h) == 4 * 0.75);
   CHECK(std::isnan(lion_weight(4.0, std::nan(""), 1.0, h)) && std::isnan(lion_weight(4.0, 1.0, std::nan(""), h)));
   CHECK(lion_exp_avg(8.0, 4.0, h) == 5.0);
   h.one_minus_beta1 = 1, h.weight_decay = 0;
-  CHECK(lion_weight(4.0f, 1e9f, -1e-9f, group_as<float>(h)) == 4.5f);  // beta1 = 0: the gradient's sign
+  CHECK(lion_weight(4.0f, 1e9f, -1e-9f, group_as<float>(h)) == 4.5f);  // with beta1 = 0, c is the gradient
 }
 
 void test_groups_in_another_type() {

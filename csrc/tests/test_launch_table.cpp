@@ -1,4 +1,4 @@
-// The planner of CUDA launches: slots of tensors and groups, empty tensors, sizes beyond 32 bits.
+// The plans of CUDA launches: slots of tensors and groups, empty tensors, and sizes beyond 32 bits.
 #include <cstdlib>
 #include <numeric>
 
@@ -51,7 +51,7 @@ void test_slots_of_tensors() {
 }
 
 void test_empty_tensors_take_no_slot() {
-  for (int empty_at = -1; empty_at <= SmallTable::kTensors; ++empty_at) {  // in the last slot, and after it, too
+  for (int empty_at = -1; empty_at <= SmallTable::kTensors; ++empty_at) {  // also in and after the last slot
     Sizes sizes(SmallTable::kTensors, 10);
     if (empty_at >= 0) sizes.insert(sizes.begin() + empty_at, 0);
     check_plan(sizes, Numbers(sizes.size(), 0), 4, SmallTable::kTensors, SmallTable::kGroups);
@@ -77,7 +77,7 @@ void test_sizes_beyond_32_bits() {
   for (int64_t chunk : {int64_t(333), int64_t(33333), kLongestChunk}) {
     check_plan({huge, 555, 5 * huge, 1}, {0, 1, 0, 1}, chunk, 64, 24);
   }
-  check_plan({huge * 100, huge * 200, 3}, {0, 0, 0}, 333, 64, 24);  // more blocks than one grid has: two launches
+  check_plan({huge * 100, huge * 200, 3}, {0, 0, 0}, 333, 64, 24);  // more blocks than one grid holds take two launches
   CHECK(plan_launches({huge * 100, huge * 300, 3}, {0, 0, 0}, 333, 64, 24).size() == 2);
   CHECK_WORDS(plan_launches({huge * 1000}, {0}, 333, 64, 24), "too many for one launch");
   CHECK_WORDS(plan_launches({-1}, {0}, 333, 64, 24), "negative");
@@ -123,7 +123,7 @@ void test_numbers_of_a_group() {
   CHECK(lion.factor == 7);
 }
 
-// Columns 0 to 3 are the same in Adam's tables and in the others, which CudaTable relies on.
+// Columns 0 to 3 are equal in Adam's tables and in the others. CudaTable relies on that.
 void test_columns() {
   CHECK(kParam == 0 && kBackup == kMaster && kGrad < kColumns && kState0 < kColumns);
   CHECK(kState1 == kState0 + 1 && kState2 == kState0 + 2 && kState1 >= kColumns && kStep < kAdamColumns);

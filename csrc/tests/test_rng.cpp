@@ -1,4 +1,4 @@
-// Random numbers are those of the Python specification, and stochastic rounding takes each neighbour in its share.
+// Random numbers equal those of the Python specification, and stochastic rounding has the right probabilities.
 #include "core/rng.h"
 
 #include <cmath>
@@ -11,8 +11,8 @@ using namespace fused_sam;
 
 namespace {
 
-// From fused_sam/backends/rng.py: the two words of the key, and numbers 0, 1, 16384, 2^32 - 1, 2^32, 2^32 + 1 and
-// 5 * 2^32 + 7 of the stream.
+// Results of fused_sam/backends/rng.py: the two words of the key, and the stream's numbers 0, 1, 16384, 2^32 - 1, 2^32,
+// 2^32 + 1 and 5 * 2^32 + 7.
 struct Specified {
   uint64_t seed;
   uint32_t rng_offset, rng_stream, purpose, a, b;
@@ -38,7 +38,7 @@ void test_words_are_the_specification() {
   }
 }
 
-// Elements 0 to 11 of the stream (1, 2, 3, round_perturbed): normal, subnormal, fp16's last, and beyond it.
+// Elements 0 to 11 of the stream (1, 2, 3, round_perturbed) are normal, subnormal, near fp16's largest, and beyond it.
 void test_rounding_is_the_specification() {
   const uint32_t x[12] = {0x3f802000, 0xbf802000, 0x40490fdb, 0x3a83126f, 0x387ff8c0, 0x387bb082,
                           0x3300d959, 0xb356bf95, 0x477fdfe6, 0x477fef00, 0x7149f2ca, 0x7f7fc99e};
@@ -71,7 +71,7 @@ void test_both_neighbours_in_their_share() {
   check_share_up<bf16>(1.0f, 0x3f80, 0);
   check_share_up<bf16>(bits_float(0x3f804000), 0x3f80, 0.25);
   check_share_up<bf16>(bits_float(0x00004000), 0x0000, 0.25);  // a subnormal
-  check_share_up<bf16>(bits_float(0x7f7fc000), 0x7f7f, 0.75);  // the last one, and infinity
+  check_share_up<bf16>(bits_float(0x7f7fc000), 0x7f7f, 0.75);  // the largest number, and infinity
   check_share_up<f16>(1.0f, 0x3c00, 0);
   check_share_up<f16>(bits_float(0x3f800800), 0x3c00, 0.25);
   check_share_up<f16>(0x1p-14f, 0x0400, 0);
@@ -82,7 +82,7 @@ void test_both_neighbours_in_their_share() {
   check_share_up<f16>(65503.0f, 0x7bfe, 31.0 / 32);
 }
 
-// A representable number stays for every word: a param that does not move keeps its bits.
+// Rounding keeps a representable number for every word, so that a param that does not move keeps its bits.
 template <class T>
 void test_representable_numbers_stay() {
   int wrong = 0;
@@ -102,7 +102,7 @@ void test_numbers_that_are_not_finite_are_rounded_to_nearest() {
       CHECK(std::isnan(widen(AtRandom<bf16>::of(bits_float(nan), drawn))));
       CHECK(std::isnan(widen(AtRandom<f16>::of(bits_float(nan), drawn))));
     }
-    // Between fp16's largest number and infinity, as in torch.
+    // Numbers between fp16's largest one and infinity are rounded as in torch.
     CHECK(AtRandom<f16>::of(65519.0f, drawn).bits == 0x7bff && AtRandom<f16>::of(65520.0f, drawn).bits == 0x7c00);
   }
 }

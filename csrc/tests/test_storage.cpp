@@ -1,4 +1,4 @@
-// All 65,536 values of bf16 and of fp16, and the rounding of floats around each of them.
+// These tests cover all 65,536 values of bf16 and of fp16, and the rounding of floats around each value.
 #include "core/storage.h"
 
 #include <cmath>
@@ -11,7 +11,7 @@ using namespace fused_sam;
 
 namespace {
 
-// Returns the value of a half-precision number by its definition.
+// Return the value of a half-precision number by its definition.
 double meaning(uint16_t bits, int exponent_bits, int mantissa_bits) {
   const int bias = (1 << (exponent_bits - 1)) - 1;
   const int exponent = (bits >> mantissa_bits) & ((1 << exponent_bits) - 1);
@@ -51,7 +51,7 @@ void test_rounding(int exponent_bits, int mantissa_bits) {
     for (uint32_t low = 0; low < infinity; ++low) {
       const uint32_t high = low + 1;
       const double a = meaning(uint16_t(low), exponent_bits, mantissa_bits);
-      // After the largest number comes the power of two that it would round to; from the middle on it is infinity.
+      // The number after the largest would be a power of two. From the middle of the two, the result is infinity.
       const double b = high == infinity ? std::ldexp(1, 1 << (exponent_bits - 1))
                                         : meaning(uint16_t(high), exponent_bits, mantissa_bits);
       const double middle = a + (b - a) / 2;
@@ -75,7 +75,7 @@ void test_special_values() {
   CHECK((Half::of(std::nanf("")).bits & 0x7c00) == 0x7c00 && (Half::of(std::nanf("")).bits & 0x03ff) != 0);
   CHECK(Brain::of(INFINITY).bits == 0x7f80 && Brain::of(-0.0f).bits == 0x8000);
   CHECK(Brain::of(std::numeric_limits<float>::max()).bits == 0x7f80);
-  // NaN whose payload is only in the bits that rounding removes.
+  // These NaNs have a payload only in the bits that rounding removes.
   CHECK((Brain::of(bits_float(0x7f800001u)).bits & 0x7f) != 0);
   CHECK((Brain::of(bits_float(0xffffffffu)).bits & 0x7fff) > 0x7f80);
 }

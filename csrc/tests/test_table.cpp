@@ -1,4 +1,4 @@
-// The CPU primitives over a table and over vectors, with the generic kernels in one translation unit, under sanitizers.
+// Tests of the CPU primitives on tables and vectors, with the generic kernels, under sanitizers.
 #define FUSED_SAM_ONLY_GENERIC
 #define FUSED_SAM_ISA generic
 #include "cpu/kernels.cpp"
@@ -15,8 +15,8 @@ using namespace fused_sam;
 
 namespace {
 
-// The tensors of one table, in heap blocks of exactly their sizes, so that the sanitizer sees each access past an end.
-// They have one buffer of state, which begins as -0.0.
+// The tensors of one table, in heap blocks of exact sizes, so that the sanitizer detects each access past an end.
+// They have one buffer of state, which starts as -0.0.
 template <class T>
 struct Model {
   using R = typename Arithmetic<T>::type;
@@ -66,7 +66,7 @@ using PerturbGroups = std::vector<PerturbGroup>;
 PerturbGroup perturb_group(double rho) { return {rho, 0, 1, false}; }
 SgdGroup sgd_group(double lr, double momentum) { return {lr, momentum, 1, 0, 1, false}; }
 
-// The norm of one table, for perturb where groups is given and for the update where it is null.
+// Take the norm of one table, for perturb if groups is given and for the update if it is null.
 void norm(Table& table, const PerturbGroups* groups, Status& status, bool keep_skip, double eps, int threads) {
   table.accumulate_norm(groups, status, true, threads);
   finish_norm(status, eps, {groups != nullptr, keep_skip});
@@ -116,7 +116,7 @@ void test_a_step(Dtypes dtypes, double tolerance) {
   }
 }
 
-// The sum of T_w g for a group that is adaptive, and of g where the norm has no groups.
+// The sum is of T_w g for an adaptive group, and of g if the norm has no groups.
 void test_the_norm_of_adaptive_groups() {
   Model<double> model({3}, {0}, {Dtype::f64, Dtype::f64});
   const PerturbGroups groups = {{1.0, 0.5, 1.0, true}};
@@ -143,7 +143,7 @@ void test_gradients_that_are_not_finite_change_nothing() {
       CHECK(same(model.params, before) && same(model.backups, before));
       model.grads[9][size_t(at)] = 1.0f;
       norm(model.table, nullptr, status, true, 1e-12, 2);
-      CHECK(status.skip != 0);  // kept from the first pass
+      CHECK(status.skip != 0);  // the skip of the first pass is kept
       model.table.sgd(kSgd, status, INFINITY, 2);
       CHECK(same(model.params, before) && same(model.state, state));
       norm(model.table, nullptr, status, false, 1e-12, 2);
@@ -213,7 +213,7 @@ void test_low_precision_params_with_fp32_gradients() {
   for (bf16 w : param) CHECK(widen(w) == 0.75f);
 }
 
-// fp32 masters of bf16 params, with bf16 gradients: what each primitive writes, and what a skip leaves.
+// fp32 masters with bf16 params and gradients: each primitive writes the right tensors, and a skip keeps the masters.
 void test_masters() {
   const int64_t n = 20001;
   Table table({Dtype::bf16, Dtype::bf16, Dtype::f32}, {n}, {0});
@@ -252,21 +252,21 @@ void test_masters() {
 
 void test_adam_counts_each_tensors_steps() {
   Model<float> model({3, 17000}, {0, 0}, {Dtype::f32, Dtype::f32});
-  std::vector<std::vector<float>> squares = {std::vector<float>(3), std::vector<float>(17000)};
+  std::vector<std::vector<float>> exp_avg_sqs = {std::vector<float>(3), std::vector<float>(17000)};
   float steps[2] = {0, 6};
   std::vector<AdamGroup> groups = {AdamGroup{}};
   groups[0].lr = 0.5, groups[0].factor = 1;
   groups[0].one_minus_beta1 = groups[0].one_minus_beta2 = 0.5, groups[0].beta2 = 0.5;
   groups[0].log_beta1 = groups[0].log_beta2 = std::log(0.5);
   Status status{};
-  CHECK_THROWS(model.table.adam(groups, status, INFINITY, 2), std::invalid_argument);  // no state yet
+  CHECK_THROWS(model.table.adam(groups, status, INFINITY, 2), std::invalid_argument);  // the table has no state yet
   for (size_t i = 0; i < 2; ++i) {
     Entry& e = model.table.entries()[i];
-    e.backup = e.param, e.state[1] = squares[i].data(), e.step = &steps[i];
+    e.backup = e.param, e.state[1] = exp_avg_sqs[i].data(), e.step = &steps[i];
     for (float& m : model.state[i]) m = 0;
   }
   groups[0].amsgrad = true;
-  CHECK_THROWS(model.table.adam(groups, status, INFINITY, 2), std::invalid_argument);  // no max_exp_avg_sq
+  CHECK_THROWS(model.table.adam(groups, status, INFINITY, 2), std::invalid_argument);  // no max_exp_avg_sq yet
   CHECK(steps[0] == 0 && steps[1] == 6);
   groups[0].amsgrad = false;
   const auto before = model.params;
@@ -311,7 +311,7 @@ void test_lion(Dtypes dtypes, double tolerance) {
       for (size_t k = 0; k < model.params[i].size(); ++k) {
         const LionGroup& h = groups[size_t(ids[i])];
         const double d = h.factor * double(widen(model.grads[i][k])), m = double(state[i][k]);
-        const double c = (1 - h.one_minus_beta1) * m + h.one_minus_beta1 * d;  // exact, and so is its sign
+        const double c = (1 - h.one_minus_beta1) * m + h.one_minus_beta1 * d;  // exact, and therefore of the right sign
         const double sign = double(c > 0) - double(c < 0), w = double(widen(model.backups[i][k]));
         const double expected = w - h.lr * (sign + h.weight_decay * w);
         worst = std::fmax(worst, std::fabs(double(widen(model.params[i][k])) - expected));
@@ -347,7 +347,7 @@ void test_random_numbers() {
     Status status{};
     status.inverse_norm = 0.125;
     status.rng_offset = 9;
-    CHECK_THROWS(model.table.perturb(groups, status, threads), std::invalid_argument);  // no rng streams
+    CHECK_THROWS(model.table.perturb(groups, status, threads), std::invalid_argument);  // the table has no rng_streams
     CHECK_THROWS(model.table.set_rng(1, {2}, true), std::invalid_argument);
     model.table.set_rng(77, {3, 4}, true);
     const auto before = model.params;

@@ -1,4 +1,4 @@
-// Chunks: every element once, empty tensors anywhere, sizes beyond 32 bits, equal shares.
+// Chunks hold every element once, with empty tensors, with sizes beyond 32 bits, and in equal shares for threads.
 #include "core/tensor_table.h"
 
 #include <algorithm>
@@ -50,13 +50,13 @@ void test_sizes_beyond_32_bits() {
   CHECK(last_of_big.tensor == 1 && last_of_big.begin + last_of_big.length == big && last_of_big.length == 3);
   const Chunk after = chunk_at(prefix, sizes, chunk, prefix[2]);
   CHECK(after.tensor == 3 && after.begin == 0 && after.length == 7);
-  // The largest size.
+  // This is the largest size.
   const Sizes largest = {INT64_MAX};
   CHECK(chunk_prefix(largest, 2).back() == INT64_MAX / 2 + 1);
 }
 
 void test_owner_of_a_chunk() {
-  // Tensors 1, 2 and 4 are empty: the chunk at their prefix belongs to the tensor after them.
+  // Tensors 1, 2 and 4 are empty. The chunk at their prefix belongs to the tensor after them.
   const int64_t prefix[] = {0, 2, 2, 2, 5, 5};
   CHECK(tensor_of_chunk<int64_t>(prefix, 5, 0) == 0);
   CHECK(tensor_of_chunk<int64_t>(prefix, 5, 1) == 0);
@@ -84,7 +84,7 @@ void test_split_among_workers() {
   for (int64_t workers : {1, 2, 3, 7, 64})
     for (const Sizes& sizes : {Sizes{}, Sizes{1}, Sizes{100000}, Sizes{1, 1, 1, 50000, 0, 3}, Sizes(1000, 7)})
       for (int64_t chunk : {1024, 16384}) check_split(sizes, chunk, workers);
-  // A few huge tensors: the number of elements times that of workers exceeds 64 bits.
+  // With a few huge tensors, the number of elements times the number of workers exceeds 64 bits.
   const std::vector<Chunk> huge(4, Chunk{0, INT64_MAX / 4, 0});
   const std::vector<int64_t> bounds = split_chunks(huge, 4);
   CHECK(bounds == std::vector<int64_t>({0, 1, 2, 3, 4}));

@@ -1,4 +1,4 @@
-"""The backends under test: all that this machine can run on CPU tensors.
+"""The backends under test, which are all that this machine can run on CPU tensors.
 
 The C++ backend runs in each instruction set. The CUDA kernels' source runs if it can be compiled for the host, and
 Triton if TRITON_INTERPRET=1 is set.
@@ -66,5 +66,5 @@ def _variants() -> list[Variant]:
 NAMES = [name for name in fused_sam.backends.BACKENDS if _runs(name)]
 VARIANTS = _variants()
 
-# Backends whose sums are fp32, as on an accelerator. There the square of 1e20 is inf.
+# These backends sum in fp32, as on an accelerator. In fp32, the square of 1e20 is inf.
 SUMS_IN_FP32 = ("cuda-source", "triton")

@@ -1,4 +1,4 @@
-"""Comparing to the last bit, and seeing that nothing has changed."""
+"""Comparisons of tensors and optimizers bit for bit."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are alike in shape, dtype and every bit; -0.0 is not 0.0, and a NaN is itself."""
+    """Return True if two tensors have equal shapes, dtypes and bits. -0.0 differs from 0.0; equal NaNs are equal."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     raw = [t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b)]
@@ -28,7 +28,7 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 class Snapshot:
-    """Weights, state and options of an optimizer as they are now, to compare with later."""
+    """A copy of an optimizer's weights, state and options, to compare with later."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
@@ -58,7 +58,7 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def assert_same_optimizers(a: Optimizer, b: Optimizer) -> None:
-    """Weights and state of two optimizers of equal shape, bit for bit."""
+    """Check that weights and state of two optimizers are equal, bit for bit."""
     assert_same_bits(parameters(a), parameters(b))
     for p, q in zip(parameters(a), parameters(b), strict=True):
         left, right = a.state.get(p, {}), b.state.get(q, {})

@@ -1,7 +1,7 @@
-"""The CUDA kernels' real source as a backend for CPU tensors: csrc/cuda compiled by g++ against csrc/tests/cuda_shim.
+"""A backend for CPU tensors of the CUDA kernels' source, compiled by g++ with csrc/tests/cuda_shim.
 
-With it the whole Python suite can run over the kernels on a machine without a GPU. It is for tests only: it is slow,
-and its times mean nothing.
+The whole Python suite can run with the kernels on a machine without a GPU. The backend is only for tests. It is slow,
+and its times do not predict those of a GPU.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ FLAGS = ("-std=c++17", "-O1", "-fPIC", "-fno-strict-aliasing", "-fvisibility=hid
 
 
 class UnbuildableError(Exception):
-    """This machine lacks something that the build needs."""
+    """Raised if this machine lacks something that the build needs."""
 
 
 class _Fp32Status(Status):
@@ -56,7 +56,7 @@ class _Fp32Status(Status):
 
 
 class CudaSource(Cuda):
-    """The kernels on CPU tensors. Their fp64 status is narrowed before a call and widened after it."""
+    """The kernels on CPU tensors. A call narrows the fp64 status before, and widens it afterwards."""
 
     name = NAME
 
@@ -139,7 +139,7 @@ def _fp32(numbers: Tensor | None) -> Tensor | None:
 
 
 def register() -> str | None:
-    """Register the backend as "cuda-source". Return why it cannot be built on this machine; None if it can."""
+    """Register the backend as "cuda-source". Return the reason why it cannot be built here, or None."""
     try:
         CudaSource.module = module()
     except UnbuildableError as error:
@@ -160,7 +160,7 @@ def module() -> ModuleType:
 
 
 def build() -> Path:
-    """Compile the module, unless it is there, and return its path."""
+    """Compile the module unless it exists. Return its path."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
         raise UnbuildableError("there is no C++ compiler (apt install g++)")
@@ -192,7 +192,7 @@ def build() -> Path:
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(run, commands))
         run([*compiler.split(), "-shared", *objects, "-o", f"{scratch}/module"])
-        os.replace(f"{scratch}/module", target)  # atomic, for processes that build at the same time
+        os.replace(f"{scratch}/module", target)  # atomic if several processes build at the same time
     return target
 
 

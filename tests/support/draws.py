@@ -1,4 +1,4 @@
-"""Weights of every shape, dtype and layout, and gradients for them, from fixed seeds."""
+"""Weights of many shapes, dtypes and layouts, and gradients for them, drawn from fixed seeds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-# Around vector widths, tile (1,024) and chunk (16,384) of the kernels, a scalar, an empty tensor, more than one chunk.
+# Sizes around the kernels' vector widths, tile (1,024) and chunk (16,384); a scalar, empty tensors, and several chunks.
 ODD_SHAPES: list[tuple[int, ...]] = [
     (1,), (7,), (33,), (1023,), (1025,), (16385,), (), (0,), (3, 0), (5, 3, 2, 2), (100003,),
 ]  # fmt: skip
@@ -66,13 +66,15 @@ def draw_passes(params: Sequence[Tensor], steps: int, seed: int = 100) -> list[t
     return drawn
 
 
-def drive(optimizer: Optimizer, params: Sequence[Tensor], passes: Sequence[tuple[Pass, Pass]]) -> list[list[Tensor]]:
+def take_steps(
+    optimizer: Optimizer, params: Sequence[Tensor], passes: Sequence[tuple[Pass, Pass]]
+) -> list[list[Tensor]]:
     """Take steps with the given gradients. Return the perturbed weights of each step."""
-    seen = []
+    perturbed = []
     for first, second in passes:
         set_gradients(params, first)
         optimizer.first_step(zero_grad=True)  # type: ignore[attr-defined]
-        seen.append([p.detach().clone() for p in params])
+        perturbed.append([p.detach().clone() for p in params])
         set_gradients(params, second)
         optimizer.second_step(zero_grad=True)  # type: ignore[attr-defined]
-    return seen
+    return perturbed

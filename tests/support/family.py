@@ -1,4 +1,4 @@
-"""A problem with three unlike groups, in float64, to derive the methods of the SAM family on from their formulas."""
+"""A problem with three different groups in float64, on which tests compute the SAM family's steps by hand."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ from . import nets
 STEPS = 10
 Vector = list[Tensor]
 
-# Group of each of the net's six parameters: two of the weights, two of the biases, and the last layer, not perturbed.
+# The group of each of the net's six parameters. The first one has two weights and the second one has their biases.
+# The third one has the last layer, which is not perturbed.
 GROUP_OF = [0, 1, 0, 1, 2, 2]
 GROUPS: list[dict[str, Any]] = [
     {"rho": 0.2, "lr": 0.1, "weight_decay": 1e-2},
@@ -44,7 +45,7 @@ def options() -> dict[str, Any]:
 
 
 class Problem:
-    """The same net's weights and gradients as plain lists of float64 tensors, and SGD written out."""
+    """The same net as plain lists of float64 tensors, with the perturbation and SGD written out."""
 
     def __init__(self) -> None:
         self._model = nets.net(dtype=torch.float64)
@@ -56,7 +57,7 @@ class Problem:
         self.lr = [GROUPS[k]["lr"] for k in GROUP_OF]
 
     def gradient(self, w: Sequence[Tensor], step: int, part: slice | None = None) -> Vector:
-        """Of batch `step`, or of a part of it, at w."""
+        """Return the gradient at w for batch `step`, or for a part of that batch."""
         with torch.no_grad():
             for p, x in zip(self._params, w, strict=True):
                 p.copy_(x)
@@ -65,8 +66,8 @@ class Problem:
         loss = nn.functional.cross_entropy(self._model(x[part]), y[part])
         return list(torch.autograd.grad(loss, self._params))
 
-    def climb(self, d: Vector, *, scale: Callable[[Tensor], Tensor] = torch.ones_like, factor: float = 1.0) -> Vector:
-        """w + rho T^2 d / ||T d||, the norm over the perturbed groups."""
+    def perturb(self, d: Vector, *, scale: Callable[[Tensor], Tensor] = torch.ones_like, factor: float = 1.0) -> Vector:
+        """Return w + rho T^2 d / ||T d||. The norm is over the perturbed groups."""
         t = [scale(x) for x in self.w]
         norm = sum((a * b).square().sum() for a, b, on in zip(t, d, self.perturbed, strict=True) if on) ** 0.5
         return [
@@ -74,8 +75,8 @@ class Problem:
             for x, rho, a, b, on in zip(self.w, self.rho, t, d, self.perturbed, strict=True)
         ]
 
-    def descend(self, g: Vector) -> None:
-        """torch.optim.SGD's step, as its documentation has it."""
+    def update(self, g: Vector) -> None:
+        """Take a step of torch.optim.SGD as its documentation defines it."""
         for i, k in enumerate(GROUP_OF):
             o = {**SGD, **GROUPS[k]}
             d = g[i] + o["weight_decay"] * self.w[i]
@@ -90,7 +91,7 @@ def dot(a: Vector, b: Vector) -> Tensor:
 
 
 def sam_steps(model: nn.Module, optimizer: Any, steps: int = STEPS, count: list[int] | None = None) -> None:
-    """Steps of any method with a closure that follows torch's convention."""
+    """Take steps of any method with a closure that follows torch's convention."""
     for step in range(steps):
         run = nets.closure_for(model, step, count)
 
@@ -101,7 +102,7 @@ def sam_steps(model: nn.Module, optimizer: Any, steps: int = STEPS, count: list[
         optimizer.step(closure)
 
 
-# Rounding of ten steps: of float64, and of float32 weights of size 1 (about 1e-7 each operation).
+# The rounding errors of ten steps. For float32 weights of size 1, each operation adds about 1e-7.
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5}
 
 
@@ -111,7 +112,7 @@ def assert_weights(model: nn.Module, expected: Vector) -> None:
         assert error < TOLERANCE[p.dtype], f"weight {i}: off by {error:.1e}"
 
 
-# Options of the methods in tests, by case: a method without an entry has one case, of its defaults.
+# Options of each method's test cases. A method without an entry has one case with the default options.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "SAM": {},
     "ASAM": {"ASAM": {"eta": 0.02}},
@@ -130,7 +131,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) -> dict[str, Callable[..., Any]]:
-    """Every method with the options of each of its cases, as something that builds its optimizer."""
+    """Return, for each case of each method, a function that builds the optimizer with the case's options."""
     return {
         case: partial(method, **chosen)
         for name, method in methods.items()
@@ -138,29 +139,31 @@ def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) 
     }
 
 
-# The package's own registry, and the methods that examples/ writes over the public step.
+# The methods of the package's registry, and those that examples/ defines through the public Step.
 EXAMPLES: dict[str, type[SAM]] = {m.__name__: m for m in (LESAM, StableSAM, UnnormalisedSAM, VaSSO)}
 METHODS = cases({**fused_sam.METHODS, **EXAMPLES})
 
 
 def clean(optimizer: Any) -> None:
-    """Clean weights, ready for saving and copying."""
+    """Make the weights clean, so that the optimizer may be saved or copied."""
     if isinstance(optimizer, fused_sam.MomentumSAM):
         optimizer.eval()
 
 
 def resume(optimizer: Any) -> None:
+    """Undo what `clean` did, so that training continues."""
     if isinstance(optimizer, fused_sam.MomentumSAM):
         optimizer.train()
 
 
 def built(method: str, backend: str, **extra: Any) -> tuple[nn.Module, Any]:
+    """Return a float32 model and its optimizer."""
     model, groups = model_and_groups(torch.float32)
     return model, METHODS[method](groups, backend=backend, **{**options(), **extra})
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
-    """Steps by hand: of any method, asking whether the step perturbs."""
+    """Take steps of any method without a closure. `needs_second_pass` decides whether a step has two passes."""
     for step in steps:
         optimizer.zero_grad()
         nets.loss_of(model, step).backward()

@@ -1,4 +1,4 @@
-"""What the workers of tests/test_methods_distributed.py run: methods of the family on weights spread over them."""
+"""The workers' functions of tests/test_methods_distributed.py: methods of the family on distributed weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fused_sam.schedule import AdaptiveSchedule
 from . import family, spread
 
 OPTIONS: dict[str, Any] = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
-# Options with which processes and one process do the same: ESAM's mask is drawn per part.
+# Options with which several processes and one process take equal steps. ESAM draws its mask per shard, so beta is 1.
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     **family.CASES,
     "ESAM": {"ESAM": {"beta": 1.0, "gamma": 1.0}},
@@ -27,7 +27,7 @@ METHODS: dict[str, Callable[..., Any]] = {
 
 
 def train(rank: int, method: str, way: str | None) -> tuple[list[Tensor], list[Any]]:
-    """The weights after five steps, and which steps perturbed; `way` None: one process on the whole batch."""
+    """Return the weights after five steps, and which steps perturbed. `way` None is one process with all data."""
     spread_model, parts = spread.WAYS[way] if way else (lambda model: model, 1)
     model: nn.Module = spread_model(spread.model_of())
     optimizer = METHODS[method](spread.groups_of(model), **OPTIONS)

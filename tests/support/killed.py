@@ -1,6 +1,6 @@
-"""A training run that is killed (SIGKILL) at its n-th operation, for every n, and resumed from its last checkpoint.
+"""Kill a training run (SIGKILL) at its n-th operation, for every n, and resume it from its last checkpoint.
 
-Run as a program: it forks a child for each run and prints one line for each death, and how the resumed run ended.
+As a program, it forks a child for each run. For each n it prints a line with the resumed run's result.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def train(mode: str, file: Path, operation: Callable[[], None]) -> str:
-    """Train to the end from the checkpoint, if there is one; a digest of weights and state at the end."""
+    """Train to the end, from the checkpoint if there is one. Return a digest of weights and state."""
     low = mode in ("masters", "stochastic")
     model = net(dtype=torch.bfloat16 if low else torch.float32)
     optimizer = SAM(model.parameters(), rho=0.2, **MODES[mode])
@@ -69,7 +69,7 @@ def train(mode: str, file: Path, operation: Callable[[], None]) -> str:
 
 
 def in_a_child(mode: str, file: Path, die_at: int) -> tuple[int, str]:
-    """(signal that killed it or 0, digest) of a run in a process of its own."""
+    """Run in a process of its own. Return its exit code, negative for a signal, and the digest."""
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
@@ -92,7 +92,7 @@ def in_a_child(mode: str, file: Path, die_at: int) -> tuple[int, str]:
 def main(mode: str) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        for _ in range(2):  # what torch imports late is imported once, here, and not in every child
+        for _ in range(2):  # torch's late imports happen here, once, and not in every child
             train(mode, Path(folder) / "imports", lambda: None)
         _, expected = in_a_child(mode, Path(folder) / "whole", -1)
         for die_at in range(7 * STEPS):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fused_sam import MomentumSAM
+from fused_sam import ESAM, MomentumSAM
 
 from .bits import assert_same_bits
 from .draws import LAYOUTS, values
@@ -156,10 +156,12 @@ class Life:
     def perturb(self) -> None:
         """Note what first_step() is about to save."""
         options = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        chosen = self.optimizer.choose() if isinstance(self.optimizer, ESAM) else None  # None: all
         self.saved = {
             i: p.detach().clone()
             for i, p in enumerate(self.params)
             if p.grad is not None and options[id(p)]["perturb"] and self.optimizer.needs_second_pass
+            and (chosen is None or id(p) in chosen)
         }
 
     def assert_clean(self) -> None:

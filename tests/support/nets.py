@@ -1,4 +1,4 @@
-"""Small problems to train: nets, data, and the ways programs drive a SAM optimizer."""
+"""Small nets and data, and the training loops of users' programs."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def loss_of(model: nn.Module, step: int) -> Tensor:
 
 
 def closure_for(model: nn.Module, step: int, count: list[int] | None = None) -> Closure:
-    """Evaluates and differentiates the loss, without clearing gradients."""
+    """Return a closure that runs forward and backward passes and does not clear gradients."""
 
     def closure() -> Tensor:
         if count is not None:
@@ -43,6 +43,7 @@ def closure_for(model: nn.Module, step: int, count: list[int] | None = None) -> 
 
 
 def two_steps(model: nn.Module, optimizer: SAM, step: int) -> None:
+    """Take one step with first_step() and second_step()."""
     loss_of(model, step).backward()
     optimizer.first_step(zero_grad=True)
     loss_of(model, step).backward()
@@ -55,6 +56,7 @@ def train(model: nn.Module, optimizer: SAM, steps: range) -> None:
 
 
 def train_plain(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
+    """Take steps of one pass, as with any torch optimizer."""
     for step in steps:
         optimizer.zero_grad()
         loss_of(model, step).backward()
@@ -62,7 +64,7 @@ def train_plain(model: nn.Module, optimizer: Optimizer, steps: range) -> None:
 
 
 def groups_of(model: nn.Module, **of_biases: Any) -> list[dict[str, Any]]:
-    """Weights in one group, biases in another with options of its own."""
+    """Return the weights as one group and the biases as another, which has its own options."""
     return [
         {"params": [p for p in model.parameters() if p.dim() > 1]},
         {"params": [p for p in model.parameters() if p.dim() <= 1], **of_biases},

@@ -1,4 +1,4 @@
-"""SAM written out by hand in float64, one weight at a time: shares no line with the package."""
+"""SAM written out in float64, one weight at a time. It shares no code with the package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 class HandwrittenSAM:
-    """SAM (arXiv 2010.01412, eq. 2) or ASAM (arXiv 2102.11600) over torch.optim.SGD's documented update."""
+    """SAM (arXiv 2010.01412, eq. 2) or ASAM (arXiv 2102.11600) with the documented update of torch.optim.SGD."""
 
     def __init__(self, groups: Sequence[dict[str, Any]]) -> None:
         self.groups = groups
         self.velocity: dict[int, Tensor] = {}
 
-    def climb(self) -> None:
+    def perturb(self) -> None:
         total = 0.0
         for group, p in self._each():
             if p.grad is not None and group.get("perturb", True):
@@ -26,7 +26,7 @@ class HandwrittenSAM:
             if p.grad is not None and group.get("perturb", True) and norm > 0:
                 p.data += group.get("rho", 0.05) * self._t(group, p) ** 2 * p.grad / (norm + 1e-12)
 
-    def descend(self) -> None:
+    def update(self) -> None:
         for group, p in self._each():
             p.data.copy_(self.saved[id(p)])
             if p.grad is None:

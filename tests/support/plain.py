@@ -1,4 +1,4 @@
-"""SAM as a plain program around an unmodified torch optimizer: what tests/test_life.py holds the product against."""
+"""SAM as a plain program around an unmodified torch optimizer; tests/test_life.py compares the package with it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FUSED = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)
 
 
 class PlainSAM:
-    """The facade's calls, with nothing kept between them but a copy of the weights and torch's own optimizer."""
+    """SAM's methods, implemented with a copy of the weights and torch's own optimizer. It caches nothing else."""
 
     def __init__(self, groups: Any, cls: type[Optimizer], max_norm: float | None = None, **options: Any) -> None:
         own = {name: options.pop(name, value) for name, value in OPTIONS.items()}
@@ -24,7 +24,7 @@ class PlainSAM:
         self._own = own
         self._max_norm = math.inf if max_norm is None else max_norm
         self._saved: dict[Tensor, Tensor] | None = None
-        self._bad = False
+        self._bad = False  # True if the first gradients are not finite
         self.step_was_skipped = False
 
     @property
@@ -77,7 +77,7 @@ class PlainSAM:
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None, fresh: bool = False) -> Any:
-        """fresh: the gradients that are there are the first ones."""
+        """Take a step. With `fresh`, the present gradients are those of the first pass."""
         loss = None
         if closure is not None:
             evaluate = torch.enable_grad()(closure)
@@ -96,38 +96,38 @@ class PlainSAM:
         return loss
 
     def _update(self) -> None:
-        first_was_bad = self.perturbed and self._bad
+        first_is_bad = self.perturbed and self._bad
         self.restore()
         present = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         norm = math.sqrt(sum(float(p.grad.double().square().sum()) for p in present))
-        self.step_was_skipped = first_was_bad or not math.isfinite(norm)
+        self.step_was_skipped = first_is_bad or not math.isfinite(norm)
         if self.step_was_skipped:
             return
-        kept = [p.grad.clone() for p in present]
+        unclipped = [p.grad.clone() for p in present]
         for p in present:
             p.grad.mul_(min(1.0, self._max_norm / (norm + 1e-6)))
         self.base.step()
-        if isinstance(self.base, _FUSED):  # which clip within the update; others' gradients are clipped in place
-            for p, g in zip(present, kept, strict=True):
+        if isinstance(self.base, _FUSED):  # SAM clips these within the update; it clips other gradients in place
+            for p, g in zip(present, unclipped, strict=True):
                 p.grad.copy_(g)
 
     @torch.no_grad()
     def restore(self) -> None:
-        for p, kept in (self._saved or {}).items():
-            p.copy_(kept)
+        for p, saved in (self._saved or {}).items():
+            p.copy_(saved)
         self._saved = None
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
-        climbed = {p: p.detach().clone() for p in self._saved or {}}
+        perturbed = {p: p.detach().clone() for p in self._saved or {}}
         saved, self._saved = self._saved, None
         with torch.no_grad():
-            for p, kept in (saved or {}).items():
-                p.copy_(kept)
+            for p, clean in (saved or {}).items():
+                p.copy_(clean)
         yield
         self._saved = saved
         with torch.no_grad():
-            for p, w in climbed.items():
+            for p, w in perturbed.items():
                 p.copy_(w)
 
     @staticmethod

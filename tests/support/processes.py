@@ -1,6 +1,6 @@
-"""Several processes beside the tests, joined by gloo: started once, given one function after another.
+"""Worker processes joined by gloo. They start once and run one function after another.
 
-A function that runs longer than its limit, on any process, fails the test instead of hanging it.
+If a function runs longer than its limit on any process, its test fails instead of hanging.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import pytest
 import torch
 from torch import distributed, multiprocessing
 
-LIMIT = 60  # seconds a function may take: fifty times what the longest needs on an idle machine
+LIMIT = 60  # seconds per function; the longest needs a fiftieth of it on an idle machine
 
 
 class NotHereError(Exception):
-    """What a worker was asked for cannot be had with this torch: the test is skipped."""
+    """Raised if this torch cannot run a worker's function, so that the test is skipped."""
 
 
 class Processes:
-    """`world` workers. `run` calls a module-level function on all of them, with the rank as its first argument."""
+    """`world` worker processes. `run` calls a module-level function on all of them; its first argument is the rank."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -44,14 +44,14 @@ class Processes:
             worker.start()
 
     def run(self, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> list[Any]:
-        """What the function returned on each process; the first process's error where it raised one."""
+        """Return the function's result on each process. Fail with the first error if a process raised one."""
         results = self.outcomes(function, *arguments, limit=limit)
         for rank, (error, _) in enumerate(results):
             assert error is None, f"process {rank}:\n{error}"
         return [value for _, value in results]
 
     def outcomes(self, function: Callable[..., Any], *arguments: Any, limit: float = LIMIT) -> list[tuple[Any, Any]]:
-        """For each process (the error's text or None, the result)."""
+        """Return (the error's text or None, the result) for each process."""
         if not self._workers:
             self._start()
         for inbox in self._inboxes:
@@ -67,7 +67,7 @@ class Processes:
             errors = "\n".join(str(error) for error, _ in found.values() if error)
             raise AssertionError(f"processes {missing} did not finish within {limit} s\n{errors}") from None
         if any(error for error, _ in found.values()):
-            self.stop()  # their collectives may be out of step now
+            self.stop()  # their collectives may no longer match
         for error, _ in found.values():
             if error and NotHereError.__name__ in error:
                 pytest.skip(error.strip().splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What the workers of the distributed tests run: models in every way to spread them, trained beside one process."""
+"""The workers' functions of the distributed tests: models distributed in every supported way, and one process alone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fused_sam import SAM
 
 from .processes import NotHereError
 
-SIZES = (6, 16, 16, 3)  # a bias of 3 over 4 processes leaves one of them without a part
+SIZES = (6, 16, 16, 3)  # a bias of 3 elements over 4 processes gives one process none
 
 
 def model_of(dtype: torch.dtype = torch.float64) -> nn.Sequential:
@@ -59,7 +59,7 @@ def ddp_views(model: nn.Module) -> nn.Module:
 
 def fully_shard(model: nn.Module, **options: Any) -> nn.Module:
     if not hasattr(torch.cpu.Stream, "record_event"):
-        raise NotHereError(f"FSDP2 of torch {torch.__version__} shards on GPUs alone")
+        raise NotHereError(f"FSDP2 of torch {torch.__version__} shards only on GPUs")
     return fsdp2.fully_shard(model, **options)
 
 
@@ -75,24 +75,24 @@ def fsdp_kept(model: nn.Module) -> nn.Module:
 
 
 def hybrid(model: nn.Module) -> nn.Module:
-    """Replicated over one dimension of the mesh and sharded over the other."""
+    """Replicate over one dimension of the mesh and shard over the other."""
     return fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
 
 
 def tensor_parallel_and_fsdp(model: nn.Module) -> nn.Module:
-    """A mesh of two dimensions: two layers tensor parallel, everything sharded; the last one on a part of the mesh."""
+    """Make two layers tensor parallel and shard all layers on a 2-D mesh. The last layer uses one dimension of it."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
     return fully_shard(model, mesh=mesh["data"])
 
 
 def tensor_parallel(model: nn.Module) -> nn.Module:
-    """Tensor parallel alone: the last layer is no DTensor, and replicated."""
+    """Make two layers tensor parallel. The last layer has no DTensors and is replicated."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     return parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
-# How to spread a model, and into how many parts it takes each batch.
+# How to distribute a model, and the number of parts of each batch; 0 is one part per process.
 WAYS: dict[str, tuple[Callable[[nn.Module], nn.Module], int]] = {
     "ddp": (ddp, 0),
     "ddp-views": (ddp_views, 0),
@@ -124,9 +124,9 @@ def step(model: nn.Module, optimizer: SAM, batch: tuple[Tensor, Tensor]) -> None
 def train(
     rank: int, way: str | None, steps: int, cls: type[SAM], options: dict[str, Any], dtype: torch.dtype = torch.float64
 ) -> dict[str, Any]:
-    """Weights, state and norms after some steps; `way` None: one process on the whole batch."""
-    spread, parts = WAYS[way] if way else (lambda model: model, 1)
-    model = spread(model_of(dtype))
+    """Return weights, state and norms after some steps. `way` None is one process with the whole batch."""
+    distribute, parts = WAYS[way] if way else (lambda model: model, 1)
+    model = distribute(model_of(dtype))
     optimizer = cls(groups_of(model), **options)
     norms = []
     for i in range(steps):
@@ -147,13 +147,13 @@ def replicated(t: Tensor) -> bool:
     return not isinstance(t, DTensor) or all(isinstance(p, Replicate) for p in t.placements)
 
 
-# ---- what may go wrong ----------------------------------------------------------------------------------------------
+# ---- errors and skipped steps ---------------------------------------------------------------------------------------
 
 
 def train_with_inf(rank: int, way: str, half: str) -> dict[str, Any]:
-    """One process's gradients overflow in one pass of the second step; what changed in that step, on each process."""
-    spread, parts = WAYS[way]
-    model = spread(model_of())
+    """Let process 1 overflow in one pass of the second step. Return weights and state before and after that step."""
+    distribute, parts = WAYS[way]
+    model = distribute(model_of())
     optimizer = SAM(groups_of(model), rho=0.1, lr=0.1, momentum=0.9)
     step(model, optimizer, part_of(batch_of(0), rank, parts))
     before = [full(p) for p in model.parameters()] + [full(s["momentum_buffer"]) for s in optimizer.state.values()]
@@ -174,7 +174,7 @@ def local(t: Tensor) -> Tensor:
 
 
 def error_of(call: Callable[[], object]) -> str:
-    """The words of the RuntimeError that the call ends in; empty where it ends well."""
+    """Return the message of the RuntimeError that the call raises, or an empty string."""
     try:
         call()
     except RuntimeError as raised:
@@ -183,7 +183,7 @@ def error_of(call: Callable[[], object]) -> str:
 
 
 def gradients_missing(rank: int, which: str) -> tuple[bool, bool]:
-    """Process 1 has no gradients (or lacks one); whether weights and state are as before after the error."""
+    """Leave process 1 without one or all gradients. Return whether the error is right, and the weights unchanged."""
     model = fsdp(model_of())
     optimizer = SAM(groups_of(model), rho=0.1, lr=0.1, momentum=0.9)
     step(model, optimizer, part_of(batch_of(0), rank, 0))
@@ -224,33 +224,33 @@ def train_low(rank: int, way: str | None, options: dict[str, Any]) -> dict[str, 
     return train(rank, way, 3, SAM, options, torch.bfloat16)
 
 
-def _spread_and_optimizer(way: str, options: dict[str, Any]) -> tuple[nn.Module, SAM]:
+def _model_and_optimizer(way: str, options: dict[str, Any]) -> tuple[nn.Module, SAM]:
     model = WAYS[way][0](model_of())
     return model, SAM(groups_of(model), **options)
 
 
 def save(rank: int, way: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Train 2 steps, save, train 2 more; what was reached at both points."""
+    """Train 2 steps, save, and train 2 more. Return weights and state at both points."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict
 
-    model, optimizer = _spread_and_optimizer(way, options)
+    model, optimizer = _model_and_optimizer(way, options)
     for i in range(2):
         step(model, optimizer, part_of(batch_of(i), rank, WAYS[way][1]))
     weights, state = get_state_dict(model, optimizer)
     checkpoint.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
-    saved = _reached(model, optimizer)
+    saved = _weights_and_state(model, optimizer)
     for i in range(2, 4):
         step(model, optimizer, part_of(batch_of(i), rank, WAYS[way][1]))
-    return {"saved": saved, "end": _reached(model, optimizer)}
+    return {"saved": saved, "end": _weights_and_state(model, optimizer)}
 
 
 def load(rank: int, way: str, folder: str, options: dict[str, Any]) -> dict[str, Any]:
-    """Load into a fresh model and optimizer, then train the last 2 steps."""
+    """Load into a new model and optimizer, and train the last 2 steps. Return weights and state at both points."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 
-    model, optimizer = _spread_and_optimizer(way, options)
+    model, optimizer = _model_and_optimizer(way, options)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(0.5)
@@ -258,13 +258,13 @@ def load(rank: int, way: str, folder: str, options: dict[str, Any]) -> dict[str,
     both = {"model": weights, "optimizer": state}
     checkpoint.load(both, checkpoint_id=folder)
     set_state_dict(model, optimizer, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
-    loaded = _reached(model, optimizer)
+    loaded = _weights_and_state(model, optimizer)
     for i in range(2, 4):
         step(model, optimizer, part_of(batch_of(i), rank, WAYS[way][1]))
-    return {"saved": loaded, "end": _reached(model, optimizer)}
+    return {"saved": loaded, "end": _weights_and_state(model, optimizer)}
 
 
-def _reached(model: nn.Module, optimizer: SAM) -> list[Tensor]:
+def _weights_and_state(model: nn.Module, optimizer: SAM) -> list[Tensor]:
     found = [full(p) for p in model.parameters()]
     for p in model.parameters():
         found += [full(v) for _, v in sorted(optimizer.state[p].items()) if isinstance(v, Tensor)]
@@ -272,16 +272,16 @@ def _reached(model: nn.Module, optimizer: SAM) -> list[Tensor]:
 
 
 def count_collectives(rank: int, way: str) -> list[int]:
-    """All-reduces and their elements, of the optimizer's two steps alone."""
+    """Return the number of elements of each all-reduce within first_step() and second_step()."""
     model, parts = WAYS[way][0](model_of()), WAYS[way][1]
     optimizer = SAM(groups_of(model), rho=0.1, lr=0.1, momentum=0.9)
     step(model, optimizer, part_of(batch_of(0), rank, parts))
     sizes: list[int] = []
-    genuine = distributed.all_reduce
+    all_reduce = distributed.all_reduce
 
     def counting(tensor: Tensor, *args: Any, **kwargs: Any) -> Any:
         sizes.append(tensor.numel())
-        return genuine(tensor, *args, **kwargs)
+        return all_reduce(tensor, *args, **kwargs)
 
     for half in (optimizer.first_step, optimizer.second_step):
         loss_of(model, part_of(batch_of(1), rank, parts)).backward()
@@ -289,12 +289,12 @@ def count_collectives(rank: int, way: str) -> list[int]:
         try:
             half(zero_grad=True)
         finally:
-            distributed.all_reduce = genuine
+            distributed.all_reduce = all_reduce
     return sizes
 
 
 def masters_follow_writes(rank: int) -> float:
-    """The largest weight after a sharded bf16 model was set to zero behind the optimizer, and one step of rate 0."""
+    """Set a sharded bf16 model to zero and take a step of learning rate 0. Return the largest weight."""
     model = fsdp(model_of(torch.bfloat16))
     optimizer = SAM(groups_of(model), base_optimizer=torch.optim.AdamW, rho=0.1, lr=0.01, master_weights=True)
     step(model, optimizer, part_of(batch_of(0, torch.bfloat16), rank, 0))
@@ -306,11 +306,11 @@ def masters_follow_writes(rank: int) -> float:
 
 
 class PlainSGD(torch.optim.SGD):
-    """A base optimizer that is not fused."""
+    """A base optimizer that SAM does not fuse."""
 
 
 def partial_gradient(rank: int) -> float:
-    """A replicated weight of 1 whose gradient is in partial sums of 10 in all, after one clipped step of rate 1."""
+    """Take a clipped step of rate 1 with a gradient in partial sums of 10. Return the replicated weight; it was 1."""
     mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
     p = nn.Parameter(DTensor.from_local(torch.ones(4), mesh, [Replicate()]))
     optimizer = SAM([p], PlainSGD, rho=0.0, lr=1.0, max_norm=0.1)
@@ -320,7 +320,7 @@ def partial_gradient(rank: int) -> float:
 
 
 def whole_state(rank: int) -> tuple[str, bool]:
-    """The error of loading state that is not sharded, and whether weights and state are untouched."""
+    """Load state that is not sharded. Return the error's message, and whether the optimizer's state is still empty."""
     model = fsdp(model_of())
     optimizer = SAM(groups_of(model), rho=0.1, lr=0.1, momentum=0.9)
     alone = model_of()
@@ -338,7 +338,7 @@ def whole_state(rank: int) -> tuple[str, bool]:
 
 
 def state_spread_otherwise(rank: int) -> bool:
-    """Momentum that is replicated beside a sharded weight is spread as the weight is."""
+    """Return True if a step with replicated momentum of sharded weights equals one with sharded momentum."""
     model = fsdp(model_of())
     twin = fsdp(model_of())
     optimizers = [SAM(groups_of(m), rho=0.1, lr=0.1, momentum=0.9) for m in (model, twin)]

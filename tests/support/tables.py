@@ -1,6 +1,6 @@
-"""Tables with random contents for one backend, and twins of them for `reference`, which is the oracle.
+"""Tables with random contents for one backend, and equal tables for `reference`, which is the oracle.
 
-Both work in the same dtypes from the same bits, so that they differ only by the order of roundings.
+Both backends use the same dtypes and start from the same bits. Their results differ only by rounding.
 """
 
 from __future__ import annotations
@@ -115,9 +115,9 @@ def columns(table: Table) -> dict[str, list[Tensor | None]]:
 
 
 def draw_state(group: Group, name: str, x: Tensor) -> Tensor | None:
-    """Return state as an earlier step may have left it, made of the random numbers x; None if the group has none.
+    """Return state like that of an earlier step, made of the random numbers x, or None if the group has none.
 
-    The first half of a moving average is new.
+    The first half of a moving average has its initial value.
     """
     if name == "momentum_buffer" and isinstance(group, SGDGroup) and group.momentum == 0:
         return None
@@ -132,7 +132,7 @@ def draw_state(group: Group, name: str, x: Tensor) -> Tensor | None:
 def draw_table(
     kind: Kind, groups: Sequence[Group], shapes: Sequence[Sequence[int]], *, perturbed: bool, seed: int = 0
 ) -> Table:
-    """Return a table whose row i is of group i modulo their number. Equal arguments give equal bits."""
+    """Return a table whose row i belongs to group i % len(groups). Equal arguments give equal bits."""
     ids = [i % len(groups) for i in range(len(shapes))]
     rule = RULES[type(groups[0])]
 
@@ -165,11 +165,11 @@ def draw_table(
 
 
 class Pair:
-    """A backend's table and reference's, and the status that each has. A primitive runs on both.
+    """A backend's table and reference's, each with its status. A primitive runs on both.
 
     Args:
-        groups: of the update, which decide its rule.
-        perturb_groups: of `norm` and `perturb`.
+        groups: the groups of the update. Their type is that of the update rule.
+        perturb_groups: the groups of `norm` and `perturb`.
         perturbed: False if the params are their own backups.
     """
 
@@ -229,7 +229,7 @@ class Pair:
         self.reference.restore(self.twin)
 
     def _check_signs(self, grad_scale: Tensor | None, max_norm: float) -> None:
-        """Check that rounding decides no sign of Lion's: the numbers that it takes signs of are 0 or not near 0."""
+        """Check that rounding cannot change a sign in Lion: the arguments of sign() are 0 or not near 0."""
         for m, g, k in zip(self.twin.state["exp_avg"], self.twin.grads, self.twin.group_ids, strict=True):
             h = self.groups[k]
             assert m is not None and isinstance(h, LionGroup)
@@ -260,10 +260,11 @@ def assert_unchanged(now: Sequence[Tensor | None], before: Sequence[Tensor | Non
 
 
 def assert_near(found: Tensor, wanted: Tensor, what: str) -> None:
-    """Allow 32 ulp of the largest number in the tensor: a formula has a few terms, each rounded once or twice.
+    """Check that two tensors are equal within rounding.
 
-    bf16 and fp16 are rounded from fp32 numbers that may differ by as much. Where such a difference crosses a boundary,
-    the result moves by one place of the storage type: for fewer than one of 2^8 elements.
+    The limit is 32 ulp of the largest number in the tensor, because a formula has a few terms, each rounded once or
+    twice. bf16 and fp16 are rounded from fp32 numbers that may differ by as much. If such a difference crosses a
+    rounding boundary, the result moves by one place of the storage type. Fewer than one of 2^8 elements may do so.
     """
     assert found.shape == wanted.shape and found.dtype is wanted.dtype and found.stride() == wanted.stride(), what
     error = (found.double() - wanted.double()).abs()

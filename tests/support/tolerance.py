@@ -1,4 +1,4 @@
-"""How far a result may lie from the same numbers in float64, and why."""
+"""The bounds on a result's distance from the float64 result, with their reasons."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-# A written weight is the sum of at most four products, each operation within half an ulp of the arithmetic's type:
-# 8 ulp of the largest term in a tensor holds for one step, whether multiply-adds are fused or not.
+# A written weight is the sum of at most four products, and each operation errs by half an ulp at most. 8 ulp of the
+# largest term in a tensor bound one step, with or without fused multiply-adds.
 OPERATIONS = 8
 
 
@@ -17,8 +17,8 @@ def arithmetic(dtype: torch.dtype) -> torch.dtype:
 
 
 def bound(expected: Tensor, dtype: torch.dtype, steps: int) -> float:
-    """Rounding of `steps` steps: of the arithmetic, and half an ulp of the storage type for each write."""
-    largest = max(float(expected.abs().max()), 1.0) * 4  # terms that cancel are a few times larger than their sum
+    """Return the rounding error of `steps` steps: that of the arithmetic, and half an ulp of the storage per write."""
+    largest = max(float(expected.abs().max()), 1.0) * 4  # terms that cancel may be a few times larger than their sum
     storage = torch.finfo(dtype).eps / 2 if dtype in (torch.bfloat16, torch.float16) else 0.0
     return steps * largest * (OPERATIONS * torch.finfo(arithmetic(dtype)).eps + storage / 2)
 
