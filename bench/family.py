@@ -160,7 +160,7 @@ METHODS: dict[str, Method] = {
 
 def step(model: nn.Module, optimizer: Optimizer, x: Tensor, y: Tensor) -> Tensor:
     """Take one training step on a batch, and return the loss at the weights, detached."""
-    if getattr(optimizer, "selects", None) is not None:
+    if getattr(optimizer, "selected_fraction", None) is not None:
         assert isinstance(optimizer, SAM)
         return sam_step(model, sample_losses, (x, y), optimizer).loss
     if isinstance(optimizer, fused_sam.MicrobatchSAM):

@@ -298,7 +298,7 @@ class SAM(Optimizer):
             RuntimeError: a gradient is sparse, or the call comes from the closure of step(closure).
         """
         stepper = self._usable("first_step()")
-        stepper.plain_step_is_meant = True
+        stepper.plain_step_warning_off = True
         if stepper.in_closure:
             raise RuntimeError("first_step() was called inside the closure of step(closure), which makes both passes")
         if stepper.perturbed is not None:
@@ -368,7 +368,7 @@ class SAM(Optimizer):
         if closure is None:
             self._update(stepper)
             return None
-        self.check_closure()
+        self.refuse_scaled_closure()
         if stepper.perturbed is not None:
             raise RuntimeError(
                 "step(closure) was called with perturbed weights: call step() or second_step() to finish the step that "
@@ -418,7 +418,7 @@ class SAM(Optimizer):
 
         return evaluate
 
-    def check_closure(self) -> None:
+    def refuse_scaled_closure(self) -> None:
         """Raise RuntimeError if step(closure) runs under a GradScaler."""
         if self.__dict__.pop("found_inf", None) is not None:
             self.__dict__.pop("grad_scale", None)
@@ -463,7 +463,7 @@ class SAM(Optimizer):
         False if rho is 0 and, with a schedule or a method that perturbs now and then, in the steps between. step()
         finishes such a step, with the gradients that are there.
         """
-        self.stepper.plain_step_is_meant = True
+        self.stepper.plain_step_warning_off = True
         return self.stepper.decide()
 
     @property
@@ -630,7 +630,7 @@ class SAM(Optimizer):
         self.stepper.save_rng_offset()
         self.stepper.context._settle()
 
-    def refuse_unperturbed(self, what: str) -> None:
+    def refuse_suspended(self, what: str) -> None:
         """Raise RuntimeError inside `with unperturbed()`, where the weights are restored only temporarily."""
         self._usable(what)
 

@@ -15,7 +15,8 @@ from fused_sam.training import sam_step
 def test_esam_selects_samples_only_in_sam_step(backend: str) -> None:
     model = nets.net()
     optimizer = fused_sam.ESAM(model.parameters(), lr=0.1, backend=backend)
-    assert optimizer.selects == 0.6 and fused_sam.ESAM(model.parameters(), gamma=1.0).selects is None
+    assert optimizer.selected_fraction == 0.6
+    assert fused_sam.ESAM(model.parameters(), gamma=1.0).selected_fraction is None
     before = Snapshot(optimizer)
     with pytest.raises(RuntimeError, match=r"sam_step .* or gamma=1"):
         optimizer.step(nets.closure_for(model, 0))

@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"rho": 0.3, "lr": 0.1, "momentum": 0.9, "weight_decay
 class Selecting(SAM):
     """SAM with data selection, like ESAM's."""
 
-    selects: float | None = 0.4
+    selected_fraction: float | None = 0.4
 
 
 class OnePass(SAM):

@@ -105,7 +105,7 @@ class Stepper:
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
-        self.plain_step_is_meant = False  # True once two steps or needs_second_pass were used, or a warning was given
+        self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
         self.warned_of_abandoned_step = False
         self.in_closure = False  # True while step(closure) evaluates the closure
         self.suspended = False  # True inside `with unperturbed()`
@@ -266,7 +266,7 @@ class Stepper:
             plan, snapshot = self.snapshot()
             if plan.has_twins:
                 groups = groups * 2
-            if perturbed is None and not self.plain_step_is_meant:
+            if perturbed is None and not self.plain_step_warning_off:
                 self._warn_of_plain_step()
             undo = self.perturbed if self.perturbed else plan.none_perturbed  # a new plan has calls of its own
             update = plan.update_plan(snapshot, undo, names, optimizer.state)
@@ -344,7 +344,7 @@ class Stepper:
         rates = [group.get("lr", 1.0) for group in self.optimizer.param_groups]
         moves = any((isinstance(r, Tensor) and r.device.type != "cpu") or float(r) != 0 for r in rates)
         if moves and self.any_perturbed(self.perturb_groups()):
-            self.plain_step_is_meant = True
+            self.plain_step_warning_off = True
             warn_of_plain_step(type(self.optimizer).__name__, self.base.cls.__name__)
 
     # ---- undoing --------------------------------------------------------------------------------------------

@@ -63,10 +63,10 @@ class TensorVector:
     def __init__(
         self, step: Owner, tensors: list[Tensor | None], scale: Number | None = 1.0, role: str = "", name: str = ""
     ) -> None:
-        self.name = name  # of a state
+        self.name = name  # of a state; "" otherwise
         self._step = step
         self._tensors = tensors
-        self._scale = scale  # the tensors are the vector times this; None: not known
+        self._scale = scale  # tensors = vector * scale; None if the scale is not known
         self._role = role
         self._square: Tensor | None = None  # <tensors, tensors>, while it is known
 
@@ -275,7 +275,7 @@ class Combination:
     def __add__(self, other: TensorVector | Combination) -> Combination:
         joined: dict[int, tuple[Number, TensorVector]] = {}
         for c, x in [*self.terms, *terms_of(other, "+")]:
-            joined[id(x)] = (_plus(joined[id(x)][0], c), x) if id(x) in joined else (c, x)
+            joined[id(x)] = (joined[id(x)][0] + c, x) if id(x) in joined else (c, x)
         return Combination(list(joined.values()))
 
     __radd__ = __add__
@@ -284,26 +284,26 @@ class Combination:
         return self + _negative(other)
 
 
-# ---- numbers on the host or on the device ---------------------------------------------------------------------------
+# ---- numbers on the host or on the device: a factor that is known to be 1 takes no operation -----------------------
 
 
 def is_one(a: Number) -> bool:
+    """Return True for a 1 on the host."""
     return not isinstance(a, Tensor) and a == 1
 
 
 def times(a: Number, b: Number) -> Number:
+    """Return a * b."""
     return b if is_one(a) else a if is_one(b) else a * b
 
 
 def over(a: Any, b: Number) -> Any:
+    """Return a / b."""
     return a if is_one(b) else a / b
 
 
-def _plus(a: Number, b: Number) -> Number:
-    return a + b
-
-
 def terms_of(value: Any, what: str) -> list[tuple[Number, TensorVector]]:
+    """Return a vector, or a combination, as a list of (factor, vector)."""
     if isinstance(value, TensorVector):
         return [(1.0, value)]
     if isinstance(value, Combination):

@@ -30,7 +30,7 @@ class ESAM(SAM):
         beta: above 0, at most 1 (all): share of the weights that are perturbed; 1 in the authors' program.
         gamma: above 0, at most 1 (all): share of the samples that the second gradient is of; about 0.5 in the paper, 1
             in the authors' program. Below 1, fused_sam.training.sam_step selects them, because it has each sample's
-            loss, and reads `selects`; step(closure) cannot and raises an error. By hand:
+            loss, and reads `selected_fraction`; step(closure) cannot and raises an error. By hand:
             fused_sam.training.select_sharp.
         mask: "elements": each weight by itself, drawn within the kernel and never stored; ||g|| is over all. "tensors":
             whole tensors, as in the authors' program, among those that had a gradient in the last step. Gradients of
@@ -71,7 +71,7 @@ class ESAM(SAM):
         super().__init__(params, base_optimizer, *args, **options)
 
     @property
-    def selects(self) -> float | None:
+    def selected_fraction(self) -> float | None:
         """The share of samples that the second gradient is to be of; None for all."""
         return self.gamma if self.gamma < 1 else None
 

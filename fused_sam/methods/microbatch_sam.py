@@ -64,21 +64,21 @@ class MicrobatchSAM(SAM):
     num_microbatches: int
     combines_grads = True
 
-    done: int = 0
+    microbatches_done: int = 0
     """Micro-batches finished in this step."""
 
-    sums: dict[Tensor, Tensor] | None = None
+    grad_sums: dict[Tensor, Tensor] | None = None
     """The sum of their second gradients, by parameter."""
 
-    adds: bool = False
+    sums_in_closure: bool = False
     """True if gradients are added to the sums here, in step(closure), and not by backward() in p.grad."""
 
     def first_step(self, zero_grad: bool = False, *, grad_scale: Number | None = None) -> None:
         """Perturb along this micro-batch's gradient and drop it: zero_grad changes nothing."""
-        self.continues_step = self.done > 0
+        self.continues_step = self.microbatches_done > 0
         super().first_step(grad_scale=grad_scale)
         for p in self.parameters():
-            p.grad = None if self.sums is None or self.adds else self.sums.get(p)
+            p.grad = None if self.grad_sums is None or self.sums_in_closure else self.grad_sums.get(p)
 
     def next_microbatch(self) -> None:
         """Finish a micro-batch: back to the weights, ready for the next one's first backward().
@@ -86,12 +86,12 @@ class MicrobatchSAM(SAM):
         Raises:
             RuntimeError: there is no further micro-batch in this step.
         """
-        if self.done + 1 >= self.num_microbatches:
+        if self.microbatches_done + 1 >= self.num_microbatches:
             raise RuntimeError(
                 f"next_microbatch() was called after the last of {self.num_microbatches} micro-batches: "
                 "finish the step with second_step() or step()"
             )
-        self.done += 1
+        self.microbatches_done += 1
         if not self.perturbed:  # one pass per micro-batch: backward() adds to the gradients
             return
         self.collect()
@@ -100,8 +100,8 @@ class MicrobatchSAM(SAM):
 
     def run_step(self, closure: Callable[..., Any] | None) -> Any:
         if closure is None:
-            missing = self.num_microbatches - self.done - 1
-            if missing and (self.done or self.perturbed):
+            missing = self.num_microbatches - self.microbatches_done - 1
+            if missing and (self.microbatches_done or self.perturbed):
                 raise RuntimeError(
                     f"the step ends with {missing} of {self.num_microbatches} micro-batches missing: call "
                     "next_microbatch() between them, use step(closure), or restore() to undo the step"
@@ -109,15 +109,15 @@ class MicrobatchSAM(SAM):
             return self.update()
         if self.num_microbatches == 1:
             return super().run_step((lambda: closure(0)) if _takes_a_number(closure) else closure)
-        self.check_closure()
-        if self.perturbed or self.done:
+        self.refuse_scaled_closure()
+        if self.perturbed or self.microbatches_done:
             raise RuntimeError("step(closure) was called within a step: finish it with step(), or restore() to undo it")
-        self.adds = True
+        self.sums_in_closure = True
         try:
             total = self.evaluate(self.evaluating(closure))
             self.update()
         finally:
-            self.adds = False
+            self.sums_in_closure = False
         return total / self.num_microbatches
 
     def evaluate(self, closure: Callable[[int], Any]) -> Any:
@@ -143,11 +143,11 @@ class MicrobatchSAM(SAM):
 
     def update(self) -> None:
         """Update with the mean of the gradients."""
-        if self.sums is not None:
+        if self.grad_sums is not None:
             for p, g in self.collect().items():
                 p.grad = g
         super().run_step(None)
-        self.sums, self.done, self.continues_step = None, 0, False
+        self.grad_sums, self.microbatches_done, self.continues_step = None, 0, False
 
     @contextmanager
     def fewer_microbatches(self, count: int) -> Iterator[None]:
@@ -159,12 +159,12 @@ class MicrobatchSAM(SAM):
             self.num_microbatches = usual
 
     def grad_divisor(self) -> int:
-        return self.done + 1
+        return self.microbatches_done + 1
 
     def restore(self) -> None:
         """Undo the whole step, the sum of gradients included."""
-        if self.sums is not None or self.done:
-            self.sums, self.done, self.continues_step = None, 0, False
+        if self.grad_sums is not None or self.microbatches_done:
+            self.grad_sums, self.microbatches_done, self.continues_step = None, 0, False
             self.clear_grads()
         super().restore()
 
@@ -184,20 +184,20 @@ class MicrobatchSAM(SAM):
 
     def collect(self) -> dict[Tensor, Tensor]:
         """Take the gradients into the sums. By hand p.grad is the sum, also if autograd made a new tensor of it."""
-        if self.sums is None:
-            self.sums = {}
+        if self.grad_sums is None:
+            self.grad_sums = {}
         for p in self.parameters():
             if p.grad is None:
                 continue
-            total, g = self.sums.get(p), p.grad.detach()
-            if total is None or not self.adds:
-                self.sums[p] = owned(g)
+            total, g = self.grad_sums.get(p), p.grad.detach()
+            if total is None or not self.sums_in_closure:
+                self.grad_sums[p] = owned(g)
             else:
                 total.add_(g)
-        return self.sums
+        return self.grad_sums
 
     def refuse_perturbed(self, what: str) -> None:
-        if self.done and not self.perturbed:
+        if self.microbatches_done and not self.perturbed:
             raise RuntimeError(f"{what} between two micro-batches: finish the step, or restore() to undo it, first")
         super().refuse_perturbed(what)
 

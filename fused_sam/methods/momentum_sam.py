@@ -111,21 +111,21 @@ class MomentumSAM(SAM):
 
     def eval(self) -> None:
         """Restore the clean weights, bit for bit: for evaluating, saving and copying. train() goes back."""
-        self.refuse_unperturbed("eval()")
+        self.refuse_suspended("eval()")
         displacement = self.stepper.displacement
         displacement.restore()
         self.training = displacement.ready = False
 
     def train(self) -> None:
         """Displace the weights, if there is momentum: for training."""
-        self.refuse_unperturbed("train()")
+        self.refuse_suspended("train()")
         self.training = True
         if not self.displaced:
             self.displace()
 
     def restore(self) -> None:
         """Restore the weights as the last step left them: there is nothing to undo between steps."""
-        self.refuse_unperturbed("restore()")
+        self.refuse_suspended("restore()")
         if self.displaced:
             self.stepper.displacement.restore()
             self.displace()
@@ -164,7 +164,7 @@ class MomentumSAM(SAM):
                 "after eval() and after load_state_dict(), before the forward pass"
             )
         loss = None
-        self.stepper.plain_step_is_meant = True
+        self.stepper.plain_step_warning_off = True
         if closure is not None:
             self.zero_grad()
             loss = self.evaluating(closure)()

@@ -95,7 +95,7 @@ def sam_step(
     _check_options(optimizer, ascent_fraction)
     if isinstance(microbatches, Integral):  # NumPy's integers too
         microbatches = int(microbatches)
-    gamma: float | None = getattr(optimizer, "selects", None)
+    gamma: float | None = getattr(optimizer, "selected_fraction", None)
     if isinstance(optimizer, MicrobatchSAM):
         microbatches = _microbatches_of(optimizer, microbatches, ascent_fraction)
     if gamma is not None and ascent_fraction < 1:

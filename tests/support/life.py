@@ -1,4 +1,4 @@
-"""One of several optimizers that live the same life: its weights, what drives it, and what is done to them."""
+"""A training run of tests/test_life.py: an optimizer with its weights, and the operations of a random program."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .plain import PlainSAM
 
 Group = tuple[list[tuple[tuple[int, ...], str]], dict[str, Any]]
 
-# Shapes and layouts of the weights that a life begins with, and their groups' options; one weight is frozen.
+# The first groups of every run, as shapes and layouts of the weights and their options. One weight is frozen.
 GROUPS: list[Group] = [
     ([((7, 5), "contiguous"), ((5,), "contiguous"), ((4, 3, 2, 2), "channels_last"), ((0,), "contiguous")], {}),
     ([((), "contiguous"), ((33,), "contiguous"), ((6,), "contiguous")], {"adaptive": True, "eta": 0.1, "rho": 0.3}),
@@ -36,21 +36,22 @@ ADDED: list[Group] = [
 
 
 class OnPurposeError(Exception):
-    """Raised by a script's closure."""
+    """The error that a random program's closure raises."""
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
+    """Return x in the layout, or x itself if its shape does not allow the layout."""
     fits = {"channels_last": x.dim() == 4, "transposed": x.dim() >= 2, "gaps": x.dim() >= 1}
     return LAYOUTS[layout](x) if fits.get(layout) else x
 
 
-class Life:
+class TrainingRun:
     """An optimizer with its weights, a scheduler and a scaler.
 
     Args:
-        make: builds the optimizer from parameter groups.
-        dtype: of the weights.
-        numbers: a dtype that holds every weight and gradient of the script; None: that of the weights.
+        make: a function that builds the optimizer from parameter groups.
+        dtype: the dtype of the weights.
+        numbers: a dtype that holds every weight and gradient of the program; None is the dtype of the weights.
     """
 
     def __init__(self, make: Callable[[Any], Any], dtype: torch.dtype, numbers: torch.dtype | None = None) -> None:
@@ -61,7 +62,7 @@ class Life:
         self.plain = isinstance(self.optimizer, PlainSAM)
         self.scheduler = ExponentialLR(self.optimizer.base if self.plain else self.optimizer, 0.9)
         self.scaler = GradScaler("cpu", init_scale=2.0**6)
-        self.saved: dict[int, Tensor] = {}  # clean weights by number, while they are perturbed
+        self.saved: dict[int, Tensor] = {}  # copies of the clean weights, by number, while they are perturbed
         self.remember_addresses()
 
     def _group(self, shapes: Sequence[tuple[tuple[int, ...], str]], options: dict[str, Any]) -> dict[str, Any]:
@@ -75,12 +76,12 @@ class Life:
 
     # ---- gradients ------------------------------------------------------------------------------------------
 
-    def backward(self, seed: int, absent: frozenset[int] = frozenset(), factor: float = 1.0) -> None:
-        """A real backward pass whose gradients are drawn from `seed`, for all weights but the frozen and `absent`."""
+    def backward(self, seed: int, missing: frozenset[int] = frozenset(), factor: float = 1.0) -> None:
+        """Run a backward pass with gradients drawn from `seed`, for all weights except frozen and `missing` ones."""
         terms = [
             (p * self._values(p.shape, seed + i)).sum()
             for i, p in enumerate(self.params)
-            if p.requires_grad and i not in absent
+            if p.requires_grad and i not in missing
         ]
         if terms:
             (torch.stack(terms).sum() * factor).backward()
@@ -89,13 +90,14 @@ class Life:
                 if p.grad is not None:
                     p.grad.copy_(p.grad.to(self.numbers))
 
-    def spoil(self, i: int, bad: float) -> None:
+    def make_non_finite(self, i: int, bad: float) -> None:
+        """Write an inf or a NaN to the gradient of weight i, if it has one."""
         g = self.params[i].grad
         if g is not None and g.numel():
             g[(0,) * g.dim()] = bad
 
-    def relay(self, layout: str) -> None:
-        """Gradients in new memory, in another layout where their shape lets them have it."""
+    def change_grad_layout(self, layout: str) -> None:
+        """Copy the gradients to new memory, and to another layout if their shape allows it."""
         for p in self.params:
             if p.grad is not None:
                 p.grad = laid_out(p.grad.clone(), layout)
@@ -105,33 +107,33 @@ class Life:
 
     # ---- weights and options ----------------------------------------------------------------------------------
 
-    def replace(self, layout: str) -> None:
-        """The same numbers in new memory, in another layout where a weight's shape lets it have that."""
+    def move_weights(self, layout: str) -> None:
+        """Copy the weights to new memory, and to another layout if their shape allows it."""
         for p in self.params:
             p.data = laid_out(p.data.clone(), layout)
         self.remember_addresses()
 
-    def write(self, i: int, seed: int) -> None:
+    def write_weight(self, i: int, seed: int) -> None:
         with torch.no_grad():
             self.params[i].copy_(self._values(self.params[i].shape, seed))
 
-    def grow(self, k: int) -> None:
+    def add_group(self, k: int) -> None:
         self.optimizer.add_param_group(self._group(*ADDED[k]))
         self.remember_addresses()
 
     def remember_addresses(self) -> None:
         self.addresses = [p.data_ptr() for p in self.params]
 
-    def schedule(self) -> None:
+    def step_scheduler(self) -> None:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a script may step the scheduler first
+            warnings.simplefilter("ignore")  # a program may step the scheduler before the optimizer
             self.scheduler.step()
 
-    # ---- the whole of it ----------------------------------------------------------------------------------------
+    # ---- the optimizer ------------------------------------------------------------------------------------------
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """Within, the optimizer may be saved, loaded and copied."""
+        """Return a context in which the optimizer may be saved, loaded and copied."""
         momentum = isinstance(self.optimizer, MomentumSAM)
         if momentum:
             self.optimizer.eval()
@@ -139,24 +141,24 @@ class Life:
         if momentum:
             self.optimizer.train()
 
-    def copied(self, way: str) -> None:
-        """Live on as a copy."""
+    def continue_as_copy(self, way: str) -> None:
+        """Replace the weights, optimizer, scheduler and scaler by copies."""
         whole: Any = (self.params, self.optimizer, self.scheduler, self.scaler)
         whole = copy.deepcopy(whole) if way == "deepcopy" else pickle.loads(pickle.dumps(whole))
         self.params, self.optimizer, self.scheduler, self.scaler = whole
         self.remember_addresses()
 
-    def swap(self, j: int, k: int) -> None:
-        """The last weight of group j moves to group k, and the first two groups change places."""
+    def reorder_groups(self, j: int, k: int) -> None:
+        """Move the last weight of group j to group k, and exchange the first two groups."""
         groups = self.optimizer.param_groups
         if j != k and len(groups[j]["params"]) > 1:
             groups[k]["params"].append(groups[j]["params"].pop())
         groups[0], groups[1] = groups[1], groups[0]
 
-    def perturb(self) -> None:
-        """Note what first_step() is about to save."""
+    def save_clean(self) -> None:
+        """Copy the weights that first_step() is about to perturb."""
         options = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        chosen = self.optimizer.choose() if isinstance(self.optimizer, ESAM) else None  # None: all
+        chosen = self.optimizer.choose() if isinstance(self.optimizer, ESAM) else None  # None: every weight
         self.saved = {
             i: p.detach().clone()
             for i, p in enumerate(self.params)
@@ -165,5 +167,5 @@ class Life:
         }
 
     def assert_clean(self) -> None:
-        """What first_step() saved is back, bit for bit."""
+        """Check that the perturbed weights are restored, bit for bit."""
         assert_same_bits([self.params[i] for i in self.saved], self.saved.values())
