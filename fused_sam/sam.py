@@ -31,6 +31,7 @@ from .engine.options import (
     check_range,
     declare_options,
     is_number,
+    merged,
     overrides,
     set_options,
     signature_of,
@@ -42,6 +43,7 @@ from .engine.user_warnings import warn_of_abandoned_step
 from .step import Number, Schedule, Step
 
 _EPS = 1e-12
+_MODES = ("train", "eval")  # of a wrapped base optimizer, which the instance gets as attributes
 _DEFAULT: Any = object()  # the class's default: see DEFAULTS
 _DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0}
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -176,6 +178,7 @@ class SAM(Optimizer):
     # GradScaler.step(optimizer) calls step() with `grad_scale` and `found_inf` set, and leaves skipping to it.
     _step_supports_amp_scaling = True
     _options: ClassVar[dict[str, Option]] = {}  # OPTIONS of the class and of those that it inherits from
+    _needs_grad_scale: ClassVar[bool | None] = None  # as the class declares it
 
     ascent_grad_scale: Number | None = None
     """What the first gradients are multiplied by, for methods and schedules that compare gradients of different steps.
@@ -184,7 +187,12 @@ class SAM(Optimizer):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
-        cls._options = {**cls._options, **declare_options(cls, SAM)}
+        cls._options = declare_options(cls, SAM)
+        cls.DEFAULTS, cls.GROUP_STATE = merged(cls, "DEFAULTS"), merged(cls, "GROUP_STATE")
+        declared = cls.__dict__.get("needs_grad_scale")
+        if isinstance(declared, bool):  # the property adds what the schedule needs
+            cls._needs_grad_scale = declared
+            del cls.needs_grad_scale
         cls.__signature__ = signature_of(cls, SAM, cls._options, {**_DEFAULTS, **cls.DEFAULTS})  # type: ignore[attr-defined]
 
     def __init__(
@@ -299,14 +307,8 @@ class SAM(Optimizer):
         """
         stepper = self._usable("first_step()")
         stepper.plain_step_warning_off = True
-        if stepper.in_closure:
-            raise RuntimeError("first_step() was called inside the closure of step(closure), which makes both passes")
-        if stepper.perturbed is not None:
-            moved = bool(stepper.perturbed)
-            self.restore()
-            if moved and not stepper.warned_of_abandoned_step:
-                stepper.warned_of_abandoned_step = True
-                warn_of_abandoned_step()
+        if stepper.perturbed is not None or stepper.in_closure:
+            self.finish_abandoned_step()
         if grad_scale is not None:
             self.ascent_grad_scale = grad_scale
         with_grad = torch.is_grad_enabled()
@@ -317,6 +319,18 @@ class SAM(Optimizer):
             torch._C._set_grad_enabled(with_grad)
         if zero_grad:
             self.zero_grad()
+
+    def finish_abandoned_step(self) -> None:
+        """Restore the weights, with one warning, if a loop has skipped a batch after its first_step()."""
+        stepper = self.stepper
+        if stepper.in_closure:
+            raise RuntimeError("first_step() was called inside the closure of step(closure), which makes both passes")
+        if stepper.perturbed is not None:
+            moved = bool(stepper.perturbed)
+            self.restore()
+            if moved and not stepper.warned_of_abandoned_step:
+                stepper.warned_of_abandoned_step = True
+                warn_of_abandoned_step()
 
     def second_step(self, zero_grad: bool = False) -> None:
         """Restore the weights and let the base optimizer step with the gradients as they are now.
@@ -430,6 +444,7 @@ class SAM(Optimizer):
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed."""
         self._usable("restore()").restore()
+        self.__dict__.pop("ascent_grad_scale", None)
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -475,7 +490,9 @@ class SAM(Optimizer):
         scaler.unscale_() comes between.
         """
         schedule = self._settings.schedule
-        compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
+        compares = self._needs_grad_scale
+        if compares is None:
+            compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
         return compares or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property
@@ -611,7 +628,11 @@ class SAM(Optimizer):
         self._before_saving()
         # A method's options and public attributes; not what GradScaler or a learning-rate scheduler puts here.
         foreign = ("defaults", "state", "param_groups", "grad_scale", "found_inf", "ascent_grad_scale")
-        own = {k: v for k, v in vars(self).items() if not (k.startswith("_") or k in foreign or callable(v))}
+        own = {
+            k: v
+            for k, v in vars(self).items()
+            if not (k.startswith("_") or k in foreign or (callable(v) and (hasattr(type(self), k) or k in _MODES)))
+        }
         settings = {"_settings": self._settings, "_own_options": self._own_options}
         return {**super().__getstate__(), **own, **settings}
 

@@ -14,6 +14,7 @@ count without the loss scale of a GradScaler, and norms and dot products are glo
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,7 +32,7 @@ from .engine.options import REQUIRED, Option, is_number, option
 from .engine.plan import Plan
 from .engine.sharding import like
 from .engine.stepper import Stepper
-from .engine.vectors import Combination, Number, Products, TensorVector, is_one, over, terms_of, times
+from .engine.vectors import Combination, Number, Products, TensorVector, is_one, masked, over, terms_of, times
 
 __all__ = [
     "REQUIRED", "Combination", "GroupRho", "Number", "Option", "Products", "Schedule", "Step", "TensorVector", "option",
@@ -145,7 +146,7 @@ class Step:
     def scheduled(self) -> bool:
         """True if the schedule lets the method act in this step, and a group has rho above 0."""
         self._stepper.decide()
-        return self._scheduled
+        return self._scheduled and self._stepper.any_perturbed(self._stepper.perturb_groups())
 
     @property
     def skipped(self) -> Tensor:
@@ -176,32 +177,26 @@ class Step:
 
         A parameter that has a gradient in the second pass only is updated with it as it is.
         """
-        return self.grad
+        return self._vectors.get("update", self.grad)
 
     @update_grad.setter
     def update_grad(self, value: TensorVector | Combination) -> None:
         if self._phase != "descent":
             raise RuntimeError(f"{self._where()}: step.update_grad is set in the hook `descent`, before the update")
-        grad, terms = self.grad, terms_of(value, "step.update_grad")
+        target, terms = self._vectors.get("update", self.grad), terms_of(value, "step.update_grad")
         self._stepper.changed_update = True
-        if len(terms) == 1 and terms[0][1] is not grad and terms[0][1]._role == "ascent_grad" and is_one(terms[0][0]):
-            self._use_ascent_grad()
+        ascent = self._vectors.get("ascent_grad")
+        if len(terms) == 1 and terms[0][1] is ascent and is_one(terms[0][0]) and target is self.grad:
+            self._use_ascent_grad(ascent)
             return
-        a = next((c for c, x in terms if x is grad), 0.0)
-        others = [(c, x) for c, x in terms if x is not grad]
-        if not others:
-            grad.scale_(a)
+        a = next((c for c, x in terms if x is target), None)
+        others = [(c, x) for c, x in terms if x is not target]
+        if a is None or len(others) != 1:
+            target.copy_(value)  # of one vector, or of two others
             return
-        if len(others) > 1:
-            raise ValueError(
-                f"{self._where()}: step.update_grad takes step.grad and one other vector; "
-                "combine the others first, with axpby_() on a vector of zeros_like()"
-            )
         b, other = others[0]
-        if grad._scale is not other._scale:
-            b = times(b, over(grad._known_scale(), other._known_scale()))
-        pairs.axpby(self._plan, grad._tensors, other._tensors, grad._tensors, a, b)
-        grad._square = None
+        pairs.axpby(self._plan, target._tensors, other._tensors, target._tensors, a, times(b, target._ratio(other)))
+        target._note_write()
 
     def require_finite(self, vector: TensorVector) -> None:
         """Skip the step if an element of the vector is not finite. Use it for vectors outside the update's gradient."""
@@ -235,8 +230,8 @@ class Step:
                 f"{self._where('radius')} must return the length of e: a number, a 0-dim tensor, step.rho times one of "
                 f"them, or None for each group's rho; not {length!r}"
             )
-        if not isinstance(factor, Tensor) and not factor >= 0:
-            raise ValueError(f"{self._where('radius')} must return a length of 0 or more, not {length!r}")
+        if not isinstance(factor, Tensor) and not 0 <= factor < math.inf:
+            raise ValueError(f"{self._where('radius')} must return a finite length of 0 or more, not {length!r}")
         # The kernels multiply a group's rho by the inverse norm.
         if isinstance(factor, Tensor):
             self._stepper.status.inverse_norm.mul_(factor.reshape(()))
@@ -249,14 +244,19 @@ class Step:
         """Run the method's descent hook."""
         self._snapshot = snapshot
         self._vectors.clear()
-        self._was_perturbed = bool(self._stepper.perturbed)
+        stepper = self._stepper
+        self._was_perturbed = stepper.perturbed is not None and bool(stepper.perturbed or stepper.decision)
         scale = self._stepper.grad_scale
         self._update_scale = None if scale is None else scale.to(self._stepper.status.values)
-        if self._needed_scale and getattr(self._optimizer, "grad_scale", None) is not None:
+        optimizer = self._optimizer
+        scaled = scale is not None or getattr(optimizer, "found_inf", None) is not None
+        unscaled_between = scaled and scale is None and self._kept is not None and self._ascent_scale is None
+        if (self._needed_scale and scaled) or (unscaled_between and optimizer.needs_grad_scale):
             raise RuntimeError(
                 f"{type(self._optimizer).__name__} needs the loss scale of its first gradients, because it compares "
-                "gradients of different steps: call first_step(grad_scale=scaler.get_scale()), or set "
-                "optimizer.ascent_grad_scale, before each step"
+                "gradients of different steps"
+                + (", or because scaler.unscale_() has unscaled the second ones only" if unscaled_between else "")
+                + ": call first_step(grad_scale=scaler.get_scale()), or set optimizer.ascent_grad_scale, in each step"
             )
         with self._in("descent"):
             _check_none(self._optimizer.descent(self), self)
@@ -268,6 +268,9 @@ class Step:
         if self._stepper.scaled_grads and (grad is None or grad._tensors is self._snapshot_grads()):
             # A base optimizer with a step of its own got its gradients in p.grad, unscaled and clipped.
             self._vectors["grad"] = TensorVector(self, self._snapshot_grads(), 1.0, "grad")
+        if self._stepper.scaled_grads and "update" in self._vectors:  # these were the first gradients
+            assert self._kept is not None
+            self._vectors["ascent_grad"] = TensorVector(self, self._kept, 1.0, "ascent_grad")
         try:
             with self._in("updated"):
                 _check_none(self._optimizer.updated(self), self)
@@ -278,6 +281,13 @@ class Step:
                     self._plan.masters.write_params()
                 self._plan.masters.record_versions()
             self._end()
+
+    def _abandon(self) -> None:
+        """Give the first gradients back to the parameters, because the perturbation failed."""
+        if self._kept is not None:
+            for p, g in zip(self._plan.params, self._kept, strict=True):
+                p.grad = None if g is None else like(g, p)
+        self._end()
 
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
@@ -340,14 +350,9 @@ class Step:
 
     def _scale_of_ascent(self) -> Number | None:
         """Return the scale of the first gradients: as it was told, else GradScaler's, which has not changed since."""
-        told = self._ascent_scale
-        if told is None and self._update_scale is None and getattr(self._optimizer, "found_inf", None) is not None:
-            raise RuntimeError(
-                f"{type(self._optimizer).__name__} compares both gradients of a step, and scaler.unscale_() has "
-                "unscaled the second one only: call first_step(grad_scale=scaler.get_scale()), or leave unscale_() "
-                "out and clip by SAM's max_norm"
-            )
-        return told if told is not None else 1.0 if self._update_scale is None else self._update_scale
+        if self._ascent_scale is not None:
+            return self._ascent_scale
+        return 1.0 if self._update_scale is None else self._update_scale
 
     def _snapshot_grads(self) -> list[Tensor | None]:
         if self._snapshot is None:
@@ -393,7 +398,12 @@ class Step:
         if role == "state" and not stepper.known_skip():
             skip = None if stepper.status.host is not None else stepper.status.skip
             wanted = [None if h is None else g for g, h in zip(self.grad._tensors, other, strict=True)]
-            vector._tensors[:] = self._extra.begin(self._plan, self._optimizer.state, vector.name, wanted, skip)
+            if vector._members is not None:
+                wanted = masked(wanted, vector._members)
+            found = self._extra.begin(self._plan, self._optimizer.state, vector.name, wanted, skip)
+            vector._base._tensors[:] = found
+            if vector._members is not None:
+                vector._tensors[:] = masked(found, vector._members)
         return stepper.status, stepper.known_skip()
 
     def _wrote(self, vector: TensorVector) -> None:
@@ -406,15 +416,20 @@ class Step:
         """Skip this step unless `finite` is True, as far as SAM checks the update's gradients."""
         stepper = self._stepper
         if stepper.settings.check_update:
-            if not (self._was_perturbed or stepper.keeps_skip):
-                stepper.status.skip.zero_()  # it is the last step's
+            if not stepper.keeps_skip and not (self._was_perturbed and self._optimizer.skips_with_ascent):
+                stepper.status.skip.zero_()  # it is the last step's, or the ascent's, which does not count
             stepper.keeps_skip = True
             stepper.status.skip.add_(~finite)
 
-    def _use_ascent_grad(self) -> None:
+    def _use_ascent_grad(self, ascent: TensorVector) -> None:
         """Give the first gradients to the base optimizer, in p.grad, and keep the second ones as step.grad."""
         snapshot, kept = self._snapshot, self._kept
         assert snapshot is not None and kept is not None
+        ratio = self.grad._ratio(ascent)
+        if not is_one(ratio):
+            pairs.axpby(self._plan, kept, kept, kept, ratio, 0.0)
+            ascent._scale = self.grad._scale
+            ascent._writes += 1
         second = TensorVector(self, list(snapshot.grads), self.grad._scale, "grad")
         for i, (h, g) in enumerate(zip(snapshot.grads, kept, strict=True)):
             if h is None or g is None:
@@ -427,6 +442,7 @@ class Step:
             p.grad = like(g, p)
         snapshot.addresses = None
         self._vectors["grad"] = second
+        self._vectors["update"] = TensorVector(self, snapshot.grads, second._scale, "grad")
 
 
 class Schedule(ABC):

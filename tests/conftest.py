@@ -9,7 +9,7 @@ import torch
 from support.backends import NAMES, VARIANTS, Variant
 
 # Files of few tests that take a minute or more each: they begin first, so that no worker waits for them at the end.
-SLOW = ("test_triton_interpret.py", "test_cuda_machine_code.py", "test_cuda_source.py", "test_life.py")
+SLOW = ("test_triton_interpret.py", "test_cuda_machine_code.py", "test_cuda_source.py", "test_random_programs.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -14,6 +14,7 @@ from support.bits import assert_same_optimizers
 from support.family import train
 from torch import nn
 
+import fused_sam
 from fused_sam import SAM, LookSAM
 from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, LastSteps, Random, Schedule
 
@@ -227,3 +228,13 @@ def test_a_state_dict_resumes_the_schedule(backend: str, schedule: Schedule, cls
 def test_options_out_of_range(make: Callable[[], Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@pytest.mark.parametrize("method", ["ESAM", "GCSAM", "SAM"])
+def test_a_schedule_that_needs_the_scale_gets_it_with_every_method(method: str) -> None:
+    """Also where the method itself does not need it."""
+    p = nn.Parameter(torch.ones(2))
+    own = {"gamma": 1.0} if method == "ESAM" else {}
+    make = getattr(fused_sam, method)
+    assert make([p], lr=0.1, schedule=AdaptiveSchedule(5), **own).needs_grad_scale
+    assert not make([p], lr=0.1, **own).needs_grad_scale

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -203,7 +204,7 @@ def test_unscaling_after_the_first_pass_is_an_error(backend: str) -> None:
         p.grad = torch.tensor([3.0, 5.0])
         optimizer.grad_scale, optimizer.found_inf = None, torch.zeros(())  # GradScaler sets these after unscale_()
         if not given:
-            with pytest.raises(RuntimeError, match=r"unscale_\(\) has unscaled the second one only"):
+            with pytest.raises(RuntimeError, match=r"unscale_\(\) has unscaled the second ones only"):
                 optimizer.second_step()
             assert torch.equal(p, torch.zeros(2))
             continue
@@ -303,3 +304,179 @@ def test_a_running_average_in_one_launch(backend: str, dtype: torch.dtype) -> No
     next(model.parameters()).grad.view(-1)[0] = float("inf")  # type: ignore[union-attr]
     optimizer.second_step()
     assert_same_bits([optimizer.state[p]["average"] for p in model.parameters()], before)
+
+
+# ---- vectors in unusual places --------------------------------------------------------------------------------------
+
+
+def one_step(optimizer: SAM, params: list[nn.Parameter], first: list[Any], second: list[Any]) -> None:
+    """Take a step with these gradients; None for a parameter without one."""
+    for grads, half in ((first, optimizer.first_step), (second, optimizer.second_step)):
+        for p, g in zip(params, grads, strict=True):
+            p.grad = None if g is None else torch.tensor(g)
+        half()
+
+
+def test_a_copy_of_a_sum_with_tensors_missing_anywhere(backend: str) -> None:
+    """None counts as zero in both vectors; where the target has no tensor, nothing is written."""
+    seen: list[list[float] | None] = []
+
+    class Copies(SAM):
+        keeps_ascent_grad = True
+
+        def updated(self, step: Step) -> None:
+            step.state("sum").copy_(2.0 * step.grad + 3.0 * step.ascent_grad)
+
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(3)]
+    optimizer = Copies(params, rho=0.1, lr=0.1, backend=backend)
+    one_step(optimizer, params, [[1.0, 2.0], [1.0, 1.0], None], [[1.0, 1.0], None, [5.0, 6.0]])
+    for p in params:
+        state = optimizer.state[p].get("sum")
+        seen.append(None if state is None else state.tolist())
+    assert seen == [[5.0, 8.0], None, [10.0, 12.0]]
+
+
+def test_a_state_that_begins_in_a_sum_with_itself(backend: str) -> None:
+    class Averages(SAM):
+        def updated(self, step: Step) -> None:
+            average = step.state("average")
+            average.copy_(0.9 * average + 0.1 * step.grad)
+
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = Averages([p], rho=0.1, lr=0.1, backend=backend)
+    for expected in (0.1, 0.19):
+        one_step(optimizer, [p], [[1.0, 1.0]], [[1.0, 1.0]])
+        torch.testing.assert_close(optimizer.state[p]["average"], torch.full((2,), expected))
+
+
+def test_a_group_of_a_state_begins_and_moves_alone(backend: str) -> None:
+    class OneGroup(SAM):
+        def updated(self, step: Step) -> None:
+            step.state("average").group(1).axpby_(0.5, 1.0, step.grad.group(1))
+
+    params = [nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    optimizer = OneGroup([{"params": [p]} for p in params], rho=0.1, lr=0.1, backend=backend)
+    for _ in range(2):
+        one_step(optimizer, params, [[1.0, 1.0]] * 2, [[1.0, 1.0]] * 2)
+    assert set(optimizer.state[params[1]]) == {"average"} and "average" not in optimizer.state.get(params[0], {})
+    torch.testing.assert_close(optimizer.state[params[1]]["average"], torch.full((2,), 1.5))
+
+
+def test_a_norm_is_taken_again_after_any_write(backend: str) -> None:
+    seen: list[float] = []
+
+    class Reads(SAM):
+        def descent(self, step: Step) -> None:
+            g = step.grad
+            seen.append(float(g.norm()))
+            g.group(0).scale_(2.0)
+            seen.append(float(g.norm()))
+            for _, t in g.items():
+                seen.append(float(g.norm()))
+                t.mul_(2.0)
+            seen.append(float(g.norm()))
+
+    p = nn.Parameter(torch.zeros(2))
+    one_step(Reads([p], rho=0.1, lr=0.1, backend=backend), [p], [[1.0, 1.0]], [[3.0, 4.0]])
+    assert seen == [5.0, 10.0, 10.0, 20.0]
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.RMSprop], ids=["fused", "wrapped"])
+def test_the_first_gradient_as_the_update_has_the_updates_scale(backend: str, base: Any) -> None:
+    """scaler.unscale_() leaves g scaled; and a wrapped base scales p.grad in place."""
+    seen: list[list[float]] = []
+
+    class First(SAM):
+        keeps_ascent_grad = True
+
+        def descent(self, step: Step) -> None:
+            step.update_grad = step.ascent_grad
+
+        def updated(self, step: Step) -> None:
+            copied = step.weights.zeros_like().copy_(step.ascent_grad)
+            seen.append([float(copied.norm()), float(step.ascent_grad.norm())])
+
+    ends = []
+    for scale, unscaled in ((1.0, False), (8.0, False), (8.0, True)):
+        p = nn.Parameter(torch.zeros(2))
+        optimizer = First([p], base, rho=0.1, lr=0.1, backend=backend)
+        p.grad = torch.tensor([3.0, 4.0]) * scale
+        optimizer.first_step(grad_scale=scale)
+        p.grad = torch.tensor([1.0, 1.0]) * (1.0 if unscaled else scale)
+        if scale != 1.0:
+            optimizer.grad_scale = None if unscaled else torch.tensor(scale)
+            optimizer.found_inf = torch.zeros(())
+        optimizer.second_step()
+        ends.append(p.detach().clone())
+    assert torch.equal(ends[0], ends[1]) and torch.equal(ends[0], ends[2])
+    assert seen == [[5.0, 5.0]] * 3
+
+
+def test_the_update_can_be_set_again(backend: str) -> None:
+    class Twice(SAM):
+        keeps_ascent_grad = True
+
+        def descent(self, step: Step) -> None:
+            step.update_grad = step.ascent_grad
+            step.update_grad = 2.0 * step.update_grad + step.grad
+
+    p = nn.Parameter(torch.zeros(2))
+    one_step(Twice([p], rho=0.1, lr=1.0, backend=backend), [p], [[1.0, 2.0]], [[10.0, 20.0]])
+    torch.testing.assert_close(p.detach(), -torch.tensor([12.0, 24.0]))
+
+
+def test_declarations_of_parents_and_mixins_add_up() -> None:
+    class Mixin:
+        OPTIONS = {"strength": option(0.5, low=0)}  # noqa: RUF012
+
+    class Mine(Mixin, fused_sam.LookSAM):
+        DEFAULTS = {"rho": 0.3}  # noqa: RUF012
+        GROUP_STATE = {"mine": 0}  # noqa: RUF012
+        k = 2
+
+    class Scaled(fused_sam.ASAM):
+        DEFAULTS = {"rho": 0.1}  # noqa: RUF012
+
+    p = nn.Parameter(torch.ones(2))
+    optimizer = Mine([p], lr=0.1)
+    assert (optimizer.strength, optimizer.k, optimizer.alpha) == (0.5, 2, 0.7)  # type: ignore[attr-defined]
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group["mine"], group["looksam_step"]) == (0.3, 0, 0)
+    with pytest.raises(ValueError, match="k must be at least 1"):
+        optimizer.k = 0
+    group = Scaled([p], lr=0.1).param_groups[0]
+    assert (group["rho"], group["adaptive"], group["eta"]) == (0.1, True, 0.01)
+    with pytest.raises(AttributeError, match="scale cannot change after construction"):
+        Scaled([p], lr=0.1).scale = "all"
+
+
+def test_a_copy_has_the_modules_that_a_method_holds() -> None:
+    class Teaches(SAM):
+        def descent(self, step: Step) -> None:
+            assert self.teacher is not None  # type: ignore[attr-defined]
+
+    model = nets.net()
+    optimizer = Teaches(model.parameters(), lr=0.1)
+    optimizer.teacher = nn.Linear(2, 2)  # type: ignore[attr-defined]
+    assert isinstance(copy.deepcopy(optimizer).teacher, nn.Linear)  # type: ignore[attr-defined]
+
+
+def test_a_perturbation_that_fails_gives_the_gradients_back(backend: str) -> None:
+    class Fails(SAM):
+        keeps_ascent_grad = True
+
+        def radius(self, step: Step) -> float:
+            return step.ascent_norm * 0 + self.length  # type: ignore[attr-defined,return-value,no-any-return]
+
+    p = nn.Parameter(torch.zeros(2))
+    optimizer = Fails([p], lr=0.1, backend=backend)
+    p.grad = torch.tensor([3.0, 4.0])
+    with pytest.raises(AttributeError):
+        optimizer.first_step()
+    assert p.grad is not None and p.grad.tolist() == [3.0, 4.0] and not optimizer.perturbed
+    optimizer.length = 0.5  # type: ignore[attr-defined]
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.zeros(())
+    optimizer.first_step(grad_scale=2.0)  # the scale that was not told before is told now
+    p.grad = torch.tensor([2.0, 2.0])
+    optimizer.second_step()
+    torch.testing.assert_close(p.detach(), torch.full((2,), -0.1))

@@ -115,6 +115,7 @@ class Reader {
     const bool plain_grad = is_plain(g);
     if (!is_true(is_contiguous_.call(g, plain_grad)) || !is_true(is_contiguous_.call(p, plain))) return kNotUsual;
     if (dtype_.get(g, plain_grad).ptr() != dtype_.get(p, plain).ptr()) return kNotUsual;
+    if (numel_.call(g, plain_grad).cast<int64_t>() != numel_.call(p, plain).cast<int64_t>()) return kNotUsual;
     if (!(place(p, plain) == places_[size_t(i)]) || is_true(is_neg_.call(g, plain_grad))) return kNotUsual;
     return address(g);
   }

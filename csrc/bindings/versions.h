@@ -13,6 +13,7 @@ class VersionBumper {
   // over a sequence of tensors, which serves where this torch offers no other way.
   VersionBumper(const pybind11::object& tensor_base, const pybind11::object& increment_version, pybind11::handle tensor)
       : tensor_base_(tensor_base), increment_version_(increment_version) {
+    if (!PyType_Check(tensor_base.ptr())) throw pybind11::type_error("tensor_base must be a class");
     view_.locate(tensor);
   }
 

@@ -143,8 +143,11 @@ class FusedBase:
     ) -> None:
         for call in update.restore:
             call.backend.restore(call.table)
-        if self.rule is SGD and any(group.dampening != 0 for group in groups):
-            note_written_momentum(update)
+        if self.rule is SGD:
+            for group in groups:
+                if group.dampening != 0:
+                    note_written_momentum(update)
+                    break
         for call in update.calls:
             getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
         for step in update.empty_steps:

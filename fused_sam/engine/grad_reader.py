@@ -56,7 +56,7 @@ class PythonReader:
         grads = []
         for p, place in zip(params, self._places, strict=True):
             g = p.grad
-            if g is None or g.dtype is not p.dtype or (p.data_ptr(), p.dtype, p.shape) != place:
+            if g is None or g.dtype is not p.dtype or g.shape != p.shape or (p.data_ptr(), p.dtype, p.shape) != place:
                 return None
             if g.is_neg() or not (g.is_contiguous() and p.is_contiguous()):
                 return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 from numbers import Real
@@ -21,6 +22,7 @@ class Option:
         low, high: the smallest and largest value.
         open_low, open_high: True excludes that value itself.
         choices: the values of a string.
+        fixed: True if it cannot change after construction.
         help: one sentence for documentation.
     """
 
@@ -34,11 +36,12 @@ class Option:
         open_high: bool = False,
         choices: tuple[str, ...] = (),
         type: type | None = None,
+        fixed: bool = False,
         help: str = "",
     ) -> None:
         self.default = default
         self.low, self.high, self.open_low, self.open_high = low, high, open_low, open_high
-        self.choices = choices
+        self.choices, self.fixed = choices, fixed
         self.type = type or (str if choices else default.__class__)
         self.help = help
         self.name = ""
@@ -47,10 +50,18 @@ class Option:
         self.name = name
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else instance.__dict__[self.name]
+        if instance is None:
+            return self
+        try:
+            return instance.__dict__[self.name]
+        except KeyError:
+            raise AttributeError(f"{instance.__class__.__name__}.{self.name} is set by SAM's constructor") from None
 
     def __set__(self, instance: Any, value: Any) -> None:
-        instance.__dict__[self.name] = self.check(value, instance.__class__.__name__)
+        value = self.check(value, instance.__class__.__name__)
+        if self.fixed and instance.__dict__.get(self.name, value) != value:
+            raise AttributeError(f"{instance.__class__.__name__}.{self.name} cannot change after construction")
+        instance.__dict__[self.name] = value
 
     def check(self, value: Any, method: str) -> Any:
         """Return the value in the option's type.
@@ -64,7 +75,7 @@ class Option:
                 raise ValueError(f"{title} must be {' or '.join(map(repr, self.choices))}, not {value!r}")
             return value
         if self.type is bool:
-            if value not in (True, False) or isinstance(value, str):
+            if isinstance(value, (str, Tensor)) or value not in (True, False):
                 raise TypeError(f"{title} must be True or False, not {value!r}")
             return bool(value)
         if self.type is int:
@@ -80,13 +91,23 @@ def option(default: Any, **limits: Any) -> Any:
     return Option(default, **limits)
 
 
+def merged(cls: type, name: str) -> dict[str, Any]:
+    """Return the union of the mappings that a class and its parents, mixins included, declare under that name."""
+    found: dict[str, Any] = {}
+    for each in reversed(cls.__mro__):
+        found.update(each.__dict__.get(name, {}))
+    return found
+
+
 def declare_options(cls: type, base: type) -> dict[str, Option]:
-    """Make the OPTIONS of a class attributes of it; return them.
+    """Make the OPTIONS of a class and its parents attributes of it; return them.
+
+    A plain value in the class, under the name of an option that it inherits, is the option's new default.
 
     Raises:
         TypeError: one was not made by option(), or has the name of an option of `base`.
     """
-    declared: dict[str, Option] = dict(cls.__dict__.get("OPTIONS", {}))
+    declared: dict[str, Option] = merged(cls, "OPTIONS")
     for name, each in declared.items():
         if not isinstance(each, Option):
             raise TypeError(f"{cls.__name__}.OPTIONS[{name!r}] must be made by fused_sam.option(), not {each!r}")
@@ -94,7 +115,13 @@ def declare_options(cls: type, base: type) -> dict[str, Option]:
             raise TypeError(
                 f"{cls.__name__}.OPTIONS[{name!r}] is {base.__name__}'s own; its default goes into DEFAULTS"
             )
-        each.__set_name__(cls, name)
+        each.name = name
+        own = cls.__dict__.get(name, each)
+        if not isinstance(own, Option):
+            each = declared[name] = copy.copy(each)
+            each.default = each.check(own, cls.__name__)
+        elif name in cls.__dict__:
+            each = declared[name] = own
         setattr(cls, name, each)
     return declared
 

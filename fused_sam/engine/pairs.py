@@ -16,7 +16,7 @@ from torch import Tensor
 from fused_sam.backends.contract import YY, Backend, Status, VectorPair, status_dtype
 
 from .layout import same_layout
-from .plan import Plan
+from .plan import Plan, remember
 
 Vector = Sequence[Tensor | None]
 Number = Tensor | float
@@ -37,12 +37,17 @@ def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPai
     key = tuple(
         None
         if a is None or b is None or not a.numel()
-        else (a.dtype, b.dtype, dense and same_layout(p, a) and same_layout(p, b))
+        else (
+            a.dtype,
+            b.dtype,
+            dense and same_layout(p, a) and same_layout(p, b) and not (a.is_neg() or b.is_neg()),
+        )
         for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
     )
     rows = plan.pairs.get(key)
     if rows is None:
-        rows = plan.pairs[key] = _sorted_rows(plan, key)
+        rows = _sorted_rows(plan, key)
+        remember(plan.pairs, key, rows)
     for row in rows:
         pair = VectorPair([x[i] for i in row.numbers], [y[i] for i in row.numbers], row.native)  # type: ignore[misc]
         yield row, pair
@@ -85,12 +90,14 @@ def dot(plan: Plan, x: Vector, y: Vector) -> Tensor:
 def axpby(
     plan: Plan, x: Vector, y: Vector, out: Vector, a: Number, b: Number, status: Status | None = None
 ) -> None:
-    """Write out = a * x + b * y where x and y have a tensor; `out` may be x or y.
+    """Write out = a * x + b * y where all three have a tensor; `out` may be x or y.
 
     Args:
         a, b: numbers, or 0-dim tensors, which are not waited for.
         status: if given, nothing is written where skip is set.
     """
+    if out is not x and out is not y:
+        x = [None if o is None else t for t, o in zip(x, out, strict=True)]
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         device = device_of(plan)
         numbers = [as_scalar(a, device), as_scalar(b, device)]

@@ -213,7 +213,7 @@ class Plan:
             n = len(perturbed)
             rows = [i for i, code in enumerate(snapshot.codes) if code and perturbed[self.group_ids[i] % n]]
             calls = self._calls(rows, snapshot.codes, self._add_backups)
-            _remember(self._perturb, key, calls)
+            remember(self._perturb, key, calls)
         return calls
 
     def update_plan(
@@ -236,7 +236,7 @@ class Plan:
             or (found.new and any(name in state.get(p, ()) for p, name, _ in found.new))
         ):
             found = self._new_update(snapshot.codes, perturbed, names, state)
-            _remember(self._update, key, found)
+            remember(self._update, key, found)
         return found
 
     def forget_state(self) -> None:
@@ -430,7 +430,8 @@ class Plan:
             table.backups.append(self._backups[i])
 
 
-def _remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+def remember(cache: dict[Any, Any], key: Any, value: Any) -> None:
+    """Keep a value under a key, as the youngest of PATTERNS_KEPT."""
     cache.pop(key, None)
     if len(cache) >= PATTERNS_KEPT:
         cache.pop(next(iter(cache)))

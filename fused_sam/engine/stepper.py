@@ -69,6 +69,9 @@ class Context(Protocol):
     def _replanned(self, old: Plan, new: Plan) -> None:
         """Reorder the ascent gradients for the new plan."""
 
+    def _abandon(self) -> None:
+        """Give the first gradients back to the parameters, because the perturbation failed."""
+
     def _end(self) -> None:
         """Drop everything that belongs to one step."""
 
@@ -121,8 +124,6 @@ class Stepper:
         hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
         self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(overrides(cls, h) for h in hooks)
         self._is_scaled = optimizer.is_scaled if overrides(cls, "is_scaled") else None
-        # True if primitives draw random numbers: for a mask or for stochastic rounding.
-        self._random = settings.precision.stochastic_rounding or optimizer.mask_prob < 1
         self._check_precision()
         self.plan = self.new_plan()
         self._load_rng_offset()
@@ -137,6 +138,8 @@ class Stepper:
         """
         found = []
         mask_prob = self.optimizer.mask_prob
+        if not 0 < mask_prob <= 1:
+            raise ValueError(f"mask_prob must be above 0 and at most 1, not {mask_prob!r}")
         for k, group in enumerate(self.optimizer.param_groups):
             try:
                 rho, eta = float(group["rho"]), float(group["eta"])
@@ -178,8 +181,8 @@ class Stepper:
             self.perturbed = self.current_plan().none_perturbed
             return False
         plan, snapshot = self.snapshot()
-        status = self.status
-        calls = plan.perturb_calls(snapshot, tuple(map(_PERTURB, self.optimizer.param_groups)), self.optimizer.state)
+        optimizer, status = self.optimizer, self.status
+        calls = plan.perturb_calls(snapshot, tuple(map(_PERTURB, optimizer.param_groups)), optimizer.state)
         if plan.has_twins:
             groups = with_twins(groups)
         plan.attach(calls, snapshot)
@@ -191,10 +194,14 @@ class Stepper:
                 groups = self.context._run_radius(groups)
             for call in calls:
                 call.backend.perturb(call.table, groups, status)
+        except BaseException:
+            if self._has_hooks:
+                self.context._abandon()
+            raise
         finally:
             plan.detach(calls)
         self.perturbed = calls
-        if self._random or plan.masters.any_needed:
+        if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
             self.after_write(perturbed=True)
         return True
 
@@ -288,19 +295,21 @@ class Stepper:
             optimizer.restore()
             raise
         self.perturbed = None
-        if self._random or plan.masters.any_needed:
+        if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
             self.after_write(perturbed=False)
         grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
         for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
             if not g.is_inference():
                 setattr(g, MARK, g._version)
-        if self.schedule is not None:
-            self.schedule.stepped(self.context)
         try:
+            if self.schedule is not None:
+                self.schedule.stepped(self.context)
             if self._has_hooks:
                 self.context._run_updated()
         finally:
             self.decision = None
+            if self._has_hooks:
+                self.context._end()
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
@@ -353,9 +362,8 @@ class Stepper:
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. The step is decided again after that."""
         self.decision = None
-        if self.perturbed is None:
-            return
-        self.undo()
+        if self.perturbed is not None:
+            self.undo()
         self.context._end()
 
     @torch.no_grad()
@@ -488,7 +496,7 @@ class Stepper:
 
     def after_write(self, *, perturbed: bool) -> None:
         """Note that a perturbation or an update has written parameters and, if one draws random numbers, count that."""
-        if self._random:
+        if self.optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding:
             self._perturb_drew = perturbed
             self.status.rng_offset.add_(1).remainder_(2**24)  # fp32 counts no further
         if self.plan.masters.any_needed:

@@ -68,7 +68,10 @@ class TensorVector:
         self._tensors = tensors
         self._scale = scale  # tensors = vector * scale; None if the scale is not known
         self._role = role
-        self._square: Tensor | None = None  # <tensors, tensors>, while it is known
+        self._square: tuple[int, Tensor] | None = None  # the count of writes at that time, and <tensors, tensors>
+        self._writes = 0
+        self._base = self  # of a group's part, the whole vector
+        self._members: list[bool] | None = None  # of a group's part, which parameters are in the group
 
     # ---- reading --------------------------------------------------------------------------------------------
 
@@ -81,7 +84,7 @@ class TensorVector:
             self._step._skip_unless(sums.isfinite().all())
         s, t = self._known_scale(), other._known_scale()
         if self._pattern() == other._pattern():
-            self._square, other._square = sums[XX], sums[YY]
+            self._square, other._square = (self._base._writes, sums[XX]), (other._base._writes, sums[YY])
         return Products(
             over(sums[XY], times(s, t)), over(sums[XX], times(s, s)), over(sums[YY], times(t, t))
         )
@@ -91,9 +94,9 @@ class TensorVector:
 
         The launch gives both squares as well: `x.dot(x)` and `y.norm()` read no memory after `x.dot(y)`.
         """
-        if other is self and self._square is not None:
+        if other is self and self._square is not None and self._square[0] == self._base._writes:
             scale = self._known_scale()
-            return over(self._square, times(scale, scale))
+            return over(self._square[1], times(scale, scale))
         return self.products(other).xy
 
     def norm(self) -> Tensor:
@@ -112,25 +115,26 @@ class TensorVector:
         other vectors, and `step.grad` in other hooks, yield copies.
         """
         writable = self._role == "" or (self._role == "grad" and self._step._phase in ("ascent", "descent"))
-        if writable:
-            self._square = None
-            self._step._wrote(self)
         for p, t in zip(self._step._plan.params, self._tensors, strict=True):
             if t is not None:
                 yield p, like(t if writable else t.clone(), p)
+                if writable:
+                    self._note_write()
 
     def group(self, k: int) -> TensorVector:
         """Return the part of the vector that belongs to parameter group k, on the same memory."""
         plan = self._step._plan
         n = len(self._step.groups)
-        tensors = [t if j % n == k else None for t, j in zip(self._tensors, plan.group_ids, strict=True)]
-        return TensorVector(self._step, tensors, self._scale, self._role)
+        members = [j % n == k for j in plan.group_ids]
+        part = TensorVector(self._step, masked(self._tensors, members), self._scale, self._role, self.name)
+        part._base, part._members = self._base, members
+        return part
 
     # ---- writing in place -----------------------------------------------------------------------------------
 
     def scale_(self, a: Number) -> TensorVector:
         """self = a * self."""
-        return self._write(self, a, 0.0, "scale_()")
+        return self._assign([(a, self)], "scale_()")
 
     def axpby_(self, a: Number, b: Number, other: TensorVector, *, first: Number | None = None) -> TensorVector:
         """self = a * self + b * other.
@@ -139,39 +143,25 @@ class TensorVector:
             first: for a state that a parameter does not have yet, self = first * other; None: b * other.
         """
         self._check_other(other, "axpby_()")
-        return self._write(other, a, b, "axpby_()", first)
+        return self._assign([(a, self), (b, other)], "axpby_()", first)
 
     def lerp_(self, other: TensorVector, weight: float) -> TensorVector:
         """self = (1 - weight) * self + weight * other: an exponential moving average of `other`."""
         self._check_other(other, "lerp_()")
         if self._scale is not other._scale or self._pattern() != other._pattern():
-            return self._write(other, 1 - weight, weight, "lerp_()")
+            return self._assign([(1 - weight, self), (weight, other)], "lerp_()")
         status, skipped = self._step._writable(self, other._tensors, "lerp_()")
         if not skipped:
             pairs.ema(self._step._plan, self._tensors, other._tensors, 1 - weight, status)
-            self._square = None
-            self._step._wrote(self)
+            self._note_write()
         return self
 
     def copy_(self, source: TensorVector | Combination) -> TensorVector:
-        """self = source. A combination is written where both of its vectors have a tensor, in one launch."""
+        """self = source, a vector or a sum of two."""
         terms = terms_of(source, "copy_()")
         for _, x in terms:
             self._check_other(x, "copy_()")
-        if len(terms) == 1:
-            return self._write(terms[0][1], 0.0, terms[0][0], "copy_()")
-        if len(terms) > 2:
-            raise ValueError(f"{self._step._where()}: copy_() takes two vectors; add the third by axpby_()")
-        (a, x), (b, y) = terms
-        both = [None if g is None or h is None else g for g, h in zip(x._tensors, y._tensors, strict=True)]
-        status, skipped = self._step._writable(self, both, "copy_()")
-        if skipped:
-            return self
-        a, b = (times(c, over(self._known_scale(), v._known_scale())) for c, v in terms)
-        pairs.axpby(self._step._plan, x._tensors, y._tensors, self._tensors, a, b, status)
-        self._square = None
-        self._step._wrote(self)
-        return self
+        return self._assign(terms, "copy_()")
 
     def zeros_like(self) -> TensorVector:
         """Return a new vector of zeros with the same tensors present, for this step alone."""
@@ -224,35 +214,64 @@ class TensorVector:
                 "take both from the same step"
             )
 
-    def _write(
-        self, other: TensorVector, a: Number, b: Number, what: str, first: Number | None = None
+    def _note_write(self) -> None:
+        self._base._writes += 1
+        self._step._wrote(self)
+
+    def _assign(
+        self, terms: list[tuple[Number, TensorVector]], what: str, first: Number | None = None
     ) -> TensorVector:
-        """self = a * self + b * other, where a tensor that is missing in `other` counts as zero."""
-        step, plan = self._step, self._step._plan
+        """self = the sum of up to two terms, in which a missing tensor counts as zero."""
+        terms = Combination(terms).joined()
+        if len(terms) > 2:
+            raise ValueError(f"{self._step._where()}: {what} takes two vectors; add the third by axpby_()")
         old = list(self._tensors)
-        status, skipped = step._writable(self, other._tensors, what)
+        status, skipped = self._step._writable(self, union([x._tensors for _, x in terms]), what)
         if skipped:
             return self
-        if other is self:
-            pairs.axpby(plan, old, old, old, a + b, 0.0, status)
-        else:
-            if self._scale is not other._scale:
-                ratio = over(self._known_scale(), other._known_scale())
-                b, first = times(b, ratio), None if first is None else times(first, ratio)
-            new: list[Tensor | None] = [t if o is None else None for t, o in zip(self._tensors, old, strict=True)]
-            if first is not None and any(t is not None for t in new):
-                pairs.axpby(plan, new, other._tensors, new, 0.0, first, status)
-                target = old
-            else:
-                target = self._tensors
-            pairs.axpby(plan, target, other._tensors, target, a, b, status)
-            if not is_one(a):
-                alone = [x if y is None else None for x, y in zip(target, other._tensors, strict=True)]
-                if any(x is not None for x in alone):
-                    pairs.axpby(plan, alone, alone, alone, a, 0.0, status)
-        self._square = None
-        step._wrote(self)
+        factors = [c if x is self else times(c, self._ratio(x)) for c, x in terms]
+        columns = [old if x is self else x._tensors for _, x in terms]
+        out = self._tensors
+        begun = [o is None and t is not None for o, t in zip(old, out, strict=True)]
+        plan = self._step._plan
+        if first is not None and any(begun):
+            (_, _), (_, other) = terms
+            source, target = masked(other._tensors, begun), masked(out, begun)
+            pairs.axpby(plan, source, source, target, times(first, self._ratio(other)), 0.0, status)
+            out = masked(out, [not new for new in begun])
+        present = [[t is not None and o is not None for t, o in zip(column, out, strict=True)] for column in columns]
+        (x, a), (y, b) = (columns[0], factors[0]), (columns[-1], factors[-1] if len(terms) == 2 else 0.0)
+        both = [i and j for i, j in zip(present[0], present[-1], strict=True)]
+        if any(both):
+            pairs.axpby(plan, masked(x, both), masked(y, both), out, a, b, status)
+        if not all(both):
+            for k, (column, factor) in enumerate(zip(columns, factors, strict=True)):
+                alone = [i and not j for i, j in zip(present[k], both, strict=True)]
+                if any(alone) and not (column is old and is_one(factor)):
+                    only = masked(column, alone)
+                    pairs.axpby(plan, only, only, out, factor, 0.0, status)
+            nowhere = [
+                o is not None and not any(found) for o, found in zip(out, zip(*present, strict=True), strict=True)
+            ]
+            if any(nowhere):
+                rest = masked(out, nowhere)
+                pairs.axpby(plan, rest, rest, rest, 0.0, 0.0, status)
+        self._note_write()
         return self
+
+    def _ratio(self, other: TensorVector) -> Number:
+        """Return what other's tensors are multiplied by to have the scale of this vector's."""
+        return 1.0 if self._scale is other._scale else over(self._known_scale(), other._known_scale())
+
+
+def masked(tensors: list[Tensor | None], members: list[bool]) -> list[Tensor | None]:
+    """Return the tensors that are members, and None for the others."""
+    return [t if member else None for t, member in zip(tensors, members, strict=True)]
+
+
+def union(columns: list[list[Tensor | None]]) -> list[Tensor | None]:
+    """Return, per parameter, the first tensor that one of the columns has."""
+    return [next((t for t in row if t is not None), None) for row in zip(*columns, strict=True)]
 
 
 class Combination:
@@ -260,6 +279,13 @@ class Combination:
 
     def __init__(self, terms: list[tuple[Number, TensorVector]]) -> None:
         self.terms = terms
+
+    def joined(self) -> list[tuple[Number, TensorVector]]:
+        """Return the terms, each vector once."""
+        joined: dict[int, tuple[Number, TensorVector]] = {}
+        for c, x in self.terms:
+            joined[id(x)] = (joined[id(x)][0] + c, x) if id(x) in joined else (c, x)
+        return list(joined.values())
 
     def __mul__(self, a: Number) -> Combination:
         return Combination([(times(a, c), x) for c, x in self.terms])
@@ -273,10 +299,7 @@ class Combination:
         return self * -1.0
 
     def __add__(self, other: TensorVector | Combination) -> Combination:
-        joined: dict[int, tuple[Number, TensorVector]] = {}
-        for c, x in [*self.terms, *terms_of(other, "+")]:
-            joined[id(x)] = (joined[id(x)][0] + c, x) if id(x) in joined else (c, x)
-        return Combination(list(joined.values()))
+        return Combination(Combination([*self.terms, *terms_of(other, "+")]).joined())
 
     __radd__ = __add__
 

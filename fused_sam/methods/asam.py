@@ -32,7 +32,7 @@ class ASAM(SAM):
     | every step | 48: norm 8, since it reads the weights too, perturb 16, check 4, update 20 | 4 | 2 |
     """
 
-    OPTIONS = {"scale": option("weights", choices=("weights", "all"), help="which tensors T scales")}
+    OPTIONS = {"scale": option("weights", choices=("weights", "all"), fixed=True, help="which tensors T scales")}
     scale: str
     DEFAULTS = {"rho": 0.5, "adaptive": True, "eta": 0.01}
 

@@ -53,7 +53,7 @@ class ESAM(SAM):
     OPTIONS = {
         "beta": option(0.6, low=0, high=1, open_low=True, help="share of the weights that are perturbed"),
         "gamma": option(0.6, low=0, high=1, open_low=True, help="share of the samples of the second gradient"),
-        "mask": option("elements", choices=("elements", "tensors"), help="what is drawn"),
+        "mask": option("elements", choices=("elements", "tensors"), fixed=True, help="what is drawn"),
     }
     beta: float
     gamma: float
@@ -147,7 +147,8 @@ class ESAM(SAM):
 
     def first_step(self, zero_grad: bool = False, *, grad_scale: Number | None = None) -> None:
         """Perturb as SAM does; with mask="tensors", gradients of weights that are not chosen are dropped."""
-        chosen = None if self.perturbed else self.choose()
+        self.finish_abandoned_step()
+        chosen = self.choose()
         if chosen is not None:
             for group in self.param_groups:
                 for p in group["params"]:

@@ -50,6 +50,7 @@ class LookSAM(SAM):
     GROUP_STATE = {"looksam_step": 0}
     keeps_ascent_grad = True
     combines_grads = True
+    needs_grad_scale = False
 
     def wants_perturbation(self, step: Step) -> bool:
         return step.groups[0]["looksam_step"] % self.k == 0 or step.state("sharpness_direction").empty
@@ -65,7 +66,7 @@ class LookSAM(SAM):
         if step.perturbed:
             g_s, g = step.grad, step.ascent_grad
             p = g_s.products(g)
-            along = torch.where(p.yy > 0, p.xy / p.yy, 0.0)
+            along = torch.where((p.yy > 0) & p.yy.isfinite(), p.xy / p.yy, 0.0)
             step.state("sharpness_direction").copy_(g_s - along * g)
         if step.scheduled:
             for group in step.groups:

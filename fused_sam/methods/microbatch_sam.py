@@ -75,6 +75,11 @@ class MicrobatchSAM(SAM):
 
     def first_step(self, zero_grad: bool = False, *, grad_scale: Number | None = None) -> None:
         """Perturb along this micro-batch's gradient and drop it: zero_grad changes nothing."""
+        if self.perturbed:
+            raise RuntimeError(
+                "first_step() was called twice: p.grad holds the sum of this step's gradients, which cannot be "
+                "separated from a new batch's. If a loop skips a batch after first_step(), call restore() there"
+            )
         self.continues_step = self.microbatches_done > 0
         super().first_step(grad_scale=grad_scale)
         for p in self.parameters():

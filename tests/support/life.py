@@ -1,4 +1,4 @@
-"""A training run of tests/test_life.py: an optimizer with its weights, and the operations of a random program."""
+"""A training run of tests/test_random_programs.py: an optimizer with its weights, and the operations of a random program."""
 
 from __future__ import annotations
 

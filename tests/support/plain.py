@@ -1,4 +1,4 @@
-"""SAM as a plain program around an unmodified torch optimizer; tests/test_life.py compares the package with it."""
+"""SAM as a plain program around an unmodified torch optimizer; tests/test_random_programs.py compares the package with it."""
 
 from __future__ import annotations
 
