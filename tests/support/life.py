@@ -1,4 +1,4 @@
-"""A training run of tests/test_random_programs.py: an optimizer with its weights, and the operations of a random program."""
+"""One training run of tests/test_random_programs.py: an optimizer, its weights, and the operations on them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SAM as a plain program around an unmodified torch optimizer; tests/test_random_programs.py compares the package with it."""
+"""SAM as a plain program around an unmodified torch optimizer, with which random programs compare the package."""
 
 from __future__ import annotations
 
