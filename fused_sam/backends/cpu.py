@@ -22,6 +22,7 @@ from .contract import (
     VectorPair,
     bump_versions,
 )
+from .native import CODES, addresses, fill
 
 _cpu: ModuleType | Any
 try:
@@ -37,8 +38,6 @@ except ImportError as error:
     _cpu = None
     _reason = f"the compiled module fused_sam._cpu did not load ({error}); build it again"
 
-_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
-
 
 class Cpu(Backend):
     """C++ kernels for the CPU, in the best instruction set of the processor.
@@ -53,7 +52,7 @@ class Cpu(Backend):
         return _reason
 
     def supports(self, device: torch.device, dtype: torch.dtype, grad_dtype: torch.dtype) -> bool:
-        if device.type != "cpu" or dtype not in _CODES:
+        if device.type != "cpu" or dtype not in CODES:
             return False
         return grad_dtype is dtype or (dtype in LOW_PRECISION and grad_dtype is torch.float32)
 
@@ -125,7 +124,7 @@ class Cpu(Backend):
         native, x, y = _native_pair(pair)
         a, b = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
         skip = 0 if status is None else status.address
-        native.axpby(*x, *y, _CODES[out[0].dtype], _addresses(out), a, b, skip, torch.get_num_threads())
+        native.axpby(*x, *y, CODES[out[0].dtype], addresses(out), a, b, skip, torch.get_num_threads())
         bump_versions(out)
 
     def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
@@ -135,43 +134,28 @@ class Cpu(Backend):
         bump_versions(pair.x)
 
 
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
-
-
 def _native(table: Table) -> Any:
     """Return the native table, with the addresses of this call's gradients."""
     native = table.native
     if native is None:
         native = table.native = _build(table)
-    addresses = table.grad_addresses
-    if addresses and addresses is not table.bound_grads:
-        native.set_grads(addresses)
-        table.bound_grads = addresses
+    grads = table.grad_addresses
+    if grads and grads is not table.bound_grads:
+        native.set_grads(grads)
+        table.bound_grads = grads
     return native
 
 
 def _build(table: Table) -> Any:
     dtype = table.params[0].dtype
     native = _cpu.Table(
-        _CODES[dtype],
-        _CODES[table.grad_dtype],
-        _CODES[table.masters[0].dtype if table.masters else dtype],
+        CODES[dtype],
+        CODES[table.grad_dtype],
+        CODES[table.masters[0].dtype if table.masters else dtype],
         [p.numel() for p in table.params],
         table.group_ids,
     )
-    native.set_params(_addresses(table.params))
-    if table.masters:
-        native.set_masters(_addresses(table.masters))
-    else:
-        native.set_backups(_addresses(table.backups or table.params))
-    if table.rule is not None:
-        buffers = table.rule.buffers()
-        for name, column in table.state.items():
-            if name in buffers:
-                native.set_state(buffers.index(name), _addresses(column))
-            else:
-                native.set_steps(_addresses(column))
+    fill(native, table)
     if table.rng_streams:
         native.set_rng(table.seed, table.rng_streams, table.stochastic_rounding)
     return native
@@ -181,5 +165,5 @@ def _native_pair(pair: VectorPair) -> tuple[Any, tuple[int, list[int]], tuple[in
     """Return the native pair, and each column's dtype code and addresses."""
     if pair.native is None:
         pair.native = _cpu.VectorPair([t.numel() for t in pair.x])
-    x, y = ((_CODES[column[0].dtype], _addresses(column)) for column in (pair.x, pair.y))
+    x, y = ((CODES[column[0].dtype], addresses(column)) for column in (pair.x, pair.y))
     return pair.native, x, y

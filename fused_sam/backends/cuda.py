@@ -27,6 +27,7 @@ from .contract import (
     VectorPair,
     bump_versions,
 )
+from .native import CODES, addresses, fill
 from .reference import Reference
 
 _cuda: ModuleType | None
@@ -43,7 +44,7 @@ except ImportError as error:
     _cuda = None
     _reason = f"the compiled module fused_sam._cuda did not load ({error}); build it again"
 
-_CODES = {torch.float32: 0, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
+_CODES = {dtype: code for dtype, code in CODES.items() if dtype is not torch.float64}
 _WORD64 = (1 << 64) - 1
 
 UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
@@ -179,7 +180,7 @@ class Cuda(Backend):
         native, workspace = found
         device = pair.x[0].device
         native.dot(
-            _addresses(pair.x), _addresses(pair.y), _address(sums, device, "sums"), reset, workspace.data_ptr(),
+            addresses(pair.x), addresses(pair.y), _address(sums, device, "sums"), reset, workspace.data_ptr(),
             self._stream(device),
         )  # fmt: skip
         return None
@@ -201,8 +202,8 @@ class Cuda(Backend):
         else:
             a, b = coefficients
         skip = 0 if status is None else _status(status, device)
-        x, y, code = _addresses(pair.x), _addresses(pair.y), _CODES[out[0].dtype]
-        found[0].axpby(x, y, code, _addresses(out), address, a, b, skip, self._stream(device))
+        x, y, code = addresses(pair.x), addresses(pair.y), _CODES[out[0].dtype]
+        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device))
         bump_versions(out)
         return None
 
@@ -220,19 +221,19 @@ class Cuda(Backend):
 
     def _table(self, table: Table) -> tuple[Any, Tensor]:
         """Return the native table, with the addresses of this call's gradients, and its workspace."""
-        addresses = table.grad_addresses
+        grads = table.grad_addresses
         if table.native is not None:
-            if addresses and addresses is not table.bound_grads:
-                table.native[0].set_grads(addresses)
-                table.bound_grads = addresses
+            if grads and grads is not table.bound_grads:
+                table.native[0].set_grads(grads)
+                table.bound_grads = grads
             return table.native
         device = _one_device(table.params, table.backups, table.masters, *table.state.values())
         native = self._build(table, device)
-        if addresses:
-            native.set_grads(addresses)
+        if grads:
+            native.set_grads(grads)
         made = native, _workspace(native, device)
         if not _capturing(device):
-            table.native, table.bound_grads = made, addresses
+            table.native, table.bound_grads = made, grads
         return made
 
     def _build(self, table: Table, device: torch.device) -> Any:
@@ -246,18 +247,7 @@ class Cuda(Backend):
             table.group_ids,
             table.rng_streams,
         )
-        native.set_params(_addresses(table.params))
-        if table.masters:
-            native.set_masters(_addresses(table.masters))
-        else:
-            native.set_backups(_addresses(table.backups or table.params))
-        if table.rule is not None:
-            buffers = table.rule.buffers()
-            for name, column in table.state.items():
-                if name in buffers:
-                    native.set_state(buffers.index(name), _addresses(column))
-                else:
-                    native.set_steps(_addresses(column))
+        fill(native, table)
         return native
 
     def _pair(self, pair: VectorPair) -> tuple[Any, Tensor] | None:
@@ -287,10 +277,6 @@ def _device_reason(index: int) -> str | None:
     if reason is None and Cuda.module is not None:
         return Cuda.module.device_unavailable_reason(index) or None
     return reason
-
-
-def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    return [0 if t is None else t.data_ptr() for t in tensors]
 
 
 def _address(numbers: Tensor, device: torch.device, what: str) -> int:

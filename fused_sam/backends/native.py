@@ -1,0 +1,34 @@
+"""What the two C++ backends, cpu and cuda, share: the codes of dtypes, addresses, and the filling of a native table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .contract import Table
+
+CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/core/storage.h
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Return the tensors' addresses; 0 for None."""
+    return [0 if t is None else t.data_ptr() for t in tensors]
+
+
+def fill(native: Any, table: Table) -> None:
+    """Write the addresses of all columns but the gradients, which move, into a native table."""
+    native.set_params(addresses(table.params))
+    if table.masters:
+        native.set_masters(addresses(table.masters))
+    else:
+        native.set_backups(addresses(table.backups or table.params))
+    if table.rule is not None:
+        buffers = table.rule.buffers()
+        for name, column in table.state.items():
+            if name in buffers:
+                native.set_state(buffers.index(name), addresses(column))
+            else:
+                native.set_steps(addresses(column))
