@@ -312,8 +312,8 @@ class SAM(Optimizer):
         if grad_scale is not None:
             self.ascent_grad_scale = grad_scale
         with_grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
         try:
+            torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
             stepper.perturb(keep_skip=self.continues_step)
         finally:
             torch._C._set_grad_enabled(with_grad)
@@ -411,9 +411,13 @@ class SAM(Optimizer):
 
     def _update(self, stepper: Stepper) -> None:
         with_grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             stepper.update(divisor=self.grad_divisor())
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler, which set them, deletes them after a step only
+                self.__dict__.pop(name, None)
+            raise
         finally:
             torch._C._set_grad_enabled(with_grad)
         self.__dict__.pop("ascent_grad_scale", None)
@@ -442,8 +446,11 @@ class SAM(Optimizer):
             )
 
     def restore(self) -> None:
-        """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed."""
-        self._usable("restore()").restore()
+        """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed.
+
+        Inside `with unperturbed()` it ends the step: the weights stay as they are when the block ends.
+        """
+        self.stepper.restore()
         self.__dict__.pop("ascent_grad_scale", None)
 
     @contextmanager

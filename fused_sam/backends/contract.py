@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 # Places in the status. csrc/core/status.h holds the same order.
-SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET = range(6)
+SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED = range(8)
 STATUS_SIZE = 8
 
 # What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
@@ -170,9 +170,11 @@ class Status:
         values: shape (STATUS_SIZE,), on the parameters' device; fp64 on the CPU, fp32 elsewhere.
         address: of the first number.
         host: the same memory as an array, on the CPU; None elsewhere.
+        marks: on the host, how many tables the perturbation and the update of this step have written, at the places
+            PERTURBED and UPDATED; see Backend. On the CPU it is `host`.
     """
 
-    __slots__ = ("address", "device", "host", "values")
+    __slots__ = ("address", "device", "host", "marks", "values")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -182,6 +184,7 @@ class Status:
             self.values = torch.frombuffer(self.host, dtype=torch.float64)
         else:
             self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
+        self.marks = array("d", bytes(8 * STATUS_SIZE)) if self.host is None else self.host
         self.address = self.values.data_ptr()
 
     @property
@@ -243,6 +246,8 @@ class Table:
     # Set before a primitive runs and dropped after it, so that gradients can be freed.
     grads: list[Tensor] = field(default_factory=list)
     grad_addresses: array[int] = field(default_factory=lambda: NO_ADDRESSES)  # of 64 bits each
+    # New values that an update has computed, as (tensor, value); not empty only while it writes them.
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     native: Any = None  # the backend's own form of this table
     bound_grads: Any = None  # the gradient addresses that `native` has
 
@@ -267,6 +272,10 @@ class Backend(ABC):
     """One way to run the primitives.
 
     A backend that serves only some of them is a subclass of backends.Reference or Foreach and inherits the rest.
+
+    An exception, such as an interrupt, may end a primitive at any moment. `perturb` therefore completes the backups
+    before it writes a parameter, and adds 1 to `status.marks[PERTURBED]` in between; a kernel does all three in one
+    call. An update adds 1 to `status.marks[UPDATED]` once it is complete; called again before that, it goes on.
     """
 
     name: ClassVar[str]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import torch
@@ -18,6 +18,7 @@ from .contract import (
     INVERSE_NORM,
     LOW_PRECISION,
     MASK,
+    PERTURBED,
     RNG_OFFSET,
     ROUND_PERTURBED,
     ROUND_UPDATED,
@@ -36,7 +37,7 @@ from .contract import (
     VectorPair,
     arithmetic_dtype,
 )
-from .reference import host_numbers
+from .reference import host_numbers, write_pending
 from .rng import mask_of, round_stochastically, stream_key
 
 AnyGroup = TypeVar("AnyGroup", PerturbGroup, SGDGroup, AdamGroup, LionGroup)
@@ -63,6 +64,7 @@ class Rows(Generic[AnyGroup]):
     table: Table
     group: AnyGroup
     numbers: list[int]
+    new: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (state, its new value)
 
     def of(self, column: Sequence[Tensor | None]) -> list[Tensor]:
         """Return these rows of a column in which none of them is None."""
@@ -73,22 +75,24 @@ class Rows(Generic[AnyGroup]):
         return widen(self.of(self.table.masters or self.table.params))
 
     def state(self, name: str) -> list[Tensor]:
-        """Return these rows of a column of state."""
-        return self.of(self.table.state[name])
+        """Return a copy of these rows of a column of state, which the update is to change."""
+        held = self.of(self.table.state[name])
+        copies = [x.clone() for x in held]
+        self.new += zip(held, copies, strict=True)
+        return copies
 
     def key(self, row: int, rng_offset: int, purpose: int) -> tuple[int, int]:
         """Return the key of a row's random numbers."""
         return stream_key(self.table.seed, rng_offset, self.table.rng_streams[self.numbers[row]], purpose)
 
-    def store_rounded(self, numbers: list[Tensor], rng_offset: int, purpose: int) -> None:
-        """Round numbers of the arithmetic's dtype into the params."""
-        params = self.of(self.table.params)
-        if self.table.stochastic_rounding and params[0].dtype in LOW_PRECISION:
-            numbers = [
-                round_stochastically(x, self.key(r, rng_offset, purpose), p.dtype)
-                for r, (x, p) in enumerate(zip(numbers, params, strict=True))
+    def rounded(self, numbers: list[Tensor], rng_offset: int, purpose: int) -> list[Tensor]:
+        """Return numbers of the arithmetic's dtype as they are to be copied into the params."""
+        dtype = self.table.params[0].dtype
+        if self.table.stochastic_rounding and dtype in LOW_PRECISION:
+            return [
+                round_stochastically(x, self.key(r, rng_offset, purpose), dtype) for r, x in enumerate(numbers)
             ]
-        torch._foreach_copy_(params, numbers)
+        return numbers
 
 
 def by_group(table: Table, groups: Sequence[AnyGroup]) -> list[Rows[AnyGroup]]:
@@ -133,6 +137,7 @@ class Foreach(Backend):
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         if table.backups:
             torch._foreach_copy_(table.backups, table.params)
+        status.marks[PERTURBED] += 1
         inverse, skip, offset = status.values[[INVERSE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             return
@@ -154,7 +159,7 @@ class Foreach(Backend):
                 triples = zip(keys, weights, perturbed, strict=True)
                 perturbed = [torch.where(mask_of(key, w, h.mask_prob), x, w) for key, w, x in triples]
             if perturbed[0] is not params[0]:  # else it was done in place
-                rows.store_rounded(perturbed, int(offset), ROUND_PERTURBED)
+                torch._foreach_copy_(params, rows.rounded(perturbed, int(offset), ROUND_PERTURBED))
 
     def sgd(
         self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
@@ -224,22 +229,44 @@ class Foreach(Backend):
         max_norm: float,
         step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
     ) -> None:
-        """Undo the perturbation, then `step(rows, weights, grads)` changes each group's weights in place."""
+        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails.
+
+        `step(rows, weights, grads)` changes copies of each group's weights and state in place.
+        """
         norm, skip, offset = status.values[[UPDATE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             self.restore(table)
-            return
+        elif not table.pending:
+            table.pending = self._new_values(table, groups, norm, int(offset), grad_scale, max_norm, step)
+        write_pending(table, status)
+
+    def _new_values(
+        self,
+        table: Table,
+        groups: Sequence[UpdateGroup],
+        norm: float,
+        rng_offset: int,
+        grad_scale: Tensor | None,
+        max_norm: float,
+        step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what an update is to write, as (tensor, new value)."""
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         clip = min(1.0, max_norm / (norm * unscale + 1e-6)) if max_norm < math.inf else 1.0
+        new = []
         for rows in by_group(table, groups):
-            params = rows.of(table.params)
-            if table.backups:
-                torch._foreach_copy_(params, rows.of(table.backups))
             factor = -unscale * clip if rows.group.maximize else unscale * clip
-            weights, d = rows.weights(), widen(rows.of(table.grads))
+            clean = rows.of(table.masters or table.backups or table.params)
+            dtype = arithmetic_dtype(clean[0].dtype)
+            weights, d = [x.to(dtype, copy=True) for x in clean], widen(rows.of(table.grads))
             step(rows, weights, d if factor == 1 else list(torch._foreach_mul(d, factor)))
-            if weights[0] is not params[0]:  # else it was done in place
-                rows.store_rounded(weights, int(offset), ROUND_UPDATED)
+            if table.masters:
+                rows.new += zip(rows.of(table.masters), weights, strict=True)
+            rows.new += zip(
+                rows.of(table.params), rows.rounded(weights, rng_offset, ROUND_UPDATED), strict=True
+            )
+            new += rows.new
+        return new
 
     @torch.no_grad()
     def restore(self, table: Table) -> None:

@@ -20,10 +20,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_sam import backends
-from fused_sam.backends.contract import LOW_PRECISION, RNG_OFFSET, SKIP, SUM, UPDATE_NORM, PerturbGroup, Status
+from fused_sam.backends.contract import (
+    LOW_PRECISION,
+    PERTURBED,
+    RNG_OFFSET,
+    SKIP,
+    SUM,
+    UPDATE_NORM,
+    UPDATED,
+    PerturbGroup,
+    Status,
+)
 
 from .base_optimizers import WrappedBase, fused_names, make_base
-from .calls import GradSnapshot, KernelCall
+from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .displacement import Displacement
 from .options import check_group, overrides
 from .plan import Plan, Precision
@@ -91,7 +101,8 @@ class Stepper:
 
     Attributes:
         perturbed: between the two halves of a step, the kernel calls that perturbed the parameters: an empty list if
-            the step does not perturb. None outside of a step.
+            the step does not perturb. None outside of a step. It is set before the first of them runs.
+        marks: marks[PERTURBED] says how many of these calls have written.
         status: the numbers that the primitives left.
         context: the Step that hooks get; SAM sets it.
     """
@@ -107,6 +118,7 @@ class Stepper:
         self.base = make_base(settings.base_optimizer, optimizer, settings.base_options)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
+        self.marks = self.status.marks
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
         self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
         self.warned_of_abandoned_step = False
@@ -192,18 +204,26 @@ class Stepper:
             self.norm(plan, calls, snapshot, groups, status, keep_skip)
             if self._has_hooks:
                 groups = self.context._run_radius(groups)
-            for call in calls:
-                call.backend.perturb(call.table, groups, status)
+            self.write_perturbation(calls, groups, status)
         except BaseException:
+            self.undo()
             if self._has_hooks:
                 self.context._abandon()
             raise
         finally:
             plan.detach(calls)
-        self.perturbed = calls
         if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
             self.after_write(perturbed=True)
         return True
+
+    def write_perturbation(self, calls: list[KernelCall], groups: list[PerturbGroup], status: Status) -> None:
+        """Perturb the parameters, so that `undo` restores what an exception has left of it."""
+        self.marks = marks = status.marks
+        marks[PERTURBED] = 0
+        self.perturbed = calls
+        for k, call in enumerate(calls):
+            call.backend.perturb(call.table, groups, status)
+            marks[PERTURBED] = k + 1
 
     def perturb_flags(self) -> tuple[bool, ...]:
         """Return for each group True if it is perturbed and counts in the norm."""
@@ -266,7 +286,11 @@ class Stepper:
             divisor: divide the gradients by this, the number of micro-batches that they are the sum of.
         """
         optimizer, status = self.optimizer, self.status
+        status.marks[UPDATED] = 0
+        update = None
         perturbed = self.perturbed
+        if perturbed and self.marks[PERTURBED] < len(perturbed):
+            perturbed = self.written_calls()
         try:
             self.perturb_groups()  # its checks
             groups, names = self.base.numbers(optimizer.param_groups)
@@ -291,10 +315,13 @@ class Stepper:
                 plan.detach(update.calls)
             if update.new and not self.known_skip():
                 update.commit(optimizer.state)
+            self.perturbed = None
         except BaseException:
-            optimizer.restore()
+            if update is not None and status.marks[UPDATED]:
+                self._complete(plan, update, snapshot, groups, status)
+            else:
+                optimizer.restore()
             raise
-        self.perturbed = None
         if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
             self.after_write(perturbed=False)
         grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
@@ -310,6 +337,24 @@ class Stepper:
             self.decision = None
             if self._has_hooks:
                 self.context._end()
+
+    def _complete(
+        self, plan: Plan, update: UpdatePlan, snapshot: GradSnapshot, groups: list[Any], status: Status
+    ) -> None:
+        """Complete an update that an exception has ended after it had written parameters or state."""
+        if self.base.rule is not None:
+            plan.attach(update.calls, snapshot)
+            try:
+                self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
+            finally:
+                plan.detach(update.calls)
+            for call in update.calls:
+                call.table.pending = []
+            if update.new and not self.known_skip():
+                update.commit(self.optimizer.state)
+        self.perturbed = self.decision = None
+        plan.masters.record_versions()
+        self.context._end()
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
@@ -361,7 +406,7 @@ class Stepper:
     @torch.no_grad()
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. The step is decided again after that."""
-        self.decision = None
+        self.decision, self.suspended = None, False
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -369,13 +414,22 @@ class Stepper:
     @torch.no_grad()
     def undo(self) -> None:
         """Undo the perturbation and keep everything else of the step: its decision and its kept gradients."""
+        if self.perturbed is None:
+            return
         plan = self.current_plan()
-        calls = self.perturbed or []
+        calls = self.written_calls()
         plan.sync_masters(self.optimizer.state, calls)
         for call in calls:
             call.backend.restore(call.table)
         self.perturbed = None
         plan.masters.record_versions()
+
+    def written_calls(self) -> list[KernelCall]:
+        """Return the calls that have perturbed parameters, and forget those that an exception has prevented."""
+        calls = self.perturbed or []
+        if self.marks[PERTURBED] < len(calls):
+            self.perturbed = calls = calls[: int(self.marks[PERTURBED])]
+        return calls
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -383,21 +437,26 @@ class Stepper:
         if self.perturbed is None:
             yield
             return
-        plan, calls = self.current_plan(), self.perturbed
+        plan = self.current_plan()
+        calls = self.written_calls()
         copies = [[p.detach().clone() for p in call.table.params] for call in calls]
         with torch.no_grad():
             for call in calls:
                 call.backend.restore(call.table)
-        self.perturbed, self.suspended = None, True
+        # Between these lines an exception leaves clean parameters that restore() restores once more.
+        self.suspended = True
+        self.perturbed = None
         try:
             yield
         finally:
-            self.perturbed, self.suspended = calls, False
-            with torch.no_grad():
-                plan.sync_masters(self.optimizer.state, calls)
-                for call, values in zip(calls, copies, strict=True):
-                    torch._foreach_copy_(call.table.params, values)
-            plan.masters.record_versions()
+            if self.suspended:  # else restore() has ended the step
+                self.perturbed = calls
+                self.suspended = False
+                with torch.no_grad():
+                    plan.sync_masters(self.optimizer.state, calls)
+                    for call, values in zip(calls, copies, strict=True):
+                        torch._foreach_copy_(call.table.params, values)
+                plan.masters.record_versions()
 
     @property
     def displacement(self) -> Displacement:
@@ -438,7 +497,9 @@ class Stepper:
             new = self.new_plan()
             new.inherit(plan)
             if self.perturbed is not None:
-                self.perturbed = new.take_over(plan, self.perturbed)
+                taken = new.take_over(plan, self.written_calls())
+                self.marks[PERTURBED] = math.inf  # all of the old calls, and of the new ones
+                self.perturbed = taken
             self.context._replanned(plan, new)
             self.plan = plan = new
         return plan

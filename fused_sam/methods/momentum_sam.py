@@ -120,7 +120,9 @@ class MomentumSAM(SAM):
         """Displace the weights, if there is momentum: for training."""
         self.refuse_suspended("train()")
         self.training = True
-        if not self.displaced:
+        if self.displaced:
+            self.stepper.displacement.ready = True
+        else:
             self.displace()
 
     def restore(self) -> None:
