@@ -125,6 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
         const Vector p = vector(x_dtype, x), q = vector(y_dtype, y), o = vector(out_dtype, out);
         py::gil_scoped_release release;
         pair.axpby(p, q, o, a, b, threads);
+        if (status != 0) status_at(status).updated_tables += 1;
       });
 
   py::class_<Reader>(m, "Reader", "Reads the gradients of all parameters at once; see fused_sam/engine/grad_reader.py.")

@@ -171,7 +171,8 @@ class Status:
         address: of the first number.
         host: the same memory as an array, on the CPU; None elsewhere.
         marks: on the host, how many tables the perturbation and the update of this step have written, at the places
-            PERTURBED and UPDATED; see Backend. On the CPU it is `host`.
+            PERTURBED and UPDATED; see Backend. UPDATED then counts what the `updated` hook writes. On the CPU it is
+            `host`.
     """
 
     __slots__ = ("address", "device", "host", "marks", "values")
@@ -390,7 +391,7 @@ class Backend(ABC):
             out: `pair.x`, `pair.y`, or a third column of the dtype of either.
             coefficients: two numbers, on the host or on the device in `status_dtype`. A column with coefficient 0
                 counts for nothing, even where it is not finite.
-            status: if given, nothing is written where skip is set.
+            status: if given, nothing is written where skip is set, and `status.marks[UPDATED]` gets 1 more with it.
         """
 
     @abstractmethod

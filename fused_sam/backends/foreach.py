@@ -37,7 +37,7 @@ from .contract import (
     VectorPair,
     arithmetic_dtype,
 )
-from .reference import host_numbers, write_pending
+from .reference import host_numbers, write_pending, write_vector
 from .rng import mask_of, round_stochastically, stream_key
 
 AnyGroup = TypeVar("AnyGroup", PerturbGroup, SGDGroup, AdamGroup, LionGroup)
@@ -293,17 +293,13 @@ class Foreach(Backend):
             return
         a, b = host_numbers(coefficients)
         terms = [torch._foreach_mul(widen(column), c) for column, c in ((pair.x, a), (pair.y, b)) if c != 0]
-        if not terms:
-            torch._foreach_zero_(out)
-            return
-        torch._foreach_copy_(out, torch._foreach_add(*terms) if len(terms) == 2 else terms[0])
+        terms = terms or [tuple(torch.zeros_like(x) for x in out)]
+        write_vector(out, list(torch._foreach_add(*terms) if len(terms) == 2 else terms[0]), status)
 
     @torch.no_grad()
     def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
         if status is not None and status.skip:
             return
-        x, y = widen(pair.x), widen(pair.y)
-        torch._foreach_mul_(x, decay)
-        torch._foreach_add_(x, y, alpha=1 - decay)
-        if x[0] is not pair.x[0]:
-            torch._foreach_copy_(pair.x, x)
+        new = torch._foreach_mul(widen(pair.x), decay)
+        torch._foreach_add_(new, widen(pair.y), alpha=1 - decay)
+        write_vector(pair.x, list(new), status)

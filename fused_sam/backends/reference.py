@@ -83,6 +83,13 @@ def write_pending(table: Table, status: Status) -> None:
     table.pending = []
 
 
+def write_vector(out: list[Tensor], new: list[Tensor], status: Status | None) -> None:
+    """Copy new values into a vector, and count that as one write."""
+    if status is not None:
+        status.marks[UPDATED] += 1
+    torch._foreach_copy_(out, new)
+
+
 class Reference(Backend):
     """Plain torch, for any device and any dense layout."""
 
@@ -229,17 +236,19 @@ class Reference(Backend):
         if status is not None and status.skip:
             return
         a, b = host_numbers(coefficients)
-        for x, y, o in zip(pair.x, pair.y, out, strict=True):
+        new = []
+        for x, y in zip(pair.x, pair.y, strict=True):
             first = a * widen(x) if a != 0 else torch.zeros_like(widen(x))
             second = b * widen(y) if b != 0 else torch.zeros_like(widen(y))
-            o.copy_(first + second)
+            new.append(first + second)
+        write_vector(out, new, status)
 
     @torch.no_grad()
     def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
         if status is not None and status.skip:
             return
-        for x, y in zip(pair.x, pair.y, strict=True):
-            x.copy_(decay * widen(x) + (1 - decay) * widen(y))
+        new = [decay * widen(x) + (1 - decay) * widen(y) for x, y in zip(pair.x, pair.y, strict=True)]
+        write_vector(pair.x, new, status)
 
 
 def host_numbers(coefficients: Tensor | tuple[float, float]) -> tuple[float, float]:

@@ -55,6 +55,8 @@ class Displacement:
         self.ready = True  # last, so that train() repeats what an exception has ended
 
     def _displace(self, stepper: Any, wanted: bool) -> None:
+        if stepper.perturbed is not None:  # in part, by a displacement that an exception has ended
+            stepper.undo()
         groups = [g._replace(rho=-g.rho) for g in stepper.perturb_groups()]
         if not wanted or all(g.rho == 0 for g in groups) or not self.has_momentum():
             return

@@ -71,7 +71,7 @@ class Context(Protocol):
         """Run the descent hook, before the finite check and the update."""
 
     def _run_updated(self) -> None:
-        """Run the updated hook, after the update."""
+        """Count the step and run the updated hook, after the update. Drop everything that belongs to the step."""
 
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
@@ -287,7 +287,7 @@ class Stepper:
         """
         optimizer, status = self.optimizer, self.status
         status.marks[UPDATED] = 0
-        update = None
+        update, stage = None, 0  # 1: the update is complete, 2: what follows it is too
         perturbed = self.perturbed
         if perturbed and self.marks[PERTURBED] < len(perturbed):
             perturbed = self.written_calls()
@@ -316,33 +316,42 @@ class Stepper:
             if update.new and not self.known_skip():
                 update.commit(optimizer.state)
             self.perturbed = None
+            stage = 1
+            if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
+                self.after_write(perturbed=False)
+            grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
+            for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
+                if not g.is_inference():
+                    setattr(g, MARK, g._version)
+            if self._has_hooks:
+                self.context._run_updated()
+                stage = 2
+                self.context._end()
+            self.decision = None
         except BaseException:
-            if update is not None and status.marks[UPDATED]:
-                self._complete(plan, update, snapshot, groups, status)
+            written = status.marks[UPDATED] or (update is not None and any(c.table.pending for c in update.calls))
+            if stage or written:
+                assert update is not None
+                self._complete(plan, update, snapshot, groups, status, stage)
             else:
                 optimizer.restore()
             raise
-        if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
-            self.after_write(perturbed=False)
-        grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
-        for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
-            if not g.is_inference():
-                setattr(g, MARK, g._version)
-        try:
-            if self.schedule is not None:
-                self.schedule.stepped(self.context)
-            if self._has_hooks:
-                self.context._run_updated()
-        finally:
-            self.decision = None
-            if self._has_hooks:
-                self.context._end()
 
     def _complete(
-        self, plan: Plan, update: UpdatePlan, snapshot: GradSnapshot, groups: list[Any], status: Status
+        self,
+        plan: Plan,
+        update: UpdatePlan,
+        snapshot: GradSnapshot,
+        groups: list[Any],
+        status: Status,
+        stage: int,
     ) -> None:
-        """Complete an update that an exception has ended after it had written parameters or state."""
-        if self.base.rule is not None:
+        """Complete an update that an exception has ended after it had written parameters or state.
+
+        Args:
+            stage: 1 if the update itself is complete, 2 if the `updated` hook is too.
+        """
+        if self.base.rule is not None and stage == 0:
             plan.attach(update.calls, snapshot)
             try:
                 self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
@@ -352,9 +361,15 @@ class Stepper:
                 call.table.pending = []
             if update.new and not self.known_skip():
                 update.commit(self.optimizer.state)
-        self.perturbed = self.decision = None
-        plan.masters.record_versions()
-        self.context._end()
+        if stage == 0:
+            self.perturbed = None
+            plan.masters.record_versions()
+        self.decision = None
+        try:
+            if self._has_hooks and stage < 2:
+                self.context._run_updated()
+        finally:
+            self.context._end()
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""

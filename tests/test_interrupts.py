@@ -1,0 +1,138 @@
+"""An exception at any moment of a step leaves clean weights and the state that belongs to them, or restore() does.
+
+A step of every method is ended before one of its bytecodes, as an interrupt or a signal handler that raises would, and
+steps of SAM by signals at random moments. FUSED_SAM_EVERY_BYTECODE=1 tries all bytecodes, FUSED_SAM_SIGNALS=1000 that
+many signals.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import signal
+import time
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from support import interrupts
+from support.family import METHODS, built, clean, model_and_groups, resume, train
+from torch import nn
+
+from fused_sam import SAM
+
+PLACES = 24
+
+
+def trained(method: str, backend: str, steps: int, **extra: Any) -> tuple[nn.Module, Any]:
+    model, optimizer = built(method, backend, **extra)
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+def held(optimizer: Any) -> Any:
+    """Return copies of the clean weights and of the state."""
+    clean(optimizer)
+    weights = [p.detach().clone() for group in optimizer.param_groups for p in group["params"]]
+    state = [
+        {name: x.clone() if isinstance(x, torch.Tensor) else x for name, x in optimizer.state.get(p, {}).items()}
+        for group in optimizer.param_groups
+        for p in group["params"]
+    ]
+    return weights, state
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(same, a, b))
+    return bool(a == b)
+
+
+def places(count: int, seed: str) -> list[int]:
+    """Return the bytecodes to raise at: some from each part of the step, or all."""
+    if os.environ.get("FUSED_SAM_EVERY_BYTECODE"):
+        return list(range(count))
+    draw = random.Random(seed)
+    width = count / PLACES
+    return [int(k * width + draw.random() * width) for k in range(PLACES)]
+
+
+@pytest.mark.parametrize("steps", [0, 1], ids=["first step", "second step"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(backend: str, method: str, steps: int) -> None:
+    step = range(steps, steps + 1)
+    old = held(trained(method, backend, steps)[1])
+    model, optimizer = trained(method, backend, steps)
+    count = interrupts.run(partial(train, model, optimizer, step))
+    new = held(optimizer)
+    assert not same(old[0], new[0])
+    lost = []
+    for at in places(count, f"{method} {backend} {steps}"):
+        model, optimizer = trained(method, backend, steps)
+        interrupts.run(partial(train, model, optimizer, step), at)
+        where = f"bytecode {at} of {count}: {interrupts.run.place}"
+        if optimizer.perturbed:
+            optimizer.restore()
+        now = held(optimizer)
+        if same(now, new):
+            continue
+        if not same(now[0], old[0]) and not same(now[0], new[0]):
+            lost.append(f"weights lost, {where}")
+        elif not same(now[1], (new if same(now[0], new[0]) else old)[1]):
+            lost.append(f"state of another step than the weights, {where}")
+        else:
+            resume(optimizer)
+            train(model, optimizer, step)
+            if method != "ESAM elements" and not same(held(optimizer), new):  # which draws other elements then
+                lost.append(f"the step again gives other weights, {where}")
+    assert not lost, "\n".join(lost)
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+def test_signals_at_random_moments_lose_nothing(backend: str, base: str) -> None:
+    model, groups = model_and_groups(torch.float32)
+    for group in groups:
+        group.pop("nesterov", None)
+        if base == "AdamW":
+            group.pop("momentum", None)
+    options = {"momentum": 0.9} if base == "SGD" else {}
+    optimizer = SAM(groups, getattr(torch.optim, base), backend=backend, lr=0.1, rho=0.1, **options)
+    train(model, optimizer, range(3))
+    begin = time.perf_counter()
+    train(model, optimizer, range(3, 8))
+    duration = (time.perf_counter() - begin) / 5
+    draw = random.Random(f"{backend} {base}")
+
+    def interrupt(*_: object) -> None:
+        raise interrupts.Interrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    ended = 0
+    try:
+        for step in range(int(os.environ.get("FUSED_SAM_SIGNALS", "50"))):
+            weights, state = held(optimizer)
+            twin_model, twin = copy.deepcopy((model, optimizer))
+            train(twin_model, twin, range(step, step + 1))
+            new = held(twin)
+            try:
+                signal.setitimer(signal.ITIMER_REAL, duration * draw.uniform(0.02, 1.1))
+                train(model, optimizer, range(step, step + 1))
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except interrupts.Interrupt:
+                ended += 1
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            torch.set_grad_enabled(True)  # the signal may come while torch itself has it off
+            if optimizer.perturbed:
+                optimizer.restore()
+            now = held(optimizer)
+            assert same(now, new) or same(now, (weights, state)), f"step {step}"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert ended > 10
