@@ -37,7 +37,6 @@ from .engine.options import (
     signature_of,
 )
 from .engine.plan import Precision
-from .engine.stale_grads import has_new_grads
 from .engine.stepper import Settings, Stepper
 from .engine.user_warnings import warn_of_abandoned_step
 from .step import Number, Schedule, Step
@@ -390,7 +389,7 @@ class SAM(Optimizer):
             )
         evaluate = self.evaluating(closure)
         try:
-            new = self._may_perturb() and has_new_grads(p for group in self.param_groups for p in group["params"])
+            new = self._may_perturb() and stepper.has_new_grads()
             if not new:
                 self.zero_grad()
                 with self.first_pass():
@@ -608,6 +607,7 @@ class SAM(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
         checked: dict[str, Any] = {}
+        self._checked_state: dict[str, Any] | None = checked
         base_class, fused = self.stepper.base.cls, self.stepper.base.rule is not None
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
@@ -627,8 +627,7 @@ class SAM(Optimizer):
             super().load_state_dict(dict(state_dict))
         finally:
             last.remove()
-        keep_dtypes(self, checked)
-        self.stepper.forget_state()
+            self._checked_state = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_perturbed("the optimizer was copied or pickled")
@@ -644,6 +643,8 @@ class SAM(Optimizer):
         return {**super().__getstate__(), **own, **settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if checked := self.__dict__.get("_checked_state"):
+            keep_dtypes(state, checked)  # before it replaces the optimizer's state, which is one operation
         super().__setstate__(state)
         self.__dict__.pop("ascent_grad_scale", None)
         if "_settings" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone

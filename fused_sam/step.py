@@ -357,8 +357,8 @@ class Step:
     def _in(self, phase: str) -> Iterator[None]:
         before, self._phase = self._phase, phase
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             yield
         finally:
             self._phase = before

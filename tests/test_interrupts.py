@@ -12,24 +12,19 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from support import interrupts
+from support import interrupts, nets
 from support.family import METHODS, built, clean, model_and_groups, resume, train
 from torch import nn
 
 from fused_sam import SAM
 
-PLACES = 24
-
-
-def trained(method: str, backend: str, steps: int, **extra: Any) -> tuple[nn.Module, Any]:
-    model, optimizer = built(method, backend, **extra)
-    train(model, optimizer, range(steps))
-    return model, optimizer
+PLACES = 16
 
 
 def held(optimizer: Any) -> Any:
@@ -63,19 +58,38 @@ def places(count: int, seed: str) -> list[int]:
     return [int(k * width + draw.random() * width) for k in range(PLACES)]
 
 
+def train_by_closure(model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        run = nets.closure_for(model, step)
+
+        def closure(run: nets.Closure = run) -> torch.Tensor:
+            optimizer.zero_grad()
+            return run()
+
+        optimizer.step(closure)
+
+
+@pytest.mark.parametrize("loop", [train, train_by_closure], ids=["hand loop", "closure"])
 @pytest.mark.parametrize("steps", [0, 1], ids=["first step", "second step"])
 @pytest.mark.parametrize("method", METHODS)
-def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(backend: str, method: str, steps: int) -> None:
+def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
+    backend: str, method: str, steps: int, loop: Callable[[nn.Module, Any, range], None]
+) -> None:
+    def trained() -> tuple[nn.Module, Any]:
+        model, optimizer = built(method, backend)
+        loop(model, optimizer, range(steps))
+        return model, optimizer
+
     step = range(steps, steps + 1)
-    old = held(trained(method, backend, steps)[1])
-    model, optimizer = trained(method, backend, steps)
-    count = interrupts.run(partial(train, model, optimizer, step))
+    old = held(trained()[1])
+    model, optimizer = trained()
+    count = interrupts.run(partial(loop, model, optimizer, step))
     new = held(optimizer)
     assert not same(old[0], new[0])
     lost = []
-    for at in places(count, f"{method} {backend} {steps}"):
-        model, optimizer = trained(method, backend, steps)
-        interrupts.run(partial(train, model, optimizer, step), at)
+    for at in places(count, f"{method} {backend} {steps} {loop.__name__}"):
+        model, optimizer = trained()
+        interrupts.run(partial(loop, model, optimizer, step), at)
         where = f"bytecode {at} of {count}: {interrupts.run.place}"
         if optimizer.perturbed:
             optimizer.restore()
@@ -88,10 +102,59 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(backend: str, meth
             lost.append(f"state of another step than the weights, {where}")
         else:
             resume(optimizer)
-            train(model, optimizer, step)
-            if method != "ESAM elements" and not same(held(optimizer), new):  # which draws other elements then
+            loop(model, optimizer, step)
+            if not method.startswith("ESAM") and not same(held(optimizer), new):  # which draws anew
                 lost.append(f"the step again gives other weights, {where}")
     assert not lost, "\n".join(lost)
+
+
+def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(backend: str) -> None:
+    def first_half() -> tuple[nn.Module, Any]:
+        model, optimizer = built("ASAM", backend)
+        train(model, optimizer, range(1))
+        optimizer.zero_grad()
+        nets.loss_of(model, 1).backward()
+        return model, optimizer
+
+    def suspend(optimizer: Any) -> None:
+        optimizer.first_step()
+        with optimizer.unperturbed():
+            pass
+
+    old = held(first_half()[1])
+    count = interrupts.run(partial(suspend, first_half()[1]))
+    for at in places(count, backend):
+        model, optimizer = first_half()
+        interrupts.run(partial(suspend, optimizer), at)
+        optimizer.restore()
+        assert not optimizer.perturbed
+        assert same(held(optimizer), old), f"bytecode {at} of {count}: {interrupts.run.place}"
+        train(model, optimizer, range(1, 2))
+
+
+def test_an_exception_at_any_bytecode_of_a_load_leaves_the_old_state_or_the_new(backend: str) -> None:
+    saved = built("ASAM", backend)
+    train(*saved, range(3))
+    state = saved[1].state_dict()
+
+    def trained() -> tuple[nn.Module, Any]:
+        model, optimizer = built("ASAM", backend)
+        train(model, optimizer, range(1))
+        return model, optimizer
+
+    def after_a_step(model: nn.Module, optimizer: Any) -> Any:
+        train(model, optimizer, range(4, 5))
+        return held(optimizer)
+
+    model, optimizer = trained()
+    count = interrupts.run(partial(optimizer.load_state_dict, state))
+    new, old = after_a_step(model, optimizer), after_a_step(*trained())
+    assert not same(new, old)
+    for at in places(count, backend):
+        model, optimizer = trained()
+        interrupts.run(partial(optimizer.load_state_dict, state), at)
+        now = after_a_step(model, optimizer)
+        assert same(now, old) or same(now, new), f"bytecode {at} of {count}: {interrupts.run.place}"
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])

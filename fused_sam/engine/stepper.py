@@ -38,7 +38,7 @@ from .displacement import Displacement
 from .options import check_group, overrides
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
-from .stale_grads import MARK, MARKED
+from .stale_grads import BackwardWatch, any_grads
 from .user_warnings import warn_of_plain_step
 
 _PERTURB = itemgetter("perturb")
@@ -130,6 +130,9 @@ class Stepper:
         self.changed_update = False  # True if the descent hook has changed the gradients of the update
         self.grad_scale: Tensor | None = None  # that the last update's gradients had
         self.skip_process_group: Any = None  # of processes whose perturbations differ and which must skip together
+        self.grads_used = False  # True if the gradients may be those of an update, or of a step that was undone
+        self._state = optimizer.state  # whose tensors the plan's tables hold
+        self._watch: BackwardWatch | None = None  # for step(closure)
         self._had_gradients = False
         self._perturb_drew = False  # True if the last perturbation drew random numbers
         cls = type(optimizer)
@@ -225,6 +228,15 @@ class Stepper:
             call.backend.perturb(call.table, groups, status)
             marks[PERTURBED] = k + 1
 
+    def has_new_grads(self) -> bool:
+        """Return True if a backward pass has computed gradients since the last update, for step(closure)."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._watch is not None and self._watch.is_for(params):
+            new = self._watch.ran
+        else:
+            self._watch, new = BackwardWatch(params), not self.grads_used
+        return new and any_grads(params)
+
     def perturb_flags(self) -> tuple[bool, ...]:
         """Return for each group True if it is perturbed and counts in the norm."""
         return tuple(map(_PERTURB, self.optimizer.param_groups))
@@ -319,10 +331,9 @@ class Stepper:
             stage = 1
             if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
                 self.after_write(perturbed=False)
-            grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
-            for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
-                if not g.is_inference():
-                    setattr(g, MARK, g._version)
+            self.grads_used = True
+            if self._watch is not None:
+                self._watch.ran = False
             if self._has_hooks:
                 self.context._run_updated()
                 stage = 2
@@ -421,7 +432,10 @@ class Stepper:
     @torch.no_grad()
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. The step is decided again after that."""
-        self.decision, self.suspended = None, False
+        self.grads_used = True
+        if self._watch is not None:
+            self._watch.ran = False
+        self.decision, self.suspended, self.in_closure = None, False, False
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -521,6 +535,8 @@ class Stepper:
 
     def snapshot(self) -> tuple[Plan, GradSnapshot]:
         """Return the gradients as they are now, and the plan for them."""
+        if self.optimizer.state is not self._state:  # replaced by a load that an exception has ended, or by hand
+            self.forget_state()
         plan = self.plan
         snapshot = plan.snapshot(self.optimizer.param_groups)
         if snapshot is None:
@@ -539,6 +555,7 @@ class Stepper:
 
     def forget_state(self) -> None:
         """Drop what depends on optimizer state and counters, which have been replaced."""
+        self._state = self.optimizer.state
         self.plan.forget_state()
         self.status = Status(self.device())
         self._load_rng_offset()

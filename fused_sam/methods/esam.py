@@ -109,9 +109,9 @@ class ESAM(SAM):
         chosen = self.choose() if known else None
         params = [p for group in self.param_groups for p in group["params"]]
         off = [] if chosen is None else [p for p in params if p.requires_grad and id(p) not in chosen]
-        for p in off:
-            p.requires_grad_(False)
         try:
+            for p in off:
+                p.requires_grad_(False)
             yield
         except RuntimeError as error:
             if off and "does not require grad" in str(error):
