@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ class BackwardWatch:
 
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.ran = False
+        self._handles: list[Any] = []
         trainable = [p for p in params if p.requires_grad and p.is_leaf and not p.is_inference()]
         self._params = trainable[:: len(trainable) // WATCHED + 1]
         watch = weakref.ref(self)
@@ -38,7 +40,8 @@ class BackwardWatch:
             if found is not None:
                 found.ran = True
 
-        self._handles = [p.register_post_accumulate_grad_hook(note) for p in self._params]
+        for p in self._params:
+            self._handles.append(p.register_post_accumulate_grad_hook(note))
 
     def __del__(self) -> None:
         for handle in self._handles:
