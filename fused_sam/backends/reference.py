@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,8 +32,6 @@ from .contract import (
     arithmetic_dtype,
 )
 from .rng import mask_of, round_stochastically, stream_key
-
-AnyGroup = TypeVar("AnyGroup", SGDGroup, AdamGroup, LionGroup)
 
 
 def widen(x: Tensor) -> Tensor:
@@ -72,6 +70,63 @@ def store_rounded(table: Table, i: int, x: Tensor, status: Status, purpose: int)
     param.copy_(x)
 
 
+# ---- a step of each update rule: row i of a table, its param w, gradient d and group h give the new param -----------
+
+
+def _of(table: Table, name: str, i: int) -> Tensor:
+    """Return row i of a state column that its group uses."""
+    value = table.state[name][i]
+    assert value is not None
+    return value
+
+
+def sgd(table: Table, i: int, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
+    """torch.optim.SGD's step, operation by operation as its for-loop does it."""
+    m = table.state["momentum_buffer"][i]
+    if h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    if h.momentum != 0 and m is not None:
+        new = (m * h.momentum).add(d, alpha=1 - h.dampening)
+        if h.dampening != 0:
+            new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
+        m.copy_(new)
+        d = d.add(m, alpha=h.momentum) if h.nesterov else m
+    return w.add(d, alpha=-float(h.lr))
+
+
+def adam(table: Table, i: int, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
+    """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
+    m, v, count = (_of(table, name, i) for name in ("exp_avg", "exp_avg_sq", "step"))
+    count += 1
+    t, lr = float(count), float(h.lr)
+    if h.decoupled_weight_decay:
+        w = w * (1 - lr * h.weight_decay)
+    elif h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    m.lerp_(d, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
+    if h.amsgrad:
+        largest = _of(table, "max_exp_avg_sq", i)
+        v = torch.maximum(largest, v, out=largest)
+    denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
+    return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
+
+
+def lion(table: Table, i: int, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
+    """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
+    m, lr = _of(table, "exp_avg", i), float(h.lr)
+    c = m.lerp(d, 1 - h.beta1)
+    direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
+    m.lerp_(d, 1 - h.beta2)
+    return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
+
+
+STEPS: dict[str, Callable[[Table, int, Tensor, Tensor, Any], Tensor]] = {"sgd": sgd, "adam": adam, "lion": lion}
+
+
+# ---- the primitives -------------------------------------------------------------------------------------------------
+
+
 class Reference(Backend):
     """Plain torch, for any device and any dense layout."""
 
@@ -105,79 +160,18 @@ class Reference(Backend):
                 perturbed = torch.where(mask_of(key_of(table, i, status, MASK), w, h.mask_prob), perturbed, w)
             store_rounded(table, i, perturbed, status, ROUND_PERTURBED)
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.SGD's step, operation by operation as its for-loop does it."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
-            m = table.state["momentum_buffer"][i]
-            if h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            if h.momentum != 0 and m is not None:
-                new = (m * h.momentum).add(d, alpha=1 - h.dampening)
-                if h.dampening != 0:
-                    new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
-                m.copy_(new)
-                d = d.add(m, alpha=h.momentum) if h.nesterov else m
-            return w.add(d, alpha=-float(h.lr))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
-            m, v, count = (_of(table, name, i) for name in ("exp_avg", "exp_avg_sq", "step"))
-            count += 1
-            t, lr = float(count), float(h.lr)
-            if h.decoupled_weight_decay:
-                w = w * (1 - lr * h.weight_decay)
-            elif h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            m.lerp_(d, 1 - h.beta1)
-            v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
-            if h.amsgrad:
-                largest = _of(table, "max_exp_avg_sq", i)
-                v = torch.maximum(largest, v, out=largest)
-            denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
-            return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
-            m, lr = _of(table, "exp_avg", i), float(h.lr)
-            c = m.lerp(d, 1 - h.beta1)
-            direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
-            m.lerp_(d, 1 - h.beta2)
-            return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
     @torch.no_grad()
-    def _update(
-        self,
-        table: Table,
-        groups: Sequence[AnyGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        step: Callable[[int, Tensor, Tensor, AnyGroup], Tensor],
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Undo the perturbation, then `step(row, parameter, gradient, group)` gives the new parameter."""
         if status.skip:
             self.restore(table)
             return
+        assert table.rule is not None
+        step = STEPS[table.rule.name]
         for i, k in enumerate(table.group_ids):
             d = widen(table.grads[i]) * grad_factor(groups[k].maximize, status, grad_scale, max_norm)
-            w = step(i, widen(unperturbed(table, i)), d, groups[k])
+            w = step(table, i, widen(unperturbed(table, i)), d, groups[k])
             if table.masters:
                 table.masters[i].copy_(w)
             store_rounded(table, i, w, status, ROUND_UPDATED)
@@ -225,10 +219,3 @@ def host_numbers(coefficients: Tensor | tuple[float, float]) -> tuple[float, flo
     """Return a and b as Python numbers; waits for the device where they are a tensor."""
     numbers: Any = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
     return float(numbers[0]), float(numbers[1])
-
-
-def _of(table: Table, name: str, i: int) -> Tensor:
-    """Return row i of a state column that its group uses."""
-    value = table.state[name][i]
-    assert value is not None
-    return value

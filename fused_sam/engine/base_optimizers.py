@@ -124,7 +124,6 @@ class FusedBase:
         self.cls = cls
         self.rule: UpdateRule | None = fused.rule
         self.defaults = defaults
-        self._name = fused.rule.name
         self._numbers = fused.numbers
         self._state = fused.state
 
@@ -149,7 +148,7 @@ class FusedBase:
                     note_written_momentum(update)
                     break
         for call in update.calls:
-            getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
+            call.backend.update(call.table, groups, status, grad_scale, max_norm)
         for step in update.empty_steps:
             step += status.skip == 0
 
