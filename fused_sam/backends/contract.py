@@ -5,7 +5,7 @@ primitive leaves for the next (norm, skip flag) stay in a `Status` on the tensor
 for the device.
 
     SAM step      norm, perturb, second backward pass, norm (the check that the new gradients are finite), update
-    update        sgd, adam or lion: undo the perturbation and take one step of the base optimizer, in one pass
+    update        undo the perturbation and take one step of the base optimizer's rule, in one pass
     methods       dot, axpby, ema: over two vectors, such as the two gradients of a step
 """
 
@@ -136,9 +136,10 @@ class StateColumn(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """A base optimizer that backends fuse with the undo. `name` is the backend's method."""
+    """A base optimizer that backends fuse with the undo. `name` names its kernels."""
 
     name: str
+    group: type[Any]  # a named tuple of a group's hyper-parameters: `lr` first, `maximize` last
     columns: tuple[StateColumn, ...]
 
     def buffers(self) -> tuple[str, ...]:
@@ -146,10 +147,13 @@ class UpdateRule(NamedTuple):
         return tuple(column.name for column in self.columns if not column.scalar)
 
 
-# A momentum of -0.0 has never been written, see Backend.sgd.
-SGD = UpdateRule("sgd", (StateColumn("momentum_buffer", init=-0.0),))
+# torch.optim.SGD. A momentum of -0.0 has never been written and takes the gradient whole, as torch's first step does;
+# without dampening that is the ordinary formula. With dampening no momentum is ever written as -0.0.
+SGD = UpdateRule("sgd", SGDGroup, (StateColumn("momentum_buffer", init=-0.0),))
+# torch.optim.Adam, or AdamW where the decay is decoupled. An update adds 1 to `step`.
 ADAM = UpdateRule(
     "adam",
+    AdamGroup,
     (
         StateColumn("step", scalar=True),
         StateColumn("exp_avg"),
@@ -157,7 +161,11 @@ ADAM = UpdateRule(
         StateColumn("max_exp_avg_sq"),
     ),
 )
-LION = UpdateRule("lion", (StateColumn("exp_avg"),))
+# Lion (arXiv 2302.06675, algorithm 2):
+#     w = w - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * w);  m = beta2 * m + (1 - beta2) * g
+LION = UpdateRule("lion", LionGroup, (StateColumn("exp_avg"),))
+
+RULES = (SGD, ADAM, LION)
 
 
 # ---- what the primitives work on ------------------------------------------------------------------------------------
@@ -331,37 +339,18 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Take one step of torch.optim.SGD from the backups (or masters) into the params.
+        """Take one step of `table.rule` from the backups (or masters) into the params.
 
-        A momentum of -0.0 has never been written and takes the gradient whole, as torch's first step does; without
-        dampening that is the ordinary formula. With dampening no momentum is ever written as -0.0.
         Where skip is set the params are restored, bit for bit, and no state changes.
 
         Args:
+            groups: of `table.rule.group`.
             grad_scale: one number on the device by which every gradient is divided first; None: 1.
             max_norm: the gradient is then multiplied by min(1, max_norm / (update_norm / grad_scale + 1e-6)), as
                 torch.nn.utils.clip_grad_norm_ does; inf: no clipping.
-        """
-
-    @abstractmethod
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Take one step of torch.optim.Adam, or of AdamW where the decay is decoupled; otherwise as `sgd`.
-
-        Adds 1 to the state's `step`.
-        """
-
-    @abstractmethod
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Take one step of Lion (arXiv 2302.06675, algorithm 2); otherwise as `sgd`.
-
-            w = w - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * w);  m = beta2 * m + (1 - beta2) * g
         """
 
     @abstractmethod

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,8 +40,7 @@ from .contract import (
 from .reference import host_numbers, write_pending, write_vector
 from .rng import mask_of, round_stochastically, stream_key
 
-AnyGroup = TypeVar("AnyGroup", PerturbGroup, SGDGroup, AdamGroup, LionGroup)
-UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
+AnyGroup = TypeVar("AnyGroup")
 
 
 def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -113,6 +112,61 @@ def scaled_grads(rows: Rows[PerturbGroup]) -> list[Tensor]:
     return scale
 
 
+# ---- a step of each update rule: from gradients d, in place of the weights of one group ---------------------------
+
+
+def sgd(rows: Rows[SGDGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h = rows.group
+    if h.weight_decay != 0:
+        d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
+    if h.momentum != 0 and rows.table.state["momentum_buffer"][rows.numbers[0]] is not None:
+        buffers = rows.state("momentum_buffer")
+        unwritten = [(m == 0) & m.signbit() for m in buffers] if h.dampening != 0 else []
+        torch._foreach_mul_(buffers, h.momentum)
+        torch._foreach_add_(buffers, d, alpha=1 - h.dampening)
+        for m, grad, first in zip(buffers, d, unwritten, strict=False):
+            m.copy_(torch.where(first, grad, m) + 0.0)
+        d = list(torch._foreach_add(d, buffers, alpha=h.momentum)) if h.nesterov else buffers
+    torch._foreach_add_(weights, d, alpha=-float(h.lr))
+
+
+def adam(rows: Rows[AdamGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h, lr = rows.group, float(rows.group.lr)
+    if h.decoupled_weight_decay:
+        torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
+    elif h.weight_decay != 0:
+        d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
+    means, squares, steps = (rows.state(name) for name in ("exp_avg", "exp_avg_sq", "step"))
+    torch._foreach_lerp_(means, d, 1 - h.beta1)
+    torch._foreach_mul_(squares, h.beta2)
+    torch._foreach_addcmul_(squares, d, d, 1 - h.beta2)
+    if h.amsgrad:
+        largest = rows.state("max_exp_avg_sq")
+        torch._foreach_maximum_(largest, squares)
+        squares = largest
+    torch._foreach_add_(steps, 1)
+    counts = torch.stack(steps).tolist()
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, [math.sqrt(1 - h.beta2**t) for t in counts])
+    torch._foreach_add_(roots, h.eps)
+    torch._foreach_addcdiv_(weights, means, roots, [-lr / (1 - h.beta1**t) for t in counts])
+
+
+def lion(rows: Rows[LionGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h, lr, means = rows.group, float(rows.group.lr), rows.state("exp_avg")
+    mixed = torch._foreach_lerp(means, d, 1 - h.beta1)
+    signs = [torch.where(c.isnan(), c, s) for c, s in zip(mixed, torch._foreach_sign(mixed), strict=True)]
+    torch._foreach_lerp_(means, d, 1 - h.beta2)
+    torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
+    torch._foreach_add_(weights, signs, alpha=-lr)
+
+
+STEPS: dict[str, Callable[[Rows[Any], list[Tensor], list[Tensor]], None]] = {"sgd": sgd, "adam": adam, "lion": lion}
+
+
+# ---- the primitives -------------------------------------------------------------------------------------------------
+
+
 class Foreach(Backend):
     """torch._foreach_*, for any device and any dense layout."""
 
@@ -161,99 +215,33 @@ class Foreach(Backend):
             if perturbed[0] is not params[0]:  # else it was done in place
                 torch._foreach_copy_(params, rows.rounded(perturbed, int(offset), ROUND_PERTURBED))
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[SGDGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h = rows.group
-            if h.weight_decay != 0:
-                d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            if h.momentum != 0 and table.state["momentum_buffer"][rows.numbers[0]] is not None:
-                buffers = rows.state("momentum_buffer")
-                unwritten = [(m == 0) & m.signbit() for m in buffers] if h.dampening != 0 else []
-                torch._foreach_mul_(buffers, h.momentum)
-                torch._foreach_add_(buffers, d, alpha=1 - h.dampening)
-                for m, grad, first in zip(buffers, d, unwritten, strict=False):
-                    m.copy_(torch.where(first, grad, m) + 0.0)
-                d = list(torch._foreach_add(d, buffers, alpha=h.momentum)) if h.nesterov else buffers
-            torch._foreach_add_(weights, d, alpha=-float(h.lr))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[AdamGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h, lr = rows.group, float(rows.group.lr)
-            if h.decoupled_weight_decay:
-                torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
-            elif h.weight_decay != 0:
-                d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            means, squares, steps = (rows.state(name) for name in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_lerp_(means, d, 1 - h.beta1)
-            torch._foreach_mul_(squares, h.beta2)
-            torch._foreach_addcmul_(squares, d, d, 1 - h.beta2)
-            if h.amsgrad:
-                largest = rows.state("max_exp_avg_sq")
-                torch._foreach_maximum_(largest, squares)
-                squares = largest
-            torch._foreach_add_(steps, 1)
-            counts = torch.stack(steps).tolist()
-            roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, [math.sqrt(1 - h.beta2**t) for t in counts])
-            torch._foreach_add_(roots, h.eps)
-            torch._foreach_addcdiv_(weights, means, roots, [-lr / (1 - h.beta1**t) for t in counts])
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[LionGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h, lr, means = rows.group, float(rows.group.lr), rows.state("exp_avg")
-            mixed = torch._foreach_lerp(means, d, 1 - h.beta1)
-            signs = [torch.where(c.isnan(), c, s) for c, s in zip(mixed, torch._foreach_sign(mixed), strict=True)]
-            torch._foreach_lerp_(means, d, 1 - h.beta2)
-            torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
-            torch._foreach_add_(weights, signs, alpha=-lr)
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
     @torch.no_grad()
-    def _update(
-        self,
-        table: Table,
-        groups: Sequence[UpdateGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails.
-
-        `step(rows, weights, grads)` changes copies of each group's weights and state in place.
-        """
+        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails."""
         norm, skip, offset = status.values[[UPDATE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             self.restore(table)
         elif not table.pending:
-            table.pending = self._new_values(table, groups, norm, int(offset), grad_scale, max_norm, step)
+            table.pending = self._new_values(table, groups, norm, int(offset), grad_scale, max_norm)
         write_pending(table, status)
 
     def _new_values(
         self,
         table: Table,
-        groups: Sequence[UpdateGroup],
+        groups: Sequence[Any],
         norm: float,
         rng_offset: int,
         grad_scale: Tensor | None,
         max_norm: float,
-        step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
     ) -> list[tuple[Tensor, Tensor]]:
         """Return what an update is to write, as (tensor, new value)."""
+        assert table.rule is not None
+        step = STEPS[table.rule.name]
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         clip = min(1.0, max_norm / (norm * unscale + 1e-6)) if max_norm < math.inf else 1.0
-        new = []
+        new: list[tuple[Tensor, Tensor]] = []
         for rows in by_group(table, groups):
             factor = -unscale * clip if rows.group.maximize else unscale * clip
             clean = rows.of(table.masters or table.backups or table.params)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,7 +35,6 @@ from .contract import (
 )
 from .rng import mask_of, round_stochastically, stream_key
 
-AnyGroup = TypeVar("AnyGroup", SGDGroup, AdamGroup, LionGroup)
 State = dict[str, Tensor]  # of one parameter
 
 
@@ -90,6 +89,56 @@ def write_vector(out: list[Tensor], new: list[Tensor], status: Status | None) ->
     torch._foreach_copy_(out, new)
 
 
+# ---- a step of each update rule: changes a copy of the state; param w, gradient d and group h give the new param ----
+
+
+def sgd(state: State, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
+    """torch.optim.SGD's step, operation by operation as its for-loop does it."""
+    m = state.get("momentum_buffer")
+    if h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    if h.momentum != 0 and m is not None:
+        new = (m * h.momentum).add(d, alpha=1 - h.dampening)
+        if h.dampening != 0:
+            new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
+        m.copy_(new)
+        d = d.add(m, alpha=h.momentum) if h.nesterov else m
+    return w.add(d, alpha=-float(h.lr))
+
+
+def adam(state: State, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
+    """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
+    m, v, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    count += 1
+    t, lr = float(count), float(h.lr)
+    if h.decoupled_weight_decay:
+        w = w * (1 - lr * h.weight_decay)
+    elif h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    m.lerp_(d, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
+    if h.amsgrad:
+        largest = state["max_exp_avg_sq"]
+        v = torch.maximum(largest, v, out=largest)
+    denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
+    return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
+
+
+def lion(state: State, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
+    """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
+    m, lr = state["exp_avg"], float(h.lr)
+    c = m.lerp(d, 1 - h.beta1)
+    direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
+    m.lerp_(d, 1 - h.beta2)
+    return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
+
+
+STEPS: dict[str, Callable[[State, Tensor, Tensor, Any], Tensor]] = {"sgd": sgd, "adam": adam, "lion": lion}
+
+
+# ---- the primitives -------------------------------------------------------------------------------------------------
+
+
 class Reference(Backend):
     """Plain torch, for any device and any dense layout."""
 
@@ -124,80 +173,16 @@ class Reference(Backend):
                 perturbed = torch.where(mask_of(key_of(table, i, status, MASK), w, h.mask_prob), perturbed, w)
             table.params[i].copy_(rounded(table, i, perturbed, status, ROUND_PERTURBED))
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.SGD's step, operation by operation as its for-loop does it."""
-
-        def step(state: State, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
-            m = state.get("momentum_buffer")
-            if h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            if h.momentum != 0 and m is not None:
-                new = (m * h.momentum).add(d, alpha=1 - h.dampening)
-                if h.dampening != 0:
-                    new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
-                m.copy_(new)
-                d = d.add(m, alpha=h.momentum) if h.nesterov else m
-            return w.add(d, alpha=-float(h.lr))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
-
-        def step(state: State, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
-            m, v, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
-            count += 1
-            t, lr = float(count), float(h.lr)
-            if h.decoupled_weight_decay:
-                w = w * (1 - lr * h.weight_decay)
-            elif h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            m.lerp_(d, 1 - h.beta1)
-            v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
-            if h.amsgrad:
-                largest = state["max_exp_avg_sq"]
-                v = torch.maximum(largest, v, out=largest)
-            denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
-            return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
-
-        def step(state: State, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
-            m, lr = state["exp_avg"], float(h.lr)
-            c = m.lerp(d, 1 - h.beta1)
-            direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
-            m.lerp_(d, 1 - h.beta2)
-            return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
     @torch.no_grad()
-    def _update(
-        self,
-        table: Table,
-        groups: Sequence[AnyGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        step: Callable[[State, Tensor, Tensor, AnyGroup], Tensor],
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails.
-
-        `step(state, parameter, gradient, group)` changes its copy of the state and returns the new parameter.
-        """
+        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails."""
         if status.skip:
             self.restore(table)
         elif not table.pending:
-            new = []
+            assert table.rule is not None
+            step, new = STEPS[table.rule.name], []
             for i, k in enumerate(table.group_ids):
                 held = {name: x for name, column in table.state.items() if (x := column[i]) is not None}
                 state = {name: x.clone() for name, x in held.items()}
@@ -255,5 +240,3 @@ def host_numbers(coefficients: Tensor | tuple[float, float]) -> tuple[float, flo
     """Return a and b as Python numbers; waits for the device where they are a tensor."""
     numbers: Any = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
     return float(numbers[0]), float(numbers[1])
-
-

@@ -134,7 +134,6 @@ class FusedBase:
         self.cls = cls
         self.rule: UpdateRule | None = fused.rule
         self.defaults = defaults
-        self._name = fused.rule.name
         self._numbers = fused.numbers
         self._state = fused.state
 
@@ -161,7 +160,7 @@ class FusedBase:
         marks = status.marks  # of an earlier call that an exception has ended: what it has completed
         for k, call in enumerate(update.calls):
             if marks[UPDATED] <= k:
-                getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
+                call.backend.update(call.table, groups, status, grad_scale, max_norm)
                 marks[UPDATED] = k + 1
         for step in update.empty_steps:
             step += status.skip == 0
