@@ -129,6 +129,9 @@ class Stepper:
         self.keeps_skip = False  # True if the descent hook has set the skip flag
         self.changed_update = False  # True if the descent hook has changed the gradients of the update
         self.grad_scale: Tensor | None = None  # that the last update's gradients had
+        self.ascent_scale: Any = None  # that the last first_step()'s gradients had, if it is known
+        self.grads_unscaled = False  # True if scaler.unscale_() was called since the last half of a step
+        self.noted_scale: Tensor | None = None  # GradScaler's, when unscale_() was called last
         self.skip_process_group: Any = None  # of processes whose perturbations differ and which must skip together
         self._had_gradients = False
         self._perturb_drew = False  # True if the last perturbation drew random numbers
@@ -302,6 +305,10 @@ class Stepper:
             undo = self.perturbed if self.perturbed else plan.none_perturbed  # a new plan has calls of its own
             update = plan.update_plan(snapshot, undo, names, optimizer.state)
             scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+            if scale is None and self.noted_scale is not None:
+                scale = self._scale_after_unscaling(perturbed)
+            elif perturbed and self.ascent_scale is None:
+                self.ascent_scale = scale
             self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
             self.changed_update = self.keeps_skip = False
             if self._has_hooks:
@@ -335,8 +342,17 @@ class Stepper:
                 self.context._run_updated()
         finally:
             self.decision = None
+            self.grads_unscaled = False
             if self._has_hooks:
                 self.context._end()
+
+    def _scale_after_unscaling(self, perturbed: list[KernelCall] | None) -> Tensor | None:
+        """Return the scale of the update's gradients after unscale_(): None if these are unscaled."""
+        if self.grads_unscaled:
+            if perturbed and self.ascent_scale is None:
+                self.ascent_scale = self.noted_scale
+            return None
+        return self.noted_scale if getattr(self.optimizer, "found_inf", None) is not None else None
 
     def _complete(
         self, plan: Plan, update: UpdatePlan, snapshot: GradSnapshot, groups: list[Any], status: Status
@@ -377,8 +393,11 @@ class Stepper:
                 skip.fill_(0)
             skip.add_(found_inf.reshape(1).to(skip, non_blocking=True))
             keep_skip = True
+        # GradScaler has checked the gradients that unscale_() was called for, which may be the first ones.
+        scaled = getattr(self.optimizer, "grad_scale", 0) is not None
+        others = found_inf is not None and self.grad_scale is not None and not scaled
         unchecked = found_inf is None or self.changed_update or self.optimizer.combines_grads
-        self.took_update_norm = settings.max_norm < math.inf or (settings.check_update and unchecked)
+        self.took_update_norm = settings.max_norm < math.inf or (settings.check_update and unchecked) or others
         if self.took_update_norm:
             self.norm(plan, calls, snapshot, None, status, keep_skip)
         elif not keep_skip:
