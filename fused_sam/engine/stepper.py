@@ -36,6 +36,7 @@ from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .displacement import Displacement
 from .options import check_group, overrides
+from .parameters import is_distributed
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import BackwardWatch, any_grads
@@ -563,7 +564,7 @@ class Stepper:
             assert snapshot is not None  # the plan was made from these groups
         if not self._had_gradients:
             self._had_gradients = any(snapshot.codes) or plan.sharding is not None
-            if not self._had_gradients and _is_distributed():
+            if not self._had_gradients and is_distributed():
                 raise RuntimeError(
                     "none of the optimizer's parameters has ever had a gradient: if the model was sharded or replaced "
                     "(fully_shard, parallelize_module, .to()) after the optimizer was built, build the optimizer over "
@@ -650,8 +651,3 @@ class Stepper:
 def with_twins(groups: list[PerturbGroup]) -> list[PerturbGroup]:
     """Return the groups and, after them, a twin of each that is not adaptive, for unscaled parameters."""
     return groups + [group._replace(adaptive=False) for group in groups]
-
-
-def _is_distributed() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

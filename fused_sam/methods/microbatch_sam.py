@@ -134,7 +134,7 @@ class MicrobatchSAM(SAM):
             self.update()
         finally:
             self.sums_in_closure = False
-        return total / self.num_microbatches
+        return None if total is None else total / self.num_microbatches
 
     def evaluate(self, closure: Callable[[int], Any]) -> Any:
         """Run both passes of all micro-batches; return the sum of their losses."""
