@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import YY, Backend, Status, VectorPair, status_dtype
 
-from .layout import same_layout
+from .layout import is_readable, same_layout
 from .plan import Plan, remember
 
 Vector = Sequence[Tensor | None]
@@ -33,14 +33,14 @@ class Rows:
 
 
 def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPair]]:
-    """Yield the rows of two vectors, by dtype and layout. Rows whose layouts differ take the reference backend."""
+    """Yield the rows of two vectors, by dtype and layout. Rows that no kernel can take go to the reference backend."""
     key = tuple(
         None
         if a is None or b is None or not a.numel()
         else (
             a.dtype,
             b.dtype,
-            dense and same_layout(p, a) and same_layout(p, b) and not (a.is_neg() or b.is_neg()),
+            dense and all(same_layout(p, t) and is_readable(t) for t in {id(a): a, id(b): b}.values()),
         )
         for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
     )
