@@ -270,6 +270,7 @@ class Step:
         """
         if self._counters is None:
             self._stepper.status.marks[UPDATED] = 0
+            self._stepper.status.pending = None
             names = self._optimizer.group_state()
             self._counters = [{name: group[name] for name in names} for group in self.groups]
         else:

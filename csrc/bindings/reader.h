@@ -6,7 +6,9 @@
 
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "bindings/tensor_view.h"
@@ -30,12 +32,17 @@ class Reader {
         addresses_(params.size()) {
     for (const py::handle p : params)
       if (is_plain(p) && !view_.usable()) view_.locate(p);
-    for (const py::handle p : params) places_.push_back(place(p, is_plain(p)));
+    for (const py::handle p : params) {
+      places_.push_back(place(p, is_plain(p)));
+      bytes_.push_back(p.attr("numel")().cast<int64_t>() * p.attr("element_size")().cast<int64_t>());
+      add_span(param_spans_, places_.back().address, bytes_.back());
+    }
+    std::sort(param_spans_.begin(), param_spans_.end());
   }
 
   // Returns (gradients, their addresses as packed int64 for Table.set_grads), or None unless the usual case holds: the
   // parameters of `groups` are those given, in order, where they were and as they were, and every one has a gradient of
-  // its own dtype and layout. The packed addresses are the same object while no address changes.
+  // its own dtype and layout, in memory that no other gradient and no parameter shares. The packed addresses are the same object while no address changes.
   py::object read(const py::list& groups) {
     if (!has_params_of(groups)) return py::none();
     const py::ssize_t count = PyList_GET_SIZE(params_.ptr());
@@ -50,7 +57,8 @@ class Reader {
       addresses_[size_t(i)] = address;
       PyList_SET_ITEM(grads.ptr(), i, g.release().ptr());
     }
-    return py::make_tuple(grads, packed());
+    if (!packed()) return py::none();
+    return py::make_tuple(grads, packed_);
   }
 
   // Returns true if the state has exactly these entries, in order, and entries[i][keys[k]] is values[k][i]. None as a
@@ -105,8 +113,11 @@ class Reader {
   uintptr_t viewed(py::ssize_t i, py::handle p, const py::object& g) const {
     const TensorView param = view_(p), grad = view_(g);
     if (!(place(param) == places_[size_t(i)]) || !same_form(param, grad)) return kNotUsual;
+    const int64_t bytes = bytes_[size_t(i)];
+    if (!view_.in_storage(p, param, bytes) || !view_.in_storage(g, grad, bytes)) return kNotUsual;
     // Complex arithmetic may leave a gradient whose memory has the opposite sign.
     if (view_.is_neg(g, true) && is_true(is_neg_.call(g, is_plain(g)))) return kNotUsual;
+    if (view_.is_neg(p, true) && is_true(is_neg_.call(p, true))) return kNotUsual;
     return grad.address();
   }
 
@@ -117,7 +128,8 @@ class Reader {
     if (dtype_.get(g, plain_grad).ptr() != dtype_.get(p, plain).ptr()) return kNotUsual;
     if (numel_.call(g, plain_grad).cast<int64_t>() != numel_.call(p, plain).cast<int64_t>()) return kNotUsual;
     if (!(place(p, plain) == places_[size_t(i)]) || is_true(is_neg_.call(g, plain_grad))) return kNotUsual;
-    return address(g);
+    const uintptr_t found = address(g);
+    return found == 0 && bytes_[size_t(i)] > 0 ? kNotUsual : found;
   }
 
   static Place place(const TensorView& tensor) { return {tensor.address(), tensor.form()}; }
@@ -138,12 +150,35 @@ class Reader {
     return data_ptr_.call(tensor, is_plain(tensor)).cast<uintptr_t>();
   }
 
-  py::object packed() {
+  // Puts the gradients' addresses into packed_; returns false if their memory is shared.
+  bool packed() {
     const auto size = Py_ssize_t(addresses_.size() * sizeof(uintptr_t));
     const char* bytes = reinterpret_cast<const char*>(addresses_.data());
-    if (!packed_ || std::memcmp(PyBytes_AS_STRING(packed_.ptr()), bytes, size_t(size)) != 0)
-      packed_ = owned(PyBytes_FromStringAndSize(bytes, size));
-    return packed_;
+    if (packed_ && std::memcmp(PyBytes_AS_STRING(packed_.ptr()), bytes, size_t(size)) == 0) return true;
+    if (any_shared()) return false;
+    packed_ = owned(PyBytes_FromStringAndSize(bytes, size));
+    return true;
+  }
+
+  using Spans = std::vector<std::pair<uintptr_t, uintptr_t>>;  // [begin, end)
+
+  static void add_span(Spans& spans, uintptr_t begin, int64_t bytes) {
+    if (begin != 0 && bytes > 0) spans.emplace_back(begin, begin + uintptr_t(bytes));
+  }
+
+  // Returns true if a gradient shares memory with another one or with a parameter.
+  bool any_shared() {
+    spans_.clear();
+    for (size_t i = 0; i < addresses_.size(); ++i) add_span(spans_, addresses_[i], bytes_[i]);
+    std::sort(spans_.begin(), spans_.end());
+    for (size_t i = 1; i < spans_.size(); ++i)
+      if (spans_[i].first < spans_[i - 1].second) return true;
+    for (size_t i = 0, k = 0; i < spans_.size() && k < param_spans_.size();) {
+      const auto &grad = spans_[i], &param = param_spans_[k];
+      if (grad.first < param.second && param.first < grad.second) return true;
+      grad.second < param.second ? ++i : ++k;
+    }
+    return false;
   }
 
   static bool is_true(const py::object& result) { return result.ptr() == Py_True; }
@@ -201,6 +236,8 @@ class Reader {
   py::tuple plain_;
   TensorViewer view_;
   std::vector<Place> places_;
+  std::vector<int64_t> bytes_;  // of each parameter, and so of its gradient
+  Spans param_spans_, spans_;   // sorted; the latter is working memory
   std::vector<uintptr_t> addresses_;  // of the latest gradients ...
   py::object packed_;                 // ... and the bytes of an earlier read
 };

@@ -65,6 +65,7 @@ class TensorViewer {
              find("aoti_torch_get_strides", strides_) && find("aoti_torch_get_dim", dim_) &&
              find("aoti_torch_get_dtype", dtype_) && find("aoti_torch_get_device_type", device_type_) &&
              find("aoti_torch_get_device_index", device_index_);
+    find("aoti_torch_get_storage_size", storage_size_), find("aoti_torch_get_storage_offset", storage_offset_);
     find("_ZN2at6native6is_negERKNS_6TensorE", is_neg_);
     find("_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", bump_version_);
     // Newer than the others. Without it the address of a sparse tensor fails, which torch also prints.
@@ -89,6 +90,18 @@ class TensorViewer {
   // Returns false only if the tensor's memory has the sign of its value; `unknown` if torch cannot be asked.
   bool is_neg(pybind11::handle tensor, bool unknown) const {
     return is_neg_ == nullptr ? unknown : is_neg_(handle_of(tensor));
+  }
+
+  // Returns false if a tensor of so many bytes, all in one block, has no memory or reaches beyond its storage. A wrapper
+  // of other tensors has the address 0, as has a tensor whose storage was freed; a storage may also be resized.
+  bool in_storage(pybind11::handle tensor, const TensorView& view, int64_t bytes) const {
+    if (bytes == 0) return true;
+    if (view.data == nullptr) return false;
+    if (storage_size_ == nullptr || storage_offset_ == nullptr) return true;
+    void* handle = handle_of(tensor);
+    int64_t size = 0, offset = 0;  // in bytes, and in elements
+    if (storage_size_(handle, &size) != 0 || storage_offset_(handle, &offset) != 0) return false;
+    return offset * (bytes / view.numel()) + bytes <= size;
   }
 
   // Raises the version counter, by which autograd notices that a tensor was written.
@@ -124,6 +137,8 @@ class TensorViewer {
   int32_t (*device_type_)(void*, int32_t*) = nullptr;
   int32_t (*device_index_)(void*, int32_t*) = nullptr;
   int32_t (*layout_)(void*, int32_t*) = nullptr;
+  int32_t (*storage_size_)(void*, int64_t*) = nullptr;
+  int32_t (*storage_offset_)(void*, int64_t*) = nullptr;
   bool (*is_neg_)(const void*) = nullptr;
   void (*bump_version_)(const void*) = nullptr;
 };

@@ -181,9 +181,10 @@ class Status:
         marks: on the host, how many tables the perturbation and the update of this step have written, at the places
             PERTURBED and UPDATED; see Backend. UPDATED then counts what the `updated` hook writes. On the CPU it is
             `host`.
+        pending: a write to a vector that has not been counted yet: marks[UPDATED] before it, tensors, new values.
     """
 
-    __slots__ = ("address", "device", "host", "marks", "values")
+    __slots__ = ("address", "device", "host", "marks", "pending", "values")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -194,6 +195,7 @@ class Status:
         else:
             self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
         self.marks = array("d", bytes(8 * STATUS_SIZE)) if self.host is None else self.host
+        self.pending: tuple[float, list[Tensor], list[Tensor]] | None = None
         self.address = self.values.data_ptr()
 
     @property

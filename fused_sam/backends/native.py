@@ -14,8 +14,13 @@ CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3
 
 
 def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
-    """Return the tensors' addresses; 0 for None."""
-    return [0 if t is None else t.data_ptr() for t in tensors]
+    """Return the tensors' addresses; 0 for None. A tensor without memory raises RuntimeError."""
+    found = [0 if t is None else t.data_ptr() for t in tensors]
+    if 0 in found:
+        for t, address in zip(tensors, found, strict=True):
+            if t is not None and not address and t.numel():
+                raise RuntimeError(f"a {type(t).__name__} of shape {tuple(t.shape)} has no memory")
+    return found
 
 
 def fill(native: Any, table: Table) -> None:

@@ -83,10 +83,13 @@ def write_pending(table: Table, status: Status) -> None:
 
 
 def write_vector(out: list[Tensor], new: list[Tensor], status: Status | None) -> None:
-    """Copy new values into a vector, and count that as one write."""
+    """Copy new values into a vector, and count that as one write; `status.pending` has them until it is counted."""
+    if status is not None:
+        status.pending = status.marks[UPDATED], out, new
+    torch._foreach_copy_(out, new)
     if status is not None:
         status.marks[UPDATED] += 1
-    torch._foreach_copy_(out, new)
+        status.pending = None
 
 
 # ---- a step of each update rule: changes a copy of the state; param w, gradient d and group h give the new param ----

@@ -9,6 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .layout import in_storage, is_readable, place_of, sharing
+
 Reading = tuple[list[Tensor], bytes]  # gradients, and their addresses as packed int64
 State = dict[Tensor, dict[str, Any]]
 Entries = list[dict[str, Any]]
@@ -21,7 +23,8 @@ class Reader(Protocol):
         """Return the gradients and their addresses, or None except in the common case.
 
         In that case `groups` hold the reader's parameters, in order and at the same addresses. Every parameter has a
-        gradient of its own dtype and layout. A reader may recognise contiguous layouts only.
+        gradient of its own dtype and layout, in memory that no other gradient and no parameter shares. A reader may
+        recognise contiguous layouts only.
 
         Raises:
             RuntimeError: a gradient has no memory of its own (it is sparse).
@@ -47,7 +50,8 @@ class PythonReader:
 
     def __init__(self, params: list[Tensor]) -> None:
         self._params = params
-        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in params]
+        self._places = list(map(place_of, params))
+        self._separate: list[int] = []  # addresses of gradients that share no memory
 
     def read(self, groups: list[list[Tensor]]) -> Reading | None:
         params = [p for group in groups for p in group]
@@ -56,12 +60,17 @@ class PythonReader:
         grads = []
         for p, place in zip(params, self._places, strict=True):
             g = p.grad
-            if g is None or g.dtype is not p.dtype or g.shape != p.shape or (p.data_ptr(), p.dtype, p.shape) != place:
+            if g is None or g.dtype is not p.dtype or g.shape != p.shape or place_of(p) != place:
                 return None
-            if g.is_neg() or not (g.is_contiguous() and p.is_contiguous()):
+            if not (g.is_contiguous() and p.is_contiguous() and is_readable(g) and in_storage(g)):
                 return None
             grads.append(g)
-        return grads, array("q", [g.data_ptr() for g in grads]).tobytes()
+        addresses = [g.data_ptr() for g in grads]
+        if addresses != self._separate:
+            if any(row is not None for row in sharing([*params, *grads])):
+                return None
+            self._separate = addresses
+        return grads, array("q", addresses).tobytes()
 
     def unchanged(
         self,

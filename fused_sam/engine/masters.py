@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import LOW_PRECISION
 
-from .layout import match_layout
+from .layout import is_wrapper, match_layout
 from .sharding import like, local
 
 MASTER = "master_weight"  # its name in the optimizer's state
@@ -28,7 +28,7 @@ class Masters:
     def __init__(self, params: Sequence[Tensor], local_params: Sequence[Tensor], *, wanted: bool) -> None:
         self._params = params
         self._local_params = local_params
-        self.needed = [wanted and p.dtype in LOW_PRECISION for p in local_params]
+        self.needed = [wanted and p.dtype in LOW_PRECISION and not is_wrapper(p) for p in local_params]
         self.any_needed = any(self.needed)
         self._masters: dict[int, Tensor] = {}
         self._versions: list[tuple[int, int]] = []  # of the parameters when they were written last

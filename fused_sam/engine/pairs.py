@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import UPDATED, YY, Backend, Status, VectorPair, status_dtype
 
-from .layout import same_layout
+from .layout import is_readable, same_layout
 from .plan import Plan, remember
 
 Vector = Sequence[Tensor | None]
@@ -33,14 +33,14 @@ class Rows:
 
 
 def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPair]]:
-    """Yield the rows of two vectors, by dtype and layout. Rows whose layouts differ take the reference backend."""
+    """Yield the rows of two vectors, by dtype and layout. Rows that no kernel can take go to the reference backend."""
     key = tuple(
         None
         if a is None or b is None or not a.numel()
         else (
             a.dtype,
             b.dtype,
-            dense and same_layout(p, a) and same_layout(p, b) and not (a.is_neg() or b.is_neg()),
+            dense and all(same_layout(p, t) and is_readable(t) for t in {id(a): a, id(b): b}.values()),
         )
         for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
     )
@@ -129,6 +129,10 @@ def _is_done(plan: Plan, status: Status) -> bool:
     """Count a write of the `updated` hook, and return True if an earlier run of the hook has made it."""
     plan.writes += 1
     status.marks[UPDATED] = max(status.marks[UPDATED], plan.writes - 1)
+    if status.marks[UPDATED] < plan.writes and status.pending is not None and status.pending[0] == status.marks[UPDATED]:
+        _, out, new = status.pending
+        torch._foreach_copy_(out, new)
+        status.marks[UPDATED] += 1
     return status.marks[UPDATED] >= plan.writes
 
 

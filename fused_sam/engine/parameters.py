@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.contract import LOW_PRECISION
+
+from .layout import in_storage, sharing
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -29,19 +30,17 @@ def is_distributed() -> bool:
     return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
 
 
-def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequence[bool]) -> None:
+def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
     """Refuse parameters that SAM cannot take.
 
     Args:
         names: the parameters' names in errors.
-        dense: True for each parameter that fills one block of memory (see layout.py).
 
     Raises:
         ValueError: they are on several devices, share memory, or have none.
         TypeError: one is complex or of integers, or FSDP1 shards it.
     """
     devices: dict[torch.device, int] = {}
-    spans = []
     for i, p in enumerate(params):
         devices.setdefault(p.device, i)
         if getattr(p, "_fsdp_flattened", False) and is_distributed():
@@ -56,22 +55,27 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequ
                 else "leave it out, as in SAM([p for p in model.parameters() if p.requires_grad], ...)"
             )
             raise TypeError(f"{names[i]} is {p.dtype}, but SAM takes weights of fp32, fp64, bf16 and fp16: {advice}")
-        if p.numel():
-            if p.untyped_storage().nbytes() == 0 and p.device.type != "meta":
+        if not in_storage(p):
+            if p.untyped_storage().nbytes() > 0:
                 raise ValueError(
-                    f"{names[i]} has no memory, because its model was sharded after the optimizer was built: "
-                    "build the optimizer over the model's parameters after sharding it"
+                    f"{names[i]} reaches beyond its storage, which was made smaller: give the parameter memory of its "
+                    "own, as in p.data = value"
                 )
-            size = 1 + sum((n - 1) * s for n, s in zip(p.shape, p.stride(), strict=True))
-            spans.append((p.device.index or 0, p.data_ptr(), p.data_ptr() + size * p.element_size(), i))
+            raise ValueError(
+                f"{names[i]} has no memory, because its model was sharded after the optimizer was built: "
+                "build the optimizer over the model's parameters after sharding it"
+            )
     if len(devices) > 1:
         where = ", ".join(f"{names[i]} on {device}" for device, i in devices.items())
         raise ValueError(f"SAM takes parameters of one device, but got {where}: use one optimizer per device")
-    spans.sort()
-    for (device, _, end, i), (other_device, begin, _, j) in itertools.pairwise(spans):
-        # Columns of one matrix are not dense: their address ranges overlap, but their elements do not.
-        if device == other_device and 0 < begin < end and dense[i] and dense[j]:
+    for i, other in enumerate(sharing(params)):
+        if other == i:
             raise ValueError(
-                f"{names[i]} and {names[j]} share memory, so that perturbing one would perturb the other: "
+                f"{names[i]} has several elements at one address (strides {params[i].stride()}), so that perturbing "
+                "one would perturb the other: pass the tensor that it was expanded from"
+            )
+        if other is not None:
+            raise ValueError(
+                f"{names[other]} and {names[i]} share memory, so that perturbing one would perturb the other: "
                 "pass each weight once"
             )

@@ -22,7 +22,18 @@ from fused_sam.backends.reference import Reference
 
 from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .grad_reader import make_reader
-from .layout import init_state, is_dense, match_layout, match_scalar, same_layout
+from .layout import (
+    in_storage,
+    init_state,
+    is_dense,
+    is_readable,
+    is_wrapper,
+    match_layout,
+    match_scalar,
+    place_of,
+    same_layout,
+    sharing,
+)
 from .masters import MASTER, Masters
 from .parameters import check_parameters, names_of
 from .sharding import Sharding, gradient_of, is_sharded, like, local
@@ -88,8 +99,10 @@ class Plan:
         sharded = any(map(is_sharded, self.params))
         self.sharding = Sharding(self.params, self._names) if sharded else None
         self.reader = make_reader(self.local_params)
-        self._places = [(p.data_ptr(), p.dtype, p.shape) for p in self.local_params]
-        self.dense = [is_dense(p) for p in self.local_params]
+        self._places = list(map(place_of, self.local_params))
+        # True for each parameter that kernels can take: its values fill one block of memory.
+        self.dense = [is_dense(p) and is_readable(p) for p in self.local_params]
+        self._numels = [p.numel() for p in self.local_params]
         self._supported = [
             dense and backend.supports(p.device, p.dtype, p.dtype)
             for p, dense in zip(self.local_params, self.dense, strict=True)
@@ -99,6 +112,7 @@ class Plan:
         self.none_perturbed: list[KernelCall] = []  # what an update undoes if nothing was perturbed
         self._packed = b""  # the gradients' addresses as the reader gave them last ...
         self._addresses = NO_ADDRESSES  # ... and as an array
+        self._separated: tuple[bytes, list[int]] = (b"", [])  # codes and addresses of gradients that share nothing
         self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
         self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see pairs.py
@@ -106,7 +120,7 @@ class Plan:
         self.masters = Masters(self.params, self.local_params, wanted=precision.master_weights)
         self._perturb: dict[Any, list[KernelCall]] = {}
         self._update: dict[Any, UpdatePlan] = {}
-        check_parameters(self.local_params, self._names, self.dense)
+        check_parameters(self.local_params, self._names)
 
     # ---- the parameters the plan was made for ---------------------------------------------------------------
 
@@ -120,7 +134,7 @@ class Plan:
         return (
             [len(group["params"]) for group in groups] == self._group_sizes
             and all(map(operator.is_, params, self.params))
-            and [(p.data_ptr(), p.dtype, p.shape) for p in map(local, params)] == self._places
+            and list(map(place_of, map(local, params))) == self._places
         )
 
     # ---- reading gradients ----------------------------------------------------------------------------------
@@ -136,7 +150,7 @@ class Plan:
             # The usual case. What the setter of p.grad guarantees was checked once; the rest is read every time.
             try:
                 reading = self.reader.read(members)
-            except RuntimeError:  # a sparse gradient
+            except RuntimeError:  # a sparse gradient, or one without memory
                 reading = None
             if reading is not None:
                 if reading[1] is not self._packed:  # the same object while no address changes
@@ -146,6 +160,7 @@ class Plan:
             return None
         grads = [self._grad(p, i) for i, p in enumerate(self.params)]
         codes = bytes(self._code(i, g) for i, g in enumerate(grads))
+        codes = self._separate(grads, codes)
         self._checked = True
         return GradSnapshot(grads, codes)
 
@@ -160,7 +175,33 @@ class Plan:
             raise RuntimeError(
                 f"{self.name(i)} is sharded and its gradient {tuple(g.shape)} is not: assign DTensors to p.grad"
             )
+        if g is not None and g._is_zerotensor():  # it has no memory, and cannot be written
+            p.grad = g = torch.zeros_like(p, dtype=g.dtype, requires_grad=False)
+        if g is not None and g.is_neg():  # torch does not scale lists of these in place
+            p.grad = g = g.resolve_neg()
         return None if g is None else local(g)
+
+    def _separate(self, grads: list[Tensor | None], codes: bytes) -> bytes:
+        """Replace gradients that share memory with another one or a parameter, or within, by copies. Return the codes.
+
+        What writes to a gradient (a method, clipping, unscaling) would otherwise write to it twice.
+        """
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
+        if (codes, addresses) == self._separated:
+            return codes
+        rows = [i for i, g in enumerate(grads) if g is not None]
+        present: list[Tensor] = [grads[i] for i in rows]  # type: ignore[misc]
+        n = len(self.local_params)
+        changed = LAYOUT_MISMATCH in codes  # strides are not in the key
+        for k, other in enumerate(sharing([*self.local_params, *present])[n:]):
+            if other is None:
+                continue
+            i, p = rows[k], self.params[rows[k]]
+            g = torch.empty_like(self.local_params[i], dtype=present[k].dtype, requires_grad=False).copy_(present[k])
+            p.grad = like(g, p)
+            grads[i], changed = g, True
+        self._separated = (b"", []) if changed else (codes, addresses)
+        return bytes(self._code(i, g) for i, g in enumerate(grads)) if changed else codes
 
     def _code(self, i: int, g: Tensor | None) -> int:
         if g is None:
@@ -176,11 +217,28 @@ class Plan:
                 f"{self.name(i)} is {tuple(p.shape)} on {p.device}, its gradient {tuple(g.shape)} on {g.device}: "
                 "zero the gradients and run the backward pass again after moving or reshaping parameters"
             )
-        if not self.dense[i] or not same_layout(p, g) or not self.backend.supports(p.device, p.dtype, g.dtype):
+        alike = self.dense[i] and same_layout(p, g)
+        if not alike or not g.data_ptr() or not in_storage(g, self._numels[i]):
+            self._check_memory(i, g)
+        if not alike or not self.backend.supports(p.device, p.dtype, g.dtype):
             return LAYOUT_MISMATCH
         if g.is_neg():  # the memory does not have the sign of the value
             return LAYOUT_MISMATCH
         return SAME_DTYPE if g.dtype is p.dtype else WIDER_GRAD
+
+    def _check_memory(self, i: int, g: Tensor) -> None:
+        """Refuse a gradient, or another vector's tensor, without memory, and one of a parameter without memory."""
+        for what, t in (("is", self.local_params[i]), ("has a gradient that is", g)):
+            if is_wrapper(t) and in_storage(t) and t.device.type != "meta":
+                raise RuntimeError(
+                    f"{self.name(i)} {what} a {type(t).__name__} without memory of its own: "
+                    "SAM trains ordinary tensors, so freeze this parameter or train an unwrapped one"
+                )
+        if not in_storage(g):
+            raise RuntimeError(
+                f"the storage of the gradient of {self.name(i)} was freed or made smaller: "
+                "zero the gradients and run the backward pass again"
+            )
 
     @staticmethod
     def attach(calls: list[KernelCall], snapshot: GradSnapshot) -> None:
