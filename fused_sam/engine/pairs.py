@@ -129,10 +129,11 @@ def _is_done(plan: Plan, status: Status) -> bool:
     """Count a write of the `updated` hook, and return True if an earlier run of the hook has made it."""
     plan.writes += 1
     status.marks[UPDATED] = max(status.marks[UPDATED], plan.writes - 1)
-    if status.marks[UPDATED] < plan.writes and status.pending is not None and status.pending[0] == status.marks[UPDATED]:
-        _, out, new = status.pending
-        torch._foreach_copy_(out, new)
-        status.marks[UPDATED] += 1
+    if status.marks[UPDATED] < plan.writes and status.pending is not None:
+        before, out, new = status.pending
+        if before == status.marks[UPDATED]:
+            torch._foreach_copy_(out, new)
+            status.marks[UPDATED] += 1
     return status.marks[UPDATED] >= plan.writes
 
 
