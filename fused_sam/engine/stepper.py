@@ -26,6 +26,7 @@ from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall
 from .displacement import Displacement
 from .options import check_group, overrides
+from .parameters import device_of
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import MARK, MARKED
@@ -46,6 +47,7 @@ class Settings:
     check_update: bool
     precision: Precision
     schedule: Any  # a fused_sam.schedule.Schedule, or None
+    own_options: tuple[str, ...] = ()  # names of what SAM has in a parameter group
 
 
 class Context(Protocol):
@@ -104,7 +106,7 @@ class Stepper:
         self.settings = settings
         self.schedule = settings.schedule
         self.backend = backends.choose(settings.backend, self.device())
-        self.base = make_base(settings.base_optimizer, optimizer, settings.base_options)
+        self.base = make_base(settings.base_optimizer, optimizer, settings.base_options, settings.own_options)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
@@ -410,10 +412,7 @@ class Stepper:
 
     def device(self) -> torch.device:
         """Return the parameters' device."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                return torch.device(p.device)
-        return torch.device("cpu")
+        return device_of(self.optimizer.param_groups)
 
     def new_plan(self) -> Plan:
         """Return a plan for the parameters as they are now."""
