@@ -8,6 +8,7 @@ With adaptive=True, ASAM: e = rho * T^2 g / (||T g|| + eps), T = |w| + eta; Kwon
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -22,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 from torch.optim.optimizer import ParamsT
 
-from .engine.base_optimizers import WrappedBase, check_base, option_names
+from .engine.base_optimizers import BASE_OPTIONS, WrappedBase, check_base, check_base_options, option_names
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
 from .engine.grad_scaler import report_unscaling
 from .engine.guard import Guard
@@ -33,11 +34,14 @@ from .engine.options import (
     check_range,
     declare_options,
     is_number,
+    join_options,
     merged,
     overrides,
     set_options,
     signature_of,
+    split_base_options,
 )
+from .engine.parameters import drop_duplicates
 from .engine.plan import Precision
 from .engine.stepper import Settings, Stepper
 from .engine.user_warnings import warn_of_abandoned_step
@@ -70,7 +74,7 @@ class SAM(Optimizer):
         adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
         eps: added to the gradient norm before dividing by it; None: 1e-12. If the base optimizer has an `eps` of its
-            own (Adam), that one is set, and SAM's stays 1e-12.
+            own (Adam), that one is set, and SAM's stays 1e-12; unless base_options sets the base optimizer's.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
         check_update: check that the second gradients are finite before the first weight is written, so that an inf or
             a NaN changes nothing. False saves that pass (4 of 44 bytes per parameter, one launch of four) and trusts
@@ -86,10 +90,12 @@ class SAM(Optimizer):
         seed: the seed of all random numbers, a whole number of 64 bits.
         schedule: which steps perturb (fused_sam.schedule); None: every one. Any other step is the base optimizer's and
             takes one pass.
-        **base_options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
+        base_options: the base optimizer's options by name, for those that are named as SAM's or a method's are:
+            base_options={"rho": 0.9} for torch.optim.Adadelta. A keyword of such a name is SAM's.
+        **options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
 
-    A group's own options: `rho`, `adaptive`, `eta`, and `perturb` (False: updated, but neither perturbed nor counted in
-    the norm). The norm is global over all perturbed groups.
+    A group's own options: `rho`, `adaptive`, `eta`, `perturb` (False: updated, but neither perturbed nor counted in
+    the norm), and `base_options`. The norm is global over all perturbed groups.
 
     The perturbation follows the gradients as they are, also if the base optimizer maximizes. To maximize an objective R
     against its worst case, minimize -R instead of setting the base optimizer's `maximize`.
@@ -101,8 +107,8 @@ class SAM(Optimizer):
 
     Raises:
         TypeError: base_optimizer makes no optimizer, a parameter is no tensor, or one is complex.
-        ValueError: an option out of range, or one for all groups in a group, an unknown backend, duplicate parameters,
-            parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
+        ValueError: an option out of range, or one for all groups in a group, an unknown backend, a parameter in several
+            groups, parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
         RuntimeError: a backend asked for by name cannot run here.
 
     Example:
@@ -219,7 +225,8 @@ class SAM(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         schedule: Schedule | None = None,
-        **base_options: Any,
+        base_options: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         given: Any = base_optimizer
         if isinstance(given, type) and issubclass(given, SAM):
@@ -228,9 +235,10 @@ class SAM(Optimizer):
                 "pass the optimizer that is to move the weights, such as torch.optim.SGD"
             )
         check_base(base_optimizer)
-        set_options(self, self._options, base_options)
-        if eps is not None and "eps" in option_names(base_optimizer):
-            base_options["eps"], eps = eps, None  # of any form that the base optimizer takes
+        set_options(self, self._options, options)
+        options = join_options(options, base_options)
+        if eps is not None and "eps" in option_names(base_optimizer) and "eps" not in options:
+            options["eps"], eps = eps, None  # of any form that the base optimizer takes
         if eps is not None and not (is_number(eps) and 0 <= eps < math.inf):
             raise ValueError(f"eps must be a finite number of 0 or more, not {eps!r}")
         if max_norm is not None:
@@ -244,7 +252,7 @@ class SAM(Optimizer):
             raise TypeError(f"schedule must be one of fused_sam.schedule's, such as Every(10), not {schedule!r}")
         self._settings = Settings(
             base_optimizer=base_optimizer,
-            base_options=base_options,
+            base_options=options,
             backend=backend,
             eps=_EPS if eps is None else float(eps),
             max_norm=math.inf if max_norm is None else float(max_norm),
@@ -259,12 +267,14 @@ class SAM(Optimizer):
         usual = {**_DEFAULTS, **self.DEFAULTS}
         own = {name: usual[name] if value is _DEFAULT else value for name, value in passed.items()}
         own.update(perturb=True, **self.group_state())
-        self._own_options = tuple(own)
+        self._settings = dataclasses.replace(self._settings, own_options=tuple(own))
         super().__init__(params, own)
         self._make_stepper()
         report_unscaling()
         base = self.stepper.base
         self.defaults.update({k: v for k, v in base.defaults.items() if k not in self.defaults})
+        if base.clashes:
+            self.defaults[BASE_OPTIONS] = {name: base.defaults[name] for name in base.clashes}
 
     def group_state(self) -> dict[str, Any]:
         """Return the counters of method, schedule and random numbers, with their first values."""
@@ -599,11 +609,11 @@ class SAM(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; options that it does not set are the constructor's."""
         before = len(self.param_groups)
+        param_group = self._with_base_options(param_group, before)
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
-            if len({id(p) for p in group["params"]}) != len(group["params"]):
-                raise ValueError(f"group {before} holds a parameter twice; pass each parameter once")
+            drop_duplicates(group)  # torch has warned
             check_group(group, before)
             self._refuse_common_options(param_group, before)
             if self._stepper is not None:
@@ -613,11 +623,23 @@ class SAM(Optimizer):
             del self.param_groups[before:]
             raise
 
+    def _with_base_options(self, group: dict[str, Any], k: int) -> dict[str, Any]:
+        """Return group k with the base optimizer's options where they belong (see split_base_options)."""
+        if isinstance(group, dict) and BASE_OPTIONS in group:
+            group = split_base_options(group, self._settings.own_options, k)
+        if self._stepper is not None:  # the constructor gives them to the base optimizer, which knows its defaults
+            base = self._stepper.base
+            given = group.pop(BASE_OPTIONS, {}) if isinstance(group, dict) else {}
+            check_base_options(given, base.clashes, base.cls.__name__, k)
+            if base.clashes and isinstance(group, dict):
+                group = {**group, BASE_OPTIONS: {**self.defaults[BASE_OPTIONS], **given}}
+        return group
+
     def _refuse_common_options(self, group: dict[str, Any], k: int) -> None:
         """Refuse options in a group that only the constructor reads."""
         common = [p.name for p in inspect.signature(SAM.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY]
         base = option_names(self._settings.base_optimizer)
-        names = {*common, *self._options, "base_optimizer"} - {*self._own_options, *base}
+        names = {*common, *self._options, "base_optimizer"} - {*self._settings.own_options, *base, BASE_OPTIONS}
         if clash := sorted(names & group.keys()):
             raise ValueError(
                 f"group {k} sets {clash[0]}, which is one for all groups: "
@@ -658,15 +680,17 @@ class SAM(Optimizer):
             raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
         checked: dict[str, Any] = {}
         self._checked_state: dict[str, Any] | None = checked
-        base_class, fused = self.stepper.base.cls, self.stepper.base.rule is not None
+        base, own = self.stepper.base, self._settings.own_options
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
             renamed = rename_old_keys(adapted)
-            checked.update(check_state_dict(renamed, self.param_groups, self._own_options, fused=fused))
-            for group in checked["param_groups"]:  # as torch's optimizers do for options that older ones lack
+            fused = base.rule is not None
+            checked.update(check_state_dict(renamed, self.param_groups, own, base.clashes, fused=fused))
+            base.upgrade({}, checked["param_groups"])
+            for group in checked["param_groups"]:  # options that a checkpoint of an older version lacks
                 for name, value in self.defaults.items():
                     group.setdefault(name, value)
-                if issubclass(base_class, torch.optim.AdamW) and "decoupled_weight_decay" in group:
+                if issubclass(base.cls, torch.optim.AdamW) and "decoupled_weight_decay" in group:
                     group["decoupled_weight_decay"] = True
             for k, group in enumerate(checked["param_groups"]):
                 check_group(group, k)
@@ -689,12 +713,13 @@ class SAM(Optimizer):
             for k, v in vars(self).items()
             if not (k.startswith("_") or k in foreign or (callable(v) and (hasattr(type(self), k) or k in _MODES)))
         }
-        settings = {"_settings": self._settings, "_own_options": self._own_options}
-        return {**super().__getstate__(), **own, **settings}
+        return {**super().__getstate__(), **own, "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         if checked := self.__dict__.get("_checked_state"):
-            keep_dtypes(state, checked)  # before it replaces the optimizer's state, which is one operation
+            # Before it replaces the optimizer's state, which is one operation.
+            keep_dtypes(state, checked)
+            self.stepper.base.upgrade(state["state"], state["param_groups"])
         super().__setstate__(state)
         self.__dict__.pop("ascent_grad_scale", None)
         if "_settings" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone

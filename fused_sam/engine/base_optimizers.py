@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -35,6 +36,8 @@ _VERSION = "_fused_sam_version"  # of a momentum at the last update
 
 Group = dict[str, Any]  # one of an optimizer's param_groups
 
+BASE_OPTIONS = "base_options"  # a group's key for the base optimizer's options that are named as SAM's are
+
 
 class Base(Protocol):
     """What SAM asks of a base optimizer."""
@@ -42,6 +45,7 @@ class Base(Protocol):
     cls: type[Optimizer]
     defaults: dict[str, Any]
     rule: UpdateRule | None  # None if it is not fused
+    clashes: tuple[str, ...]  # its options that are named as SAM's own are; a group has them in BASE_OPTIONS
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         """Return for each parameter group its hyper-parameters, and the names of the state that its update uses."""
@@ -56,6 +60,9 @@ class Base(Protocol):
         max_norm: float,
     ) -> None:
         """Undo the perturbation and take one step, or only undo it if the status says to skip."""
+
+    def upgrade(self, state: dict[Tensor, dict[str, Any]], groups: list[Group]) -> None:
+        """Bring state and groups of an older version of the optimizer to today's form, as its own loading does."""
 
 
 # ---- fused base optimizers, as data ---------------------------------------------------------------------------------
@@ -130,10 +137,13 @@ FUSED = (
 class FusedBase:
     """A base optimizer whose update is one primitive: it undoes the perturbation and takes the step."""
 
-    def __init__(self, fused: Fused, cls: type[Optimizer], defaults: dict[str, Any]) -> None:
-        self.cls = cls
+    clashes: tuple[str, ...] = ()
+
+    def __init__(self, fused: Fused, inner: Optimizer) -> None:
+        self._inner = inner
+        self.cls = type(inner)
         self.rule: UpdateRule | None = fused.rule
-        self.defaults = defaults
+        self.defaults = inner.defaults
         self._numbers = fused.numbers
         self._state = fused.state
 
@@ -165,6 +175,9 @@ class FusedBase:
         for step in update.empty_steps:
             step += status.skip == 0
 
+    def upgrade(self, state: dict[Tensor, dict[str, Any]], groups: list[Group]) -> None:
+        self._inner.__setstate__({"state": {}, "param_groups": groups})  # an update brings the state up to date
+
 
 def note_written_momentum(update: UpdatePlan) -> None:
     """Turn -0.0 into 0.0 in momentum that somebody else has written, such as a mask that multiplies it by 0.
@@ -186,9 +199,10 @@ class WrappedBase:
 
     rule: UpdateRule | None = None
 
-    def __init__(self, optimizer: Optimizer, inner: Optimizer) -> None:
+    def __init__(self, optimizer: Optimizer, inner: Optimizer, clashes: tuple[str, ...]) -> None:
         self._optimizer = optimizer
         self._inner = inner
+        self.clashes = clashes
         self.cls = type(inner)
         self.defaults = inner.defaults
 
@@ -213,10 +227,17 @@ class WrappedBase:
         present = snapshot.present()
         if present and (grad_scale is not None or max_norm < math.inf):
             torch._foreach_mul_(present, grad_factor(False, status, grad_scale, max_norm))
-        step = type(self._share()).step
+        step = type(self._inner).step
         if getattr(step, "hooked", False):
             step = step.__wrapped__  # type: ignore[attr-defined]  # the facade's step runs the hooks
-        step(self._inner)
+        with self._sharing(self._optimizer.state, self._optimizer.param_groups):
+            step(self._inner)
+
+    def upgrade(self, state: dict[Tensor, dict[str, Any]], groups: list[Group]) -> None:
+        # A parameter may have state of a method alone, in which the optimizer would look for its step.
+        counted = {p: entry for p, entry in state.items() if "step" in entry} or state
+        with self._sharing(counted, groups):
+            self._inner.__setstate__({"state": counted, "param_groups": groups})
 
     def modes(self) -> list[str]:
         """Return which of train() and eval() the optimizer has. Schedule-free ones evaluate with other weights."""
@@ -224,20 +245,41 @@ class WrappedBase:
 
     def set_mode(self, mode: str) -> None:
         """Call the optimizer's train() or eval()."""
-        getattr(self._share(), mode)()
+        with self._sharing(self._optimizer.state, self._optimizer.param_groups):
+            getattr(self._inner, mode)()
 
-    def _share(self) -> Optimizer:
-        """Return the optimizer, on the facade's groups and state."""
-        self._inner.state = self._optimizer.state
-        self._inner.param_groups = self._optimizer.param_groups
-        return self._inner
+    @contextmanager
+    def _sharing(self, state: dict[Tensor, dict[str, Any]], groups: list[Group]) -> Iterator[None]:
+        """Give the optimizer this state and these groups, with its own options where SAM has some of the same name."""
+        self._inner.state, self._inner.param_groups = state, groups  # type: ignore[assignment]
+        self._exchange(groups)
+        try:
+            yield
+        finally:
+            self._exchange(groups)
+
+    def _exchange(self, groups: list[Group]) -> None:
+        for group in groups if self.clashes else ():
+            own = group[BASE_OPTIONS]
+            for name in self.clashes:
+                group[name], own[name] = own[name], group[name]
 
 
-def make_base(base: Callable[..., Optimizer], optimizer: Optimizer, options: dict[str, Any]) -> Base:
+def make_base(
+    base: Callable[..., Optimizer], optimizer: Optimizer, options: dict[str, Any], own: Sequence[str]
+) -> Base:
     """Return the base optimizer `base(groups, **options)` over the groups and the state of `optimizer`.
+
+    It gets the groups without SAM's options, whose names `own` lists, and with their BASE_OPTIONS. Where an option of
+    the base optimizer has the name of one of SAM's, it stays in BASE_OPTIONS.
 
     Raises what `base` raises for options that it does not take, and TypeError if it does not make an optimizer.
     """
+    sams = []
+    for group in optimizer.param_groups:
+        sams.append({name: group.pop(name) for name in own})
+        group.update(group.pop(BASE_OPTIONS, {}))
+    given = [group.keys() & set(own) for group in optimizer.param_groups]
     inner = base(optimizer.param_groups, **options)
     if not isinstance(inner, Optimizer):
         raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
@@ -247,14 +289,27 @@ def make_base(base: Callable[..., Optimizer], optimizer: Optimizer, options: dic
         list(map(id, group["params"])) for group in optimizer.param_groups
     ]:
         raise TypeError(f"base_optimizer {base!r} made an optimizer of other parameters than those it was given")
+    clashes = tuple(name for name in own if name in inner.defaults)
+    for k, names in enumerate(given):
+        check_base_options(names, clashes, cls.__name__, k)
+    for group, sam in zip(inner.param_groups, sams, strict=True):
+        if clashes:
+            group[BASE_OPTIONS] = {name: group[name] for name in clashes}
+        group.update(sam)
     optimizer.param_groups = inner.param_groups
     for p, entry in inner.state.items():  # Adagrad fills its state before the first step
         optimizer.state.setdefault(p, entry)
     if not any(group.get("differentiable") for group in inner.param_groups):
         for fused in FUSED:
             if cls in fused.classes:
-                return FusedBase(fused, cls, inner.defaults)
-    return WrappedBase(optimizer, inner)
+                return FusedBase(fused, inner)
+    return WrappedBase(optimizer, inner, clashes)
+
+
+def check_base_options(names: Collection[str], clashes: Collection[str], base: str, k: int) -> None:
+    """Raise ValueError if group k sets options, named as SAM's are, that the base optimizer does not have."""
+    for name in sorted(set(names) - set(clashes)):
+        raise ValueError(f"base_options of group {k} set {name!r}, which {base} does not have")
 
 
 def fused_names() -> str:
@@ -289,11 +344,10 @@ def option_names(base: Callable[..., Optimizer]) -> Collection[str]:
 
 def check_base_class(cls: type[Optimizer]) -> None:
     """Raise TypeError for an optimizer class that SAM cannot take as its base optimizer."""
-    clash = [name for name in ("rho", "adaptive", "eta", "perturb") if name in inspect.signature(cls).parameters]
-    if clash:
+    if hasattr(cls, "first_step") and hasattr(cls, "second_step"):
         raise TypeError(
-            f"{cls.__name__} has an option {clash[0]!r} of its own, which in SAM's groups is SAM's: "
-            "it cannot be SAM's base optimizer"
+            f"{cls.__name__} makes SAM's two passes itself and cannot be SAM's base optimizer: "
+            "pass the optimizer that is to move the weights, such as torch.optim.SGD"
         )
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .base_optimizers import BASE_OPTIONS
 from .sharding import is_sharded
 
 # What the public SAM package saves beyond the base optimizer's state: its own backup of the weights, or, in its first
@@ -42,12 +43,18 @@ def rename_old_keys(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_state_dict(
-    state_dict: Mapping[str, Any], groups: list[dict[str, Any]], own: tuple[str, ...], *, fused: bool
+    state_dict: Mapping[str, Any],
+    groups: list[dict[str, Any]],
+    own: tuple[str, ...],
+    clashes: tuple[str, ...],
+    *,
+    fused: bool,
 ) -> dict[str, Any]:
     """Return a copy of an optimizer's state_dict that fits `groups`.
 
     Args:
         own: names of SAM's options; those that the state_dict lacks keep their value in `groups`.
+        clashes: names of the base optimizer's options that are named as SAM's are.
         fused: True if the base optimizer is fused: all its state has the parameter's shape, except for scalars.
 
     Raises:
@@ -59,7 +66,7 @@ def check_state_dict(
             f"not an optimizer's state_dict: it has no {' and no '.join(map(repr, missing))}, but "
             f"{sorted(map(str, state_dict))[:5]}; was a model's state_dict passed?"
         )
-    saved_groups = [dict(group) for group in state_dict["param_groups"]]
+    saved_groups = [_own_group(group, clashes) for group in state_dict["param_groups"]]
     if len(saved_groups) != len(groups):
         raise ValueError(f"the state_dict has {len(saved_groups)} parameter groups, the optimizer {len(groups)}")
     params: dict[Any, Tensor] = {}
@@ -86,7 +93,21 @@ def check_state_dict(
     for saved, group in zip(saved_groups, groups, strict=True):
         for name in own:
             saved.setdefault(name, group[name])
+        for name in clashes:
+            saved[BASE_OPTIONS].setdefault(name, group[BASE_OPTIONS][name])
     return {**state_dict, "state": state, "param_groups": saved_groups}
+
+
+def _own_group(saved: Mapping[str, Any], clashes: tuple[str, ...]) -> dict[str, Any]:
+    """Return a copy of a saved group in SAM's form: each parameter once, and the base optimizer's options apart."""
+    group = {**saved, "params": list(dict.fromkeys(saved["params"]))}
+    if BASE_OPTIONS in saved and clashes:
+        group[BASE_OPTIONS] = dict(saved[BASE_OPTIONS])
+    elif clashes:  # saved by the bare base optimizer
+        group[BASE_OPTIONS] = {name: group.pop(name) for name in clashes if name in group}
+    elif BASE_OPTIONS in saved:
+        del group[BASE_OPTIONS]
+    return group
 
 
 def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor, *, fused: bool) -> None:

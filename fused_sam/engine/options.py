@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections.abc import Collection, Mapping
 from numbers import Real
 from typing import Any
 
@@ -138,6 +139,46 @@ def set_options(instance: Any, options: dict[str, Option], given: dict[str, Any]
         if value is REQUIRED:
             raise TypeError(f"{type(instance).__name__} needs the option {name}: {each.help}")
         setattr(instance, name, value)
+
+
+def join_options(keywords: dict[str, Any], base_options: Any) -> dict[str, Any]:
+    """Return the base optimizer's options, from keywords and from SAM's argument base_options.
+
+    Raises:
+        TypeError: base_options is no mapping of names, or sets an option that is a keyword too.
+    """
+    if base_options is None:
+        return keywords
+    check_names(base_options, "base_options")
+    for name in base_options:
+        if name in keywords:
+            raise TypeError(f"{name} is set twice, as a keyword and in base_options: set it in one of them")
+    return {**keywords, **base_options}
+
+
+def split_base_options(group: dict[str, Any], own: Collection[str], k: int) -> dict[str, Any]:
+    """Return a group in which "base_options" holds options that are named as SAM's are, and no others.
+
+    The others become entries of the group, where schedulers look for them.
+
+    Raises:
+        TypeError: they are no mapping of names.
+        ValueError: they set an option that the group itself sets too.
+    """
+    title = f"base_options of group {k}"
+    check_names(group["base_options"], title)
+    given = {name: value for name, value in group["base_options"].items() if name not in own}
+    for name in given:
+        if name in group:
+            raise ValueError(f"{title} set {name}, which the group itself sets too: set it in one of them")
+    clashes = {name: value for name, value in group["base_options"].items() if name in own}
+    return {**group, **given, "base_options": clashes}
+
+
+def check_names(options: Any, title: str) -> None:
+    """Raise TypeError for anything but a mapping of options' names to values."""
+    if not isinstance(options, Mapping) or not all(isinstance(name, str) for name in options):
+        raise TypeError(f'{title} must be a dict of option names, such as {{"rho": 0.9}}, not {options!r}')
 
 
 def signature_of(cls: type, base: type, options: dict[str, Option], defaults: dict[str, Any]) -> inspect.Signature:

@@ -1,4 +1,4 @@
-"""This module names the parameters of an optimizer in errors, and refuses those that SAM cannot take."""
+"""This module lists the parameters of an optimizer, names them in errors, and refuses those that SAM cannot take."""
 
 from __future__ import annotations
 
@@ -7,10 +7,53 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from fused_sam.backends.contract import LOW_PRECISION
 
 from .layout import in_storage, sharing
+from .sharding import is_sharded
+
+_DTYPES = (torch.float32, torch.float64, *LOW_PRECISION)
+
+
+def drop_duplicates(group: dict[str, Any]) -> None:
+    """Keep each parameter of a group once, at its first place."""
+    params = group["params"]
+    first = sorted({id(p): i for i, p in reversed(list(enumerate(params)))}.values())
+    if len(first) < len(params):
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key] = [group[key][i] for i in first]
+
+
+def device_of(groups: Sequence[dict[str, Any]]) -> torch.device:
+    """Return the device of the first trainable parameter, else of the first one, else the CPU."""
+    params = [p for group in groups for p in group["params"]]
+    for p in params:
+        if p.requires_grad and not is_lazy(p):
+            return torch.device(p.device)
+    return torch.device(params[0].device) if params else torch.device("cpu")
+
+
+def used_parameters(groups: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """Return for each group the places of the parameters that a step can concern.
+
+    The others stay in their groups and are not touched: lazy parameters before their first forward pass, and frozen
+    ones without a gradient that SAM could not take, because of their dtype, their device, or as a tensor subclass.
+    """
+    device = device_of(groups)
+    return [[i for i, p in enumerate(group["params"]) if not _is_left_out(p, device)] for group in groups]
+
+
+def _is_left_out(p: Tensor, device: torch.device) -> bool:
+    if is_lazy(p):
+        return True
+    if p.requires_grad or p.grad is not None:
+        return False
+    if p.dtype not in _DTYPES or p.device != device or p.layout is not torch.strided:
+        return True
+    return hasattr(type(p), "__tensor_flatten__") and not is_sharded(p)
 
 
 def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
@@ -20,7 +63,7 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
         given = group.get("param_names")
         for i, p in enumerate(group["params"]):
             title = f"parameter {given[i]!r}" if given else f"parameter {i} of group {k}"
-            names.append(f"{title} (shape {tuple(p.shape)})")
+            names.append(f"{title} (no shape yet)" if is_lazy(p) else f"{title} (shape {tuple(p.shape)})")
     return names
 
 
@@ -48,7 +91,7 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str]) -> None:
                 f"{names[i]} is a part of FullyShardedDataParallel (FSDP1), which does not show what the norm over all "
                 "processes has to sum: shard the model by torch.distributed.fsdp.fully_shard (FSDP2), or use DDP"
             )
-        if p.dtype not in (torch.float32, torch.float64, *LOW_PRECISION):
+        if p.dtype not in _DTYPES:
             advice = (
                 "store it as pairs of reals and use torch.view_as_complex in forward()"
                 if p.is_complex()

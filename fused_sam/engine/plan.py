@@ -35,7 +35,7 @@ from .layout import (
     sharing,
 )
 from .masters import MASTER, Masters
-from .parameters import check_parameters, names_of
+from .parameters import check_parameters, names_of, used_parameters
 from .sharding import Sharding, gradient_of, is_sharded, like, local
 
 # What a parameter's gradient is to the plan.
@@ -85,11 +85,15 @@ class Plan:
         self.fallback = Reference()
         self._precision = precision
         self._rule = rule
-        self.params: list[Tensor] = [p for group in groups for p in group["params"]]  # as user and state have them
+        used = used_parameters(groups)
+        members = [[group["params"][i] for i in places] for group, places in zip(groups, used, strict=True)]
+        self.params: list[Tensor] = [p for each in members for p in each]  # as user and state have them
         self.local_params = [local(p) for p in self.params]  # this process's parts of them
-        self.group_ids = [k for k, group in enumerate(groups) for _ in group["params"]]
-        self._group_sizes = [len(group["params"]) for group in groups]
-        self._names = names_of(groups)
+        self.group_ids = [k for k, each in enumerate(members) for _ in each]
+        self._group_sizes = list(map(len, members))
+        names = names_of(groups)
+        starts = itertools.accumulate((len(group["params"]) for group in groups), initial=0)
+        self._names = [names[start + i] for start, places in zip(starts, used, strict=False) for i in places]
         # Unscaled parameters of adaptive groups belong to a twin of their group, which is not adaptive.
         unscaled = [] if scaled is None else [not scaled(p) for p in self.params]
         self.has_twins = any(unscaled)
@@ -130,9 +134,10 @@ class Plan:
 
     def matches(self, groups: Sequence[dict[str, Any]]) -> bool:
         """Return True if the groups hold the parameters that the plan was made for, at the same addresses."""
-        params = [p for group in groups for p in group["params"]]
+        used = used_parameters(groups)
+        params = [group["params"][i] for group, places in zip(groups, used, strict=True) for i in places]
         return (
-            [len(group["params"]) for group in groups] == self._group_sizes
+            list(map(len, used)) == self._group_sizes
             and all(map(operator.is_, params, self.params))
             and list(map(place_of, map(local, params))) == self._places
         )

@@ -36,7 +36,7 @@ from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .displacement import Displacement
 from .options import check_group, overrides
-from .parameters import is_distributed
+from .parameters import device_of, is_distributed
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import BackwardWatch, any_grads
@@ -57,6 +57,7 @@ class Settings:
     check_update: bool
     precision: Precision
     schedule: Any  # a fused_sam.schedule.Schedule, or None
+    own_options: tuple[str, ...] = ()  # names of what SAM has in a parameter group
 
 
 class Context(Protocol):
@@ -116,7 +117,7 @@ class Stepper:
         self.settings = settings
         self.schedule = settings.schedule
         self.backend = backends.choose(settings.backend, self.device())
-        self.base = make_base(settings.base_optimizer, optimizer, settings.base_options)
+        self.base = make_base(settings.base_optimizer, optimizer, settings.base_options, settings.own_options)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.marks = self.status.marks
@@ -517,10 +518,7 @@ class Stepper:
 
     def device(self) -> torch.device:
         """Return the parameters' device."""
-        for group in self.optimizer.param_groups:
-            for p in group["params"]:
-                return torch.device(p.device)
-        return torch.device("cpu")
+        return device_of(self.optimizer.param_groups)
 
     def new_plan(self) -> Plan:
         """Return a plan for the parameters as they are now."""
