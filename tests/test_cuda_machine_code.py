@@ -25,7 +25,7 @@ FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
 WITH_LARGE_TABLES = "sm_90"
 SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled names of storage types, and their bytes
 
-FILES = ("norm", "vectors", "perturb", "lion", "sgd", "adam")  # of csrc/cuda; table.cu and device.cu have no kernels
+FILES = ("norm", "vectors", "perturb", "element", "sgd", "adam")  # of csrc/cuda; table.cu and device.cu have no kernels
 
 # The most registers that a kernel may use. With up to 128, an SM runs two blocks of 256 threads, and by docs/gpu.md
 # that is enough bytes in flight. With up to 80, it runs three. Adam needs more than 96 for its divisions and roots.
@@ -112,6 +112,11 @@ def kernel_of(mangled: str, architecture: str) -> Kernel:
     found = re.search(r"\d+([a-z]+)_kernelI(.*)" + table, mangled)
     assert found is not None, mangled
     types, rest, random, narrow = [], found[2], False, 0
+    primitive = found[1]
+    if primitive == "element":  # the rule is its first type
+        rule = re.match(r"NS_\d+([A-Z]\w*?)E", rest)
+        assert rule is not None, mangled
+        primitive, rest = rule[1].lower(), rest[rule.end() :]
     while rest:  # f, NS_4bf16E, NS_3f16E, or S<number>_ for an earlier narrow type; Lb1E is stochastic rounding
         word = re.match(r"NS_(\w+?)E|(f)|Lb([01])E|S\d*_", rest)
         assert word is not None, mangled
@@ -121,7 +126,7 @@ def kernel_of(mangled: str, architecture: str) -> Kernel:
             narrow = SIZES[word[1]] if word[1] else narrow
             types.append(SIZES["f"] if word[2] else narrow)
         rest = rest[word.end() :]
-    return Kernel(architecture, found[1], tuple(types), random, int(found[3]))
+    return Kernel(architecture, primitive, tuple(types), random, int(found[3]))
 
 
 def disassembled(cubin: Path, cuobjdump: str) -> list[Kernel]:

@@ -103,7 +103,9 @@ PYBIND11_MODULE(_cpu, m) {
            })
       .def("sgd", update(&Table::sgd, sgd_group))
       .def("adam", update(&Table::adam, adam_group))
-      .def("lion", update(&Table::lion, lion_group))
+#define FUSED_SAM_DEF(Rule) .def(Rule::kName, update(&Table::element<Rule>, element_group<Rule>))
+      FUSED_SAM_ELEMENT_RULES(FUSED_SAM_DEF)
+#undef FUSED_SAM_DEF
       .def("restore", [](Table& t, int threads) {
         py::gil_scoped_release release;
         t.restore(threads);

@@ -103,7 +103,10 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
   add_update(table, "sgd", sgd_group, &CudaTable::sgd, "Take one step of SGD from the backups or masters.");
   add_update(table, "adam", adam_group, &CudaTable::adam,
              "Take one step of Adam or AdamW from the backups or masters.");
-  add_update(table, "lion", lion_group, &CudaTable::lion, "Take one step of Lion from the backups or masters.");
+#define FUSED_SAM_ADD(Rule) \
+  add_update(table, Rule::kName, element_group<Rule>, &CudaTable::element<Rule>, "Take one step of the rule.");
+  FUSED_SAM_ELEMENT_RULES(FUSED_SAM_ADD)
+#undef FUSED_SAM_ADD
 
   py::class_<CudaVectorPair> vectors(m, "VectorPair", py::module_local(), "Two columns of tensors on one GPU.");
   add_columns(vectors);

@@ -6,7 +6,7 @@
 #include <cmath>
 #include <vector>
 
-#include "core/formulas.h"
+#include "core/rules.h"
 
 namespace fused_sam {
 
@@ -32,9 +32,10 @@ inline AdamGroupOf<double> adam_group(const pybind11::tuple& t, double unscale) 
           flag(t, 5),      flag(t, 6)};
 }
 
-// LionGroup: lr, beta1, beta2, weight_decay, maximize.
-inline LionGroupOf<double> lion_group(const pybind11::tuple& t, double unscale) {
-  return {number(t, 0), 1 - number(t, 1), 1 - number(t, 2), number(t, 3), flag(t, 4) ? -unscale : unscale};
+// The group of a rule of core/rules.h. `maximize` is the last field of every update's group.
+template <class Rule>
+typename Rule::template GroupOf<double> element_group(const pybind11::tuple& t, double unscale) {
+  return Rule::read([&](size_t i) { return number(t, i); }, flag(t, t.size() - 1) ? -unscale : unscale);
 }
 
 // Returns read(tuple) for each group of a call.

@@ -225,17 +225,26 @@ void adam(const Span<T, G, P>& span, const AdamGroup& group, const AdamStep<doub
   });
 }
 
-template <class T, class G, class P>
-void lion(const Span<T, G, P>& span, const LionGroup& group, const Rng& rng, bool stream) {
+// A rule of core/rules.h.
+template <class Rule, class T, class G, class P>
+void element(const Span<T, G, P>& span, const typename Rule::template GroupOf<double>& group, const Rng& rng,
+             bool stream) {
   using R = typename Arithmetic<T>::type;
-  const LionGroupOf<R> h = group_as<R>(group);
+  constexpr int kBuffers = kBuffersOf<Rule>;
+  static_assert(1 <= kBuffers && kBuffers <= kStateSlots, "a table has 3 slots of state");
+  const auto h = group_as<R>(group);
   update_tiles(span, rng, stream, [&](const R* w, const R* g, R* out, int64_t at, int64_t m) {
-    R* exp_avg = span.state[0] + at;
+    R* first = span.state[0] + at;
+    R* second = kBuffers > 1 ? span.state[1] + at : nullptr;
+    R* third = kBuffers > 2 ? span.state[2] + at : nullptr;
 #pragma omp simd
     for (int64_t i = 0; i < m; ++i) {
-      const R d = h.factor * g[i];
-      out[i] = lion_weight<R>(w[i], exp_avg[i], d, h);
-      exp_avg[i] = lion_exp_avg<R>(exp_avg[i], d, h);
+      if constexpr (kBuffers == 1)
+        out[i] = Rule::template step<R>(w[i], g[i], h, first[i]);
+      else if constexpr (kBuffers == 2)
+        out[i] = Rule::template step<R>(w[i], g[i], h, first[i], second[i]);
+      else
+        out[i] = Rule::template step<R>(w[i], g[i], h, first[i], second[i], third[i]);
     }
   });
 }
@@ -279,8 +288,9 @@ void adam_of(const Slice& s, const AdamGroup& group, const AdamStep<double>& ste
   });
 }
 
-void lion_of(const Slice& s, const LionGroup& group, const Rng& rng, bool stream) {
-  with_types(s, [&](const auto& p) { lion(p, group, rng, stream); });
+template <class Rule>
+void element_of(const Slice& s, const typename Rule::template GroupOf<double>& group, const Rng& rng, bool stream) {
+  with_types(s, [&](const auto& p) { element<Rule>(p, group, rng, stream); });
 }
 
 void save_of(const Slice& s, bool stream) {
@@ -311,8 +321,11 @@ void fence() {
 
 extern const Kernels FUSED_SAM_PASTE(kernels_, FUSED_SAM_ISA);
 const Kernels FUSED_SAM_PASTE(kernels_, FUSED_SAM_ISA) = {
-    norm_of,    perturb_of, sgd_of,   adam_of, lion_of, save_of,
+    norm_of,    perturb_of, sgd_of,   adam_of, save_of,
     restore_of, dot_of,     axpby_of, fence,   FUSED_SAM_STRING(FUSED_SAM_ISA),
+#define FUSED_SAM_ELEMENT_OF(Rule) element_of<Rule>,
+    FUSED_SAM_ELEMENT_RULES(FUSED_SAM_ELEMENT_OF)
+#undef FUSED_SAM_ELEMENT_OF
 };
 
 }  // namespace fused_sam

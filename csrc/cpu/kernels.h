@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "core/rng.h"
+#include "core/rules.h"
 #include "core/storage.h"
 
 namespace fused_sam {
@@ -11,7 +12,6 @@ namespace fused_sam {
 using PerturbGroup = PerturbGroupOf<double>;
 using SgdGroup = SgdGroupOf<double>;
 using AdamGroup = AdamGroupOf<double>;
-using LionGroup = LionGroupOf<double>;
 
 constexpr int kStateSlots = 3;
 
@@ -21,7 +21,7 @@ struct Entry {
   void* backup = nullptr;       // the unperturbed parameter, which may be `param` itself; null with masters
   void* master = nullptr;       // fp32 copy of the parameter, never perturbed; null without masters
   const void* grad = nullptr;
-  // SGD: momentum_buffer. Adam: exp_avg, exp_avg_sq, max_exp_avg_sq. Lion: exp_avg. Null if the group does not use it.
+  // The update rule's buffers, in the order of fused_sam/backends/contract.py. Null if the group does not use it.
   void* state[kStateSlots] = {};
   float* step = nullptr;        // Adam's count of steps
   int32_t group = 0;
@@ -60,7 +60,6 @@ struct Kernels {
   void (*perturb)(const Slice&, const PerturbGroup&, double length, const Rng&, bool stream);
   void (*sgd)(const Slice&, const SgdGroup&, const Rng&, bool stream);
   void (*adam)(const Slice&, const AdamGroup&, const AdamStep<double>&, const Rng&, bool stream);
-  void (*lion)(const Slice&, const LionGroup&, const Rng&, bool stream);
   void (*save)(const Slice&, bool stream);     // copies param to backup
   void (*restore)(const Slice&, bool stream);  // copies backup to param; with masters, rounds master to param
   // On flat arrays of the given dtypes.
@@ -70,6 +69,12 @@ struct Kernels {
                 double b, int64_t begin, int64_t length);
   void (*fence)();  // orders streaming stores before what follows
   const char* name;
+  // element(Rule{}): the kernel of a rule in core/rules.h.
+#define FUSED_SAM_ELEMENT_KERNEL(Rule)                                                               \
+  void (*of_##Rule)(const Slice&, const Rule::GroupOf<double>&, const Rng&, bool stream);             \
+  auto element(Rule) const { return of_##Rule; }
+  FUSED_SAM_ELEMENT_RULES(FUSED_SAM_ELEMENT_KERNEL)
+#undef FUSED_SAM_ELEMENT_KERNEL
 };
 
 bool has_instance(Dtypes);  // true if kernels are compiled for these dtypes

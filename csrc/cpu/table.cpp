@@ -140,12 +140,22 @@ void Table::adam(std::vector<AdamGroup> groups, const Status& status, double max
          });
 }
 
-void Table::lion(std::vector<LionGroup> groups, const Status& status, double max_norm, int threads) {
+template <class Rule>
+void Table::element(std::vector<typename Rule::template GroupOf<double>> groups, const Status& status, double max_norm,
+                    int threads) {
   check(groups.size());
   if (status.skip != 0) return restore(threads);
-  check_state("Lion", [](const Entry& e) { return e.state[0] != nullptr; });
-  update(groups, status, max_norm, threads, kernels().lion);
+  check_state(Rule::kTitle, [](const Entry& e) {
+    for (int slot = 0; slot < kBuffersOf<Rule>; ++slot)
+      if (e.state[slot] == nullptr) return false;
+    return true;
+  });
+  update(groups, status, max_norm, threads, kernels().element(Rule{}));
 }
+#define FUSED_SAM_TABLE_ELEMENT(Rule) \
+  template void Table::element<Rule>(std::vector<Rule::GroupOf<double>>, const Status&, double, int);
+FUSED_SAM_ELEMENT_RULES(FUSED_SAM_TABLE_ELEMENT)
+#undef FUSED_SAM_TABLE_ELEMENT
 
 void Table::restore(int threads) {
   const auto kernel = kernels().restore;

@@ -30,7 +30,9 @@ class Table {
   // Updates; where status.skip is set, they restore instead. Each group's `factor` comes without the clipping.
   void sgd(std::vector<SgdGroup>, const Status&, double max_norm, int threads);
   void adam(std::vector<AdamGroup>, const Status&, double max_norm, int threads);
-  void lion(std::vector<LionGroup>, const Status&, double max_norm, int threads);
+  // A rule of core/rules.h.
+  template <class Rule>
+  void element(std::vector<typename Rule::template GroupOf<double>>, const Status&, double max_norm, int threads);
   // Copies backup to param; with masters, rounds master to param.
   void restore(int threads);
 

@@ -87,9 +87,10 @@ struct AdamKernels {
   // ticket: 0 between launches.
   static void adam(Dtypes, const Table&, int32_t blocks, const UpdateCall&, unsigned int* ticket, cudaStream_t);
 };
-template <class Table>
-struct LionKernels {
-  static void lion(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
+// Of a rule in core/rules.h.
+template <class Rule, class Table>
+struct ElementKernels {
+  static void update(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
 };
 template <class Table>
 struct VectorKernels {

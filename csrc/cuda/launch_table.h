@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "core/formulas.h"
+#include "core/rules.h"
 #include "core/tensor_table.h"
 
 namespace fused_sam {
@@ -26,8 +26,16 @@ enum Column : int {
 union AnyGroup {
   PerturbGroupOf<float> perturb;  // also of the norm
   SgdGroupOf<float> sgd;
-  LionGroupOf<float> lion;
+#define FUSED_SAM_GROUP(Rule) Rule::GroupOf<float> of_##Rule;
+  FUSED_SAM_ELEMENT_RULES(FUSED_SAM_GROUP)
+#undef FUSED_SAM_GROUP
 };
+// numbers_of(group, Rule{}): those of a rule in core/rules.h.
+#define FUSED_SAM_NUMBERS(Rule)                                                                       \
+  FUSED_SAM_FN Rule::GroupOf<float>& numbers_of(AnyGroup& group, Rule) { return group.of_##Rule; }    \
+  FUSED_SAM_FN const Rule::GroupOf<float>& numbers_of(const AnyGroup& group, Rule) { return group.of_##Rule; }
+FUSED_SAM_ELEMENT_RULES(FUSED_SAM_NUMBERS)
+#undef FUSED_SAM_NUMBERS
 using AdamGroup = AdamGroupOf<float>;
 
 // The same numbers in fp32; core/formulas.h converts the groups of updates.

@@ -295,18 +295,25 @@ void CudaTable::adam(const std::vector<AdamGroupOf<double>>& groups, const Updat
       });
 }
 
-void CudaTable::lion(const std::vector<LionGroupOf<double>>& groups, const UpdateArguments& a) {
+template <class Rule>
+void CudaTable::element(const std::vector<typename Rule::template GroupOf<double>>& groups, const UpdateArguments& a) {
   launches_.each([](const auto& table, const LaunchPlan& plan) {
     for (size_t i = 0; i < plan.tensors.size(); ++i)
       if (table.data[kState0][i] == nullptr)
-        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Lion's exp_avg");
+        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks " + Rule::kTitle + "'s " +
+                                    Rule::kState[0]);
   });
   update(
-      launches_, groups, a, [](AnyGroup& to, const LionGroupOf<double>& from) { to.lion = group_as<float>(from); },
+      launches_, groups, a,
+      [](AnyGroup& to, const auto& from) { numbers_of(to, Rule{}) = group_as<float>(from); },
       [&](const auto& table, int32_t blocks, const UpdateCall& call) {
-        LionKernels<TableOf<decltype(table)>>::lion(dtypes_, table, blocks, call, stream_of(a.stream));
+        ElementKernels<Rule, TableOf<decltype(table)>>::update(dtypes_, table, blocks, call, stream_of(a.stream));
       });
 }
+#define FUSED_SAM_TABLE_ELEMENT(Rule) \
+  template void CudaTable::element<Rule>(const std::vector<Rule::GroupOf<double>>&, const UpdateArguments&);
+FUSED_SAM_ELEMENT_RULES(FUSED_SAM_TABLE_ELEMENT)
+#undef FUSED_SAM_TABLE_ELEMENT
 
 void CudaTable::restore(uintptr_t stream) {
   run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {

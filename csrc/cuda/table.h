@@ -110,7 +110,9 @@ class CudaTable : public Columns {
                uintptr_t stream);
   void sgd(const std::vector<SgdGroupOf<double>>&, const UpdateArguments&);
   void adam(const std::vector<AdamGroupOf<double>>&, const UpdateArguments&);
-  void lion(const std::vector<LionGroupOf<double>>&, const UpdateArguments&);
+  // A rule of core/rules.h.
+  template <class Rule>
+  void element(const std::vector<typename Rule::template GroupOf<double>>&, const UpdateArguments&);
   void restore(uintptr_t stream);
 
  private:

@@ -59,7 +59,7 @@ void test_bad_input() {
   CHECK_WORDS(without.perturb(masked, status, 0, false, 0), "every tensor of the table needs a stream");
   const UpdateArguments random = rig.arguments(nullptr, kInf, true);
   CHECK_WORDS(without.sgd(kSgdGroups, random), "every tensor of the table needs a stream");
-  CHECK_WORDS(without.lion(kLionGroups, rig.arguments()), "tensor 0 lacks Lion's exp_avg");
+  CHECK_WORDS(without.element<Lion>(kLionGroups, rig.arguments()), "tensor 0 lacks Lion's exp_avg");
   UpdateArguments rated = rig.arguments();
   rated.rates.resize(3);
   CHECK_WORDS(rig.table.sgd(kSgdGroups, rated), "every group needs a learning rate");

@@ -27,7 +27,7 @@ void check_lion(const Case& c, const float* scale, double max_norm) {
       before.back().push_back(rig.clean()[t].get(i)), exp_avg.back().push_back(rig.state[0][t].get(i));
     }
   }
-  rig.table.lion(kLionGroups, rig.arguments(scale, max_norm));
+  rig.table.element<Lion>(kLionGroups, rig.arguments(scale, max_norm));
   const double unscale = scale == nullptr ? 1 : 1 / double(*scale);
   const double clip = std::min(1.0, max_norm / (double(rig.status.update_norm) * unscale + 1e-6));
   for (size_t t = 0; t < c.sizes.size(); ++t) {
@@ -53,7 +53,7 @@ void check_lion(const Case& c, const float* scale, double max_norm) {
   // A skipped step changes no state, and restores the params.
   const auto state = copies(rig.state[0]), clean = copies(rig.clean());
   rig.status.skip = 1;
-  rig.table.lion(kLionGroups, rig.arguments(scale, max_norm));
+  rig.table.element<Lion>(kLionGroups, rig.arguments(scale, max_norm));
   CHECK(same(rig.state[0], state) && same(rig.written(), clean));
   CHECK(!c.has_masters() || rig.params_are_rounded());
 }
@@ -78,7 +78,7 @@ void test_nan_stays_nan() {
   Rig rig({Dtype::f32, Dtype::f32, {100}, 0, 0, false});
   rig.use_lion();
   rig.state[0][0].set(7, kNan);
-  rig.table.lion(kLionGroups, rig.arguments());
+  rig.table.element<Lion>(kLionGroups, rig.arguments());
   for (int64_t i = 0; i < 100; ++i)
     CHECK(std::isnan(rig.params[0].get(i)) == (i == 7) && std::isnan(rig.state[0][0].get(i)) == (i == 7));
 }
@@ -91,7 +91,7 @@ void test_launches() {
     Rig rig({Dtype::f32, Dtype::f32, Sizes(size_t(slots) + 1, 9), 4});
     rig.use_lion();
     const int before = cuda_shim::machine().launches;
-    rig.table.lion(kLionGroups, rig.arguments());
+    rig.table.element<Lion>(kLionGroups, rig.arguments());
     CHECK(cuda_shim::machine().launches - before == 2);
   }
   cuda_shim::machine().driver = 13000;
@@ -103,12 +103,12 @@ void test_rates_on_the_device() {
   const Case c{Dtype::f32, Dtype::f32, {300, 300}, 0};
   Rig by_number(c), by_address(c);
   for (Rig* rig : {&by_number, &by_address}) rig->use_lion(), rig->norm(true), rig->perturb();
-  by_number.table.lion(kLionGroups, by_number.arguments());
+  by_number.table.element<Lion>(kLionGroups, by_number.arguments());
   std::vector<LionGroupOf<double>> without(kLionGroups.begin(), kLionGroups.begin() + 2);
   for (LionGroupOf<double>& g : without) g.lr = 0;
   UpdateArguments a = by_address.arguments();
   a.rates = {{reinterpret_cast<uintptr_t>(&single), false}, {reinterpret_cast<uintptr_t>(&wide), true}};
-  by_address.table.lion(without, a);
+  by_address.table.element<Lion>(without, a);
   CHECK(same(by_address.params, copies(by_number.params)));
 }
 

@@ -88,7 +88,7 @@ void check_updates(Dtype dtype) {
       if (rule == 0)
         rig.table.sgd(std::vector<SgdGroupOf<double>>(4, {-1, 0, 1, 0, 1, false}), rig.arguments(nullptr, kInf, true));
       else
-        rig.table.lion(std::vector<LionGroupOf<double>>(4, {-lr, 1, 1, 0, 1}), rig.arguments(nullptr, kInf, true));
+        rig.table.element<Lion>(std::vector<LionGroupOf<double>>(4, {-lr, 1, 1, 0, 1}), rig.arguments(nullptr, kInf, true));
       for (size_t t = 0; t < 3; ++t) {
         const StreamKey words = stream_key(kSeed, 7, Rig::rng_streams(3)[t], Draw::round_updated);
         bool good = true;

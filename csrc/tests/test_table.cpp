@@ -293,7 +293,7 @@ void test_lion(Dtypes dtypes, double tolerance) {
   const std::vector<int32_t> ids = {0, 1, 0, 1, 1};
   for (int threads : {1, 3}) {
     Model<T> model(sizes, ids, dtypes);
-    std::vector<LionGroup> groups(2);
+    std::vector<LionGroupOf<double>> groups(2);
     groups[0] = {0.25, 0.25, 0.5, 0.5, 1.0};   // lr, 1 - beta1, 1 - beta2, weight_decay, factor
     groups[1] = {0.5, 0.75, 0.125, 0.0, -2.0};  // maximize, with a loss scale of 1 / 2
     for (auto& m : model.state)
@@ -302,14 +302,14 @@ void test_lion(Dtypes dtypes, double tolerance) {
     model.backups = model.params;
     Status status{};
     status.skip = 1;
-    model.table.lion(groups, status, INFINITY, threads);
+    model.table.template element<Lion>(groups, status, INFINITY, threads);
     CHECK(same(model.params, model.backups) && same(model.state, state));
     status.skip = 0;
-    model.table.lion(groups, status, INFINITY, threads);
+    model.table.template element<Lion>(groups, status, INFINITY, threads);
     double worst = 0;
     for (size_t i = 0; i < sizes.size(); ++i)
       for (size_t k = 0; k < model.params[i].size(); ++k) {
-        const LionGroup& h = groups[size_t(ids[i])];
+        const LionGroupOf<double>& h = groups[size_t(ids[i])];
         const double d = h.factor * double(widen(model.grads[i][k])), m = double(state[i][k]);
         const double c = (1 - h.one_minus_beta1) * m + h.one_minus_beta1 * d;  // exact, and therefore of the right sign
         const double sign = double(c > 0) - double(c < 0), w = double(widen(model.backups[i][k]));
@@ -320,7 +320,7 @@ void test_lion(Dtypes dtypes, double tolerance) {
       }
     CHECK(worst <= tolerance);
     model.table.entries()[4].state[0] = nullptr;
-    CHECK_THROWS(model.table.lion(groups, status, INFINITY, threads), std::invalid_argument);
+    CHECK_THROWS(model.table.template element<Lion>(groups, status, INFINITY, threads), std::invalid_argument);
   }
 }
 
@@ -362,9 +362,9 @@ void test_random_numbers() {
     CHECK(wrong == 0);
 
     model.backups = before;
-    LionGroup lion{};
+    LionGroupOf<double> lion{};
     lion.lr = 0.01, lion.one_minus_beta1 = 1, lion.factor = 1;
-    model.table.lion({lion}, status, INFINITY, threads);
+    model.table.template element<Lion>({lion}, status, INFINITY, threads);
     const StreamKey updated = stream_key(77, 9, 4, Draw::round_updated);
     for (int64_t k = 0; k < n; ++k) {
       const float sign = widen(model.grads[1][size_t(k)]) > 0 ? 1.0f : -1.0f;
@@ -423,7 +423,7 @@ void test_bad_arguments_throw() {
   CHECK_THROWS(model.table.perturb(groups, status, 1), std::out_of_range);
   CHECK_THROWS(model.table.sgd({sgd_group(1, 0)}, status, INFINITY, 1), std::out_of_range);
   CHECK_THROWS(model.table.adam({AdamGroup{}}, status, INFINITY, 1), std::out_of_range);
-  CHECK_THROWS(model.table.lion({LionGroup{}}, status, INFINITY, 1), std::out_of_range);
+  CHECK_THROWS(model.table.template element<Lion>({LionGroupOf<double>{}}, status, INFINITY, 1), std::out_of_range);
   CHECK_THROWS(use_kernels("sse9"), std::invalid_argument);
   CHECK(usable_kernels() == std::vector<std::string>({"generic"}));
 }

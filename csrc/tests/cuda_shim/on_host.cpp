@@ -3,7 +3,7 @@
 #include "cuda/perturb.cu"
 #include "cuda/sgd.cu"
 #include "cuda/adam.cu"
-#include "cuda/lion.cu"
+#include "cuda/element.cu"
 #include "cuda/vectors.cu"
 #include "cuda/device.cu"
 #include "cuda/table.cu"
