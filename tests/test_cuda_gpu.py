@@ -18,13 +18,13 @@ from typing import Any
 import pytest
 import torch
 from support.draws import doubled, draw_passes, set_gradients, weights
+from support.groups import GROUPS
 from support.tables import (
     F64,
     KINDS,
     MASTERS,
     PERTURB_GROUPS,
     STOCHASTIC,
-    Group,
     Kind,
     addressed,
     assert_near,
@@ -45,8 +45,6 @@ from fused_sam.backends.contract import (
     SKIP,
     SUM,
     UPDATE_NORM,
-    AdamGroup,
-    LionGroup,
     PerturbGroup,
     SGDGroup,
     Status,
@@ -133,26 +131,7 @@ PERTURBATIONS = [
     PerturbGroup(0.3),
     PerturbGroup(0.2, True, mask_prob=0.1),
 ]
-UPDATES: dict[str, list[Group]] = {
-    "sgd": [
-        SGDGroup(0.1),
-        SGDGroup(0.2, momentum=0.9, weight_decay=0.03),
-        SGDGroup(0.05, momentum=0.8, dampening=0.3, maximize=True),
-        SGDGroup(0.3, momentum=0.7, nesterov=True, weight_decay=0.01),
-    ],
-    "adam": [
-        AdamGroup(0.1, 0.8, 0.95, eps=1e-3, weight_decay=0.05),
-        AdamGroup(0.2, 0.9, 0.99, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
-        AdamGroup(0.05, 0.0, 0.9, eps=1e-3, maximize=True, amsgrad=True),
-        AdamGroup(0.3, 0.7, 0.8, eps=1e-1, decoupled_weight_decay=True, amsgrad=True),
-    ],
-    "lion": [
-        LionGroup(0.1, weight_decay=0.05),
-        LionGroup(0.2, 0.7, 0.3),
-        LionGroup(0.05, 0.0, 0.6, maximize=True),
-        LionGroup(0.3, 0.3, 0.0, weight_decay=0.2),
-    ],
-}
+UPDATES = GROUPS
 
 
 def table_on_gpu(table: Table) -> Table:

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from fused_sam.backends.contract import ADAM, RULES, SGD
+
 ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
 FLAGS = ("-std=c++17", "-O3", "--expt-relaxed-constexpr", "-cubin")
@@ -29,7 +31,8 @@ FILES = ("norm", "vectors", "perturb", "element", "sgd", "adam")  # of csrc/cuda
 
 # The most registers that a kernel may use. With up to 128, an SM runs two blocks of 256 threads, and by docs/gpu.md
 # that is enough bytes in flight. With up to 80, it runs three. Adam needs more than 96 for its divisions and roots.
-MOST_REGISTERS = {"adam": 128, "lion": 80}
+ELEMENT_RULES = {rule.name for rule in RULES if rule not in (SGD, ADAM)}  # of core/rules.h: one buffer each
+MOST_REGISTERS = {"adam": 128, **dict.fromkeys(ELEMENT_RULES, 80)}
 MOST_REGISTERS_OF_OTHERS = 96
 
 
@@ -59,8 +62,8 @@ class Kernel:
     @property
     def elements(self) -> int:
         """Return the elements of each array that a thread has in flight (kElements in csrc/cuda)."""
-        fewer = self.random or self.primitive == "adam" or (self.primitive in ("sgd", "lion") and self.masters)
-        fewer = fewer or (self.primitive == "lion" and self.types[0] < self.types[1])
+        fewer = self.random or self.primitive == "adam" or (self.primitive in {"sgd", *ELEMENT_RULES} and self.masters)
+        fewer = fewer or (self.primitive in ELEMENT_RULES and self.types[0] < self.types[1])
         return 8 if fewer else 16
 
 
@@ -198,7 +201,7 @@ def test_every_kernel_is_compiled(kernels: list[Kernel]) -> None:
 
             assert types("norm") == pairs | {(4, 2)}
             assert types("perturb") == types("perturb", True) == plain | masters
-            for primitive in ("sgd", "adam", "lion"):
+            for primitive in (rule.name for rule in RULES):
                 assert [types(primitive, r) for r in (False, True)] == [updates[r] for r in (False, True)]
             assert types("restore") == {(4, 4), (2, 2), (2, 4)}
             assert types("dot") == pairs | {(4, 2)}
@@ -231,7 +234,7 @@ def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) ->
             "norm": lambda k: k.types[1],
             "perturb": lambda k: k.types[2] + k.types[1],
             "sgd": lambda k: k.types[2] + k.types[1] + 4,
-            "lion": lambda k: k.types[2] + k.types[1] + 4,
+            **{name: lambda k: k.types[2] + k.types[1] + 4 for name in ELEMENT_RULES},
             "adam": lambda k: k.types[2] + k.types[1] + 8,
             "restore": lambda k: k.types[1],
             "dot": lambda k: sum(k.types),
@@ -248,7 +251,7 @@ def test_stores_are_16_bytes_wide(kernels: list[Kernel]) -> None:
             continue
         # Bytes per element of the params (axpby: the result), the state, and perturb's backup or an update's master.
         written = kernel.types[-1 if kernel.primitive == "axpby" else 0]
-        written += {"sgd": 4, "lion": 4, "adam": 12}.get(kernel.primitive, 0)
+        written += {"sgd": 4, "adam": 12, **dict.fromkeys(ELEMENT_RULES, 4)}.get(kernel.primitive, 0)
         if kernel.primitive not in ("restore", "axpby") and kernel.masters != (kernel.primitive == "perturb"):
             written += kernel.types[2]
         expected = written * kernel.elements // 16

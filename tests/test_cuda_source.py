@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support import cuda_source
+from support.groups import GROUPS
 from support.tables import CPU, PERTURB_GROUPS, Kind, assert_near, columns, draw_table, status_with
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ from fused_sam.backends.contract import (
     ADAM,
     ASCENT_NORM,
     LION,
+    RULES,
     SGD,
     SUM,
     UPDATE_NORM,
@@ -142,22 +144,18 @@ def test_an_old_driver_takes_small_tables(shim: ModuleType, base: str) -> None:
 
 
 UPDATES: dict[str, Sequence[Any]] = {
+    **{name: groups[:2] for name, groups in GROUPS.items()},
     "sgd": [SGDGroup(0.1, 0.9), SGDGroup(0.2, 0.9, dampening=0.3, weight_decay=0.1)],
     "adam": [AdamGroup(0.1), AdamGroup(0.2, decoupled_weight_decay=True)],
     "lion": [LionGroup(0.1), LionGroup(0.2, 0.7, 0.3, weight_decay=0.1)],
 }
+# By the driver's version. A large table holds 600 tensors and a small one 64; Adam's 400 and 44.
+LAUNCHES = {rule.name: {13000: 1, 12000: 4 if rule is ADAM else 3} for rule in RULES}
 
 
 @pytest.mark.parametrize(
     ("update", "driver", "launches"),
-    [
-        ("sgd", 13000, 1),  # a large table holds 600 tensors, a small one 64
-        ("sgd", 12000, 3),
-        ("lion", 13000, 1),
-        ("lion", 12000, 3),
-        ("adam", 13000, 1),  # a large table holds 400 tensors, a small one 44
-        ("adam", 12000, 4),
-    ],
+    [(name, driver, count) for name, counts in LAUNCHES.items() for driver, count in counts.items()],
 )
 def test_updates_of_161_tensors(shim: ModuleType, update: str, driver: int, launches: int) -> None:
     shim.pretend(driver=driver)
@@ -180,7 +178,7 @@ def test_updates_of_161_tensors(shim: ModuleType, update: str, driver: int, laun
                 assert_near(a, b, f"{name}[{i}]")
 
 
-@pytest.mark.parametrize(("rule", "name"), [(SGD, "momentum_buffer"), (ADAM, "step"), (LION, "exp_avg")])
+@pytest.mark.parametrize(("rule", "name"), [(rule, rule.columns[0].name) for rule in RULES])
 def test_state_on_another_device_is_an_error(rule: Any, name: str) -> None:
     w = torch.ones(4)
     state: dict[str, list[Tensor | None]] = {column.name: [w.clone()] for column in rule.columns}
@@ -246,11 +244,7 @@ def test_a_failed_launch_names_the_kernel_and_changes_no_weight(shim: ModuleType
 
 @pytest.mark.parametrize(
     ("update", "group"),
-    [
-        ("sgd", SGDGroup(torch.tensor(0.1, dtype=torch.float16))),
-        ("adam", AdamGroup(torch.tensor(0.1, dtype=torch.float16))),
-        ("lion", LionGroup(torch.tensor(0.1, dtype=torch.float16))),
-    ],
+    [(rule.name, rule.group(torch.tensor(0.1, dtype=torch.float16))) for rule in RULES],
 )
 def test_scalars_of_another_device_or_dtype_are_errors(update: str, group: Any) -> None:
     backend = cuda_source.CudaSource()

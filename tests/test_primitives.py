@@ -14,6 +14,7 @@ import torch
 from support.backends import VARIANTS, Variant
 from support.bits import assert_same_bits
 from support.draws import values
+from support.groups import GROUPS
 from support.tables import (
     BF16,
     F16,
@@ -47,6 +48,7 @@ from fused_sam.backends.contract import (
     RNG_OFFSET,
     ROUND_PERTURBED,
     ROUND_UPDATED,
+    RULES,
     SKIP,
     SUM,
     UPDATE_NORM,
@@ -60,35 +62,20 @@ from fused_sam.backends.contract import (
     finish_norm,
 )
 from fused_sam.backends.rng import mask_of, round_stochastically, stream_key
+from fused_sam.engine.base_optimizers import FUSED
 
 SUBJECTS = [v for v in VARIANTS if v.name != "reference"]
 
-# Groups of each update rule, which cover all of its options.
-GROUPS: dict[str, Sequence[Group]] = {
-    "sgd": [
-        SGDGroup(0.1),
-        SGDGroup(0.2, momentum=0.9, weight_decay=0.03),
-        SGDGroup(0.05, momentum=0.8, dampening=0.3, maximize=True),
-        SGDGroup(0.3, momentum=0.7, nesterov=True, weight_decay=0.01),
-    ],
-    # The eps is far above rounding. With 1e-8, rounding of a gradient near 0 would decide the sign of an element.
-    "adam": [
-        AdamGroup(0.1, 0.8, 0.95, eps=1e-3, weight_decay=0.05),
-        AdamGroup(0.2, 0.9, 0.99, eps=1e-2, weight_decay=0.1, decoupled_weight_decay=True),
-        AdamGroup(0.05, 0.0, 0.9, eps=1e-3, maximize=True, amsgrad=True),
-        AdamGroup(0.3, 0.7, 0.8, eps=1e-1, decoupled_weight_decay=True, amsgrad=True),
-    ],
-    # The betas are 0 and on both sides of 0.5, where the moving average changes its formula.
-    "lion": [
-        LionGroup(0.1, weight_decay=0.05),
-        LionGroup(0.2, 0.7, 0.3),
-        LionGroup(0.05, 0.0, 0.6, maximize=True),
-        LionGroup(0.3, 0.3, 0.0, weight_decay=0.2),
-    ],
-}
 SGD_GROUPS = GROUPS["sgd"]
 
 rules = pytest.mark.parametrize("rule", GROUPS)
+
+
+def test_every_rule_has_groups_here_and_a_base_optimizer() -> None:
+    names = {rule.name for rule in RULES}
+    assert set(GROUPS) == names == {fused.rule.name for fused in FUSED}
+    for rule in RULES:  # csrc/bindings/groups.h reads `maximize` in the last place
+        assert rule.group._fields[0] == "lr" and rule.group._fields[-1] == "maximize"
 
 
 @pytest.fixture(params=SUBJECTS, ids=str)

@@ -13,6 +13,7 @@ import torch
 
 import fused_sam
 from fused_sam.backends import BACKENDS, choose
+from fused_sam.backends.contract import RULES
 from fused_sam.backends.triton.backend import Triton
 
 triton = pytest.importorskip("triton", minversion="3.6")
@@ -41,7 +42,7 @@ CASES = [
     *((kernel, t, t, 90) for kernel in KERNELS for t in (F32, BF16)),
     *((kernel, p, g, 90) for kernel in KERNELS if kernel.name in ("norm", "sgd") for p, g in ((BF16, F32), (F16, F16))),
     *((kernel, t, t, 90) for kernel in MASTERS for t in (BF16, F16)),
-    *((kernel, BF16, F32, 90) for kernel in MASTERS if kernel.name in ("sgd", "adam", "lion")),
+    *((kernel, BF16, F32, 90) for kernel in MASTERS if kernel.name in {rule.name for rule in RULES}),
     *((kernel, t, t, 90) for kernel in ROUNDING for t in (BF16, F16)),
     *((kernel, F32, F32, 80) for kernel in KERNELS),
 ]

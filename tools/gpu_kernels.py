@@ -24,7 +24,6 @@ from fused_sam.backends import choose
 from fused_sam.backends.contract import (
     RULES,
     AdamGroup,
-    LionGroup,
     PerturbGroup,
     SGDGroup,
     Status,
@@ -35,6 +34,11 @@ from fused_sam.backends.contract import (
 ROUNDS = 20
 CUDA = torch.device("cuda")
 UPDATES = {rule.name: rule for rule in RULES}
+UPDATE_GROUPS: dict[str, list[Any]] = {
+    **{rule.name: [rule.group(0.1, weight_decay=1e-4), rule.group(0.1)] for rule in RULES},
+    "sgd": [SGDGroup(0.1, 0.9, weight_decay=1e-4), SGDGroup(0.1, 0.9)],
+    "adam": [AdamGroup(0.1, weight_decay=1e-4), AdamGroup(0.1, decoupled_weight_decay=True)],
+}
 SHAPES = {
     "1000 x 256": [256] * 1000,
     # ResNet-18: norms' vectors, four stages of 3 x 3 convolutions, three shortcuts, the first and the last layer.
@@ -64,9 +68,8 @@ class Kind:
         return {
             "norm": g,
             "perturb": clean + g + p + (0 if self.masters else p),
-            "sgd": clean + g + p + written + 2 * 4,
-            "lion": clean + g + p + written + 2 * 4,
-            "adam": clean + g + p + written + 4 * 4,
+            **{rule.name: clean + g + p + written + 2 * 4 * len(rule.buffers()) for rule in RULES},
+            "adam": clean + g + p + written + 4 * 4,  # without amsgrad
         }[primitive]
 
 
@@ -145,29 +148,19 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
     def perturb() -> None:
         backend.perturb(tables["sgd"], perturb_groups, status)
 
-    def sgd() -> None:
-        groups = [SGDGroup(0.1, 0.9, weight_decay=1e-4), SGDGroup(0.1, 0.9)]
-        backend.update(tables["sgd"], groups, status, None, math.inf)
-
-    def adam() -> None:
-        groups = [AdamGroup(0.1, weight_decay=1e-4), AdamGroup(0.1, decoupled_weight_decay=True)]
-        backend.update(tables["adam"], groups, status, None, math.inf)
-
-    def lion() -> None:
-        backend.update(tables["lion"], [LionGroup(0.1, weight_decay=1e-4), LionGroup(0.1)], status, None, math.inf)
+    def updating(name: str) -> Callable[[], None]:
+        return lambda: backend.update(tables[name], UPDATE_GROUPS[name], status, None, math.inf)
 
     def first_step() -> None:
         norm(), perturb()
 
     def second_step() -> None:
-        norm(), sgd()
+        norm(), updating("sgd")()
 
     passes: dict[str, tuple[Callable[[], None], list[str]]] = {
         "norm": (norm, ["norm"]),
         "perturb": (perturb, ["perturb"]),
-        "sgd": (sgd, ["sgd"]),
-        "adam": (adam, ["adam"]),
-        "lion": (lion, ["lion"]),
+        **{name: (updating(name), [name]) for name in UPDATES},
         "first_step": (first_step, ["norm", "perturb"]),
         "second_step": (second_step, ["norm", "sgd"]),
     }

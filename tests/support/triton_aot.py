@@ -13,6 +13,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from fused_sam.backends.contract import ADAM, RULES
 from fused_sam.backends.triton.kernels import KERNELS as FUNCTIONS
 
 BLOCK = 2048
@@ -56,15 +57,17 @@ class Kernel:
         return "-".join([self.name, *(f"{k}={v}" for k, v in self.constants)])
 
 
+# The rules that use all their state in every group, with an fp32 column for each buffer.
+PLAIN_RULES = {rule.name: "f" * len(rule.buffers()) for rule in RULES if rule is not ADAM}
+
 KERNELS = [
     Kernel("norm", "pg", constants=(("ASCENT", True),)),
     Kernel("norm", "g", constants=(("ASCENT", False),)),
     Kernel("perturb", "pg", "pp"),
     Kernel("perturb", "pg", "pp", (("MASKED", True),)),
-    Kernel("sgd", "pgf", "pf"),
+    *(Kernel(name, "pg" + state, "p" + state) for name, state in PLAIN_RULES.items()),
     Kernel("adam", "pgff", "pff"),
     Kernel("adam", "pgfff", "pfff", (("WITH_AMSGRAD", True),)),
-    Kernel("lion", "pgf", "pf"),
     Kernel("restore", "p", "p"),
     Kernel("dot", "pg"),
     Kernel("axpby", "pg", "p"),
@@ -74,16 +77,15 @@ KERNELS = [
 MASTERS = [
     Kernel(name, reads, writes, (("MASTERS", True),))
     for name, reads, writes in (
-        ("norm", "fg", ""), ("perturb", "fg", "p"), ("sgd", "fgf", "ffp"), ("adam", "fgff", "fffp"),
-        ("lion", "fgf", "ffp"), ("restore", "f", "p"),
+        ("norm", "fg", ""), ("perturb", "fg", "p"), ("adam", "fgff", "fffp"), ("restore", "f", "p"),
+        *((name, "fg" + state, "f" + state + "p") for name, state in PLAIN_RULES.items()),
     )
 ]  # fmt: skip
 ROUNDING = [
     Kernel("perturb", "pg", "pp", (("ROUND", True),)),
     Kernel("perturb", "pg", "pp", (("ROUND", True), ("MASKED", True))),
-    Kernel("sgd", "pgf", "pf", (("ROUND", True),)),
+    *(Kernel(name, "pg" + state, "p" + state, (("ROUND", True),)) for name, state in PLAIN_RULES.items()),
     Kernel("adam", "pgff", "pff", (("ROUND", True),)),
-    Kernel("lion", "pgf", "pf", (("ROUND", True),)),
 ]
 
 

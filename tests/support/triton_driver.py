@@ -6,15 +6,18 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
 
-from fused_sam.backends.triton import adam, blocks, kernels, lion, norm, perturb, rng, sgd, update, vectors
+from fused_sam.backends.contract import RULES
+from fused_sam.backends.triton import blocks, kernels, norm, perturb, rng, update, vectors
 
-MODULES = (adam, blocks, kernels, lion, norm, perturb, rng, sgd, update, vectors)
+RULE_MODULES = [import_module(f"fused_sam.backends.triton.{rule.name}") for rule in RULES]
+MODULES = (blocks, kernels, norm, perturb, rng, update, vectors, *RULE_MODULES)
 
 
 @dataclass

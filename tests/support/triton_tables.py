@@ -6,6 +6,7 @@ import math
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ from fused_sam.backends.contract import (
 )
 from fused_sam.backends.reference import Reference, grad_factor
 from support.draws import values
+from support.groups import TRITON_GROUPS as GROUPS
 
 # Around the paths of a block: multiples of 16 and not, a block filled, one element more, several blocks.
 SIZES = [1, 15, 16, 17, 48, 511, 512, 513, 1024, 1030]
@@ -44,30 +46,9 @@ PERTURB_GROUPS = [
     PerturbGroup(0.2, adaptive=True),
 ]
 
-Group = SGDGroup | AdamGroup | LionGroup
+Group = Any  # of an update rule
 RULE_OF: dict[type, UpdateRule] = {rule.group: rule for rule in RULES}
 
-# Groups for each update rule, with all of its options.
-GROUPS: dict[str, Sequence[Group]] = {
-    "sgd": [
-        SGDGroup(0.1, momentum=0.9, weight_decay=0.01),
-        SGDGroup(0.2, momentum=0.8, dampening=0.3, weight_decay=0.02),
-        SGDGroup(0.05, momentum=0.9, nesterov=True, maximize=True),
-        SGDGroup(0.3),
-    ],
-    "adam": [
-        AdamGroup(0.01, weight_decay=0.1, decoupled_weight_decay=True, eps=1e-3),
-        AdamGroup(0.02, 0.7, 0.95, weight_decay=0.03, amsgrad=True, eps=1e-2),
-        AdamGroup(0.05, 0.0, 0.5, maximize=True, eps=1e-3),
-        AdamGroup(0.03, amsgrad=True, decoupled_weight_decay=True, eps=1e-3),
-    ],
-    "lion": [
-        LionGroup(0.01, weight_decay=0.1),
-        LionGroup(0.02, 0.7, 0.3, maximize=True),
-        LionGroup(0.05, 0.0, 0.6),
-        LionGroup(0.03, 0.3, 0.0, weight_decay=0.2),
-    ],
-}
 
 
 def place(x: Tensor, shift: int, device: torch.device | str = "cpu") -> Tensor:

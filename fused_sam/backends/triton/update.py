@@ -1,6 +1,6 @@
 """What the update kernels share: the undo of the perturbation and one step of the base optimizer, in one pass.
 
-Each rule has a file (sgd.py, adam.py, lion.py) with its formula and its kernel. The kernel loads the numbers of the
+Each rule of contract.RULES has a file of its name with its formula and its kernel. The kernel loads the numbers of the
 rule, and `run_update` calls the formula on each block. The kernels read what norm.py describes, and
 
     lrs         int64 (groups)   addresses of the learning rates, each one fp32 number
