@@ -5,7 +5,7 @@
 
 from . import backends, schedule, training
 from .engine.rounding import RoundingWarning
-from .engine.user_warnings import AbandonedStepWarning, PlainStepWarning
+from .engine.user_warnings import AbandonedStepWarning, PlainStepWarning, SelectionWarning
 from .info import __version__
 from .methods import *  # noqa: F403  # every method of the registry
 from .methods import METHODS
@@ -18,6 +18,7 @@ __all__ = [
     "Lion",
     "PlainStepWarning",
     "RoundingWarning",
+    "SelectionWarning",
     "Step",
     "TensorVector",
     "__version__",

@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import profiler
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
@@ -25,6 +25,8 @@ from torch.optim.optimizer import ParamsT
 
 from .engine.base_optimizers import BASE_OPTIONS, WrappedBase, check_base, check_base_options, option_names
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
+from .engine.grad_scaler import report_unscaling
+from .engine.guard import Guard
 from .engine.options import (
     Option,
     check_count,
@@ -41,9 +43,9 @@ from .engine.options import (
 )
 from .engine.parameters import drop_duplicates
 from .engine.plan import Precision
-from .engine.stale_grads import has_new_grads
 from .engine.stepper import Settings, Stepper
 from .engine.user_warnings import warn_of_abandoned_step
+from .engine.wrappers import forward_to_wrapped, wrapper_class
 from .step import Number, Schedule, Step
 
 _EPS = 1e-12
@@ -139,6 +141,9 @@ class SAM(Optimizer):
     and, with keeps_ascent_grad, a first gradient of a part of the batch is refused. SAM notices a `descent` that
     changes the gradient by itself."""
 
+    closure_is_empty: bool = False
+    """True while a framework's wrapper passes step() a closure that makes no gradients."""
+
     continues_step: bool = False
     """True if the coming perturbation is a further one of the same step. A skip flag that is set then stays set."""
 
@@ -193,6 +198,9 @@ class SAM(Optimizer):
 
     def __init_subclass__(cls, **arguments: Any) -> None:
         super().__init_subclass__(**arguments)
+        if (wrapper := wrapper_class(cls)) is not None:
+            forward_to_wrapped(cls, wrapper, SAM)
+            return
         cls._options = declare_options(cls, SAM)
         cls.DEFAULTS, cls.GROUP_STATE = merged(cls, "DEFAULTS"), merged(cls, "GROUP_STATE")
         declared = cls.__dict__.get("needs_grad_scale")
@@ -262,6 +270,7 @@ class SAM(Optimizer):
         self._settings = dataclasses.replace(self._settings, own_options=tuple(own))
         super().__init__(params, own)
         self._make_stepper()
+        report_unscaling()
         base = self.stepper.base
         self.defaults.update({k: v for k, v in base.defaults.items() if k not in self.defaults})
         if base.clashes:
@@ -317,13 +326,17 @@ class SAM(Optimizer):
         """
         stepper = self._usable("first_step()")
         stepper.plain_step_warning_off = True
+        unscaled = stepper.grads_unscaled
         if stepper.perturbed is not None or stepper.in_closure:
             self.finish_abandoned_step()
-        if grad_scale is not None:
+        if unscaled:  # and scaled no longer, whatever the program says
+            self.ascent_grad_scale, stepper.grads_unscaled = 1.0, False
+        elif grad_scale is not None:
             self.ascent_grad_scale = grad_scale
+        stepper.ascent_scale = self.ascent_grad_scale
         with_grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
         try:
+            torch._C._set_grad_enabled(False)  # as torch.no_grad(), which costs 3 us
             stepper.perturb(keep_skip=self.continues_step)
         finally:
             torch._C._set_grad_enabled(with_grad)
@@ -369,6 +382,9 @@ class SAM(Optimizer):
         Returns:
             The loss of the closure's first run. None without a closure.
         """
+        if closure is not None and self.closure_is_empty:
+            closure()  # the framework's own hooks before a step
+            closure = None
         if (
             profiler._is_profiler_enabled
             or self._optimizer_step_pre_hooks
@@ -400,7 +416,7 @@ class SAM(Optimizer):
             )
         evaluate = self.evaluating(closure)
         try:
-            new = self._may_perturb() and has_new_grads(p for group in self.param_groups for p in group["params"])
+            new = self._may_perturb() and stepper.has_new_grads()
             if not new:
                 self.zero_grad()
                 with self.first_pass():
@@ -421,9 +437,13 @@ class SAM(Optimizer):
 
     def _update(self, stepper: Stepper) -> None:
         with_grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             stepper.update(divisor=self.grad_divisor())
+        except BaseException:
+            for name in ("grad_scale", "found_inf"):  # GradScaler, which set them, deletes them after a step only
+                self.__dict__.pop(name, None)
+            raise
         finally:
             torch._C._set_grad_enabled(with_grad)
         self.__dict__.pop("ascent_grad_scale", None)
@@ -452,8 +472,12 @@ class SAM(Optimizer):
             )
 
     def restore(self) -> None:
-        """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed."""
-        self._usable("restore()").restore()
+        """Undo the perturbation, bit for bit, without an update. Does nothing to weights that are not perturbed.
+
+        Inside `with unperturbed()` it ends the step: the weights stay as they are when the block ends.
+        """
+        self.stepper.restore()
+        self.stepper.grads_unscaled = False
         self.__dict__.pop("ascent_grad_scale", None)
 
     @contextmanager
@@ -466,6 +490,15 @@ class SAM(Optimizer):
         """
         with self.stepper.unperturbed():
             yield
+
+    def guard(self, model: nn.Module) -> Guard:
+        """Make it an error to use the model while its weights are perturbed; .remove() on the result ends that.
+
+        Args:
+            model: its forward pass in eval mode and its state_dict() raise RuntimeError then. Of a
+                torch.optim.swa_utils.AveragedModel, update_parameters() does.
+        """
+        return Guard(self, model)
 
     def _may_perturb(self) -> bool:
         """Return True if this step perturbs, as far as is known before there are gradients."""
@@ -520,15 +553,38 @@ class SAM(Optimizer):
 
     @property
     def grad_norm(self) -> Tensor:
-        """||T g||, the global norm of the last first_step()'s gradients: 0-dim, fp64 on the CPU, fp32 elsewhere."""
-        return self.stepper.status.ascent_norm.clone()
+        """||T g||, the global norm of the last first_step()'s gradients: 0-dim, fp64 on the CPU, fp32 elsewhere.
+
+        Without the loss scale, as `update_norm`. Between the two steps it has that scale, unless ascent_grad_scale or
+        first_step(grad_scale=...) was given. 0 after a step that did not perturb.
+        """
+        norm, scale = self.stepper.status.ascent_norm.clone(), self.stepper.ascent_scale
+        return norm if scale is None else norm / (scale.to(norm) if isinstance(scale, Tensor) else scale)
+
+    @torch.no_grad()
+    def _grad_norm(self) -> Tensor:
+        """Return the norm of the gradients as they are now, as the public SAM package's method of that name does.
+
+        Each gradient counts times |w| in an adaptive group; eta, `perturb` and a loss scale are left out of account.
+        """
+        norms = [
+            ((p.abs() if group["adaptive"] else 1.0) * p.grad).norm(p=2).to(self.stepper.device())
+            for group in self.param_groups
+            for p in group["params"]
+            if p.grad is not None
+        ]
+        return torch.stack(norms).norm(p=2) if norms else torch.zeros((), device=self.stepper.device())
+
+    def note_unscaled(self, scale: Tensor) -> None:
+        """Note that scaler.unscale_(optimizer) has unscaled the gradients, which GradScaler calls."""
+        self.stepper.grads_unscaled, self.stepper.noted_scale = True, scale
 
     @property
     def update_norm(self) -> Tensor:
         """||g_s||, the global norm of the last update's gradients, before clipping and without the loss scale.
 
-        0-dim, fp64 on the CPU, fp32 elsewhere. NaN if no pass took it (GradScaler or check_update=False, without
-        max_norm; see check_update).
+        0-dim, fp64 on the CPU, fp32 elsewhere. NaN means that no pass took it, not that a gradient was NaN: under
+        GradScaler or with check_update=False, unless max_norm is set (see check_update).
         """
         return self.stepper.update_norm()
 
@@ -623,6 +679,7 @@ class SAM(Optimizer):
         if not isinstance(state_dict, Mapping):
             raise TypeError(f"load_state_dict() takes an optimizer's state_dict, not {type(state_dict).__name__}")
         checked: dict[str, Any] = {}
+        self._checked_state: dict[str, Any] | None = checked
         base, own = self.stepper.base, self._settings.own_options
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
@@ -644,9 +701,7 @@ class SAM(Optimizer):
             super().load_state_dict(dict(state_dict))
         finally:
             last.remove()
-        keep_dtypes(self, checked)
-        base.upgrade(self.state, self.param_groups)
-        self.stepper.forget_state()
+            self._checked_state = None
 
     def __getstate__(self) -> dict[str, Any]:
         self.refuse_perturbed("the optimizer was copied or pickled")
@@ -661,6 +716,10 @@ class SAM(Optimizer):
         return {**super().__getstate__(), **own, "_settings": self._settings}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        if checked := self.__dict__.get("_checked_state"):
+            # Before it replaces the optimizer's state, which is one operation.
+            keep_dtypes(state, checked)
+            self.stepper.base.upgrade(state["state"], state["param_groups"])
         super().__setstate__(state)
         self.__dict__.pop("ascent_grad_scale", None)
         if "_settings" in state:  # a copy or an unpickled optimizer; load_state_dict() brings state and groups alone

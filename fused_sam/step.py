@@ -15,6 +15,7 @@ count without the loss scale of a GradScaler, and norms and dot products are glo
 from __future__ import annotations
 
 import math
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .backends.contract import SKIP, XX, PerturbGroup
+from .backends.contract import SKIP, UPDATED, XX, PerturbGroup
 from .engine import pairs
 from .engine.calls import GradSnapshot
 from .engine.extra_state import ExtraState
@@ -70,6 +71,7 @@ class Step:
         self._vectors: dict[str, TensorVector] = {}
         self._kept: list[Tensor | None] | None = None  # the ascent gradients, taken from the parameters
         self._needed_scale = False  # True if the ascent used the absolute size of a gradient without knowing its scale
+        self._counters: list[dict[str, Any]] | None = None  # the groups' before `updated`, while that runs
         self._scheduled = False
         self._was_perturbed = False
         self._wrote_weights = False
@@ -262,7 +264,21 @@ class Step:
             _check_none(self._optimizer.descent(self), self)
 
     def _run_updated(self) -> None:
-        """Run the method's updated hook."""
+        """Count the step and run the method's updated hook.
+
+        Called again after an exception has ended it, it starts over and leaves out the writes that it has made.
+        """
+        if self._counters is None:
+            self._stepper.status.marks[UPDATED] = 0
+            names = self._optimizer.group_state()
+            self._counters = [{name: group[name] for name in names} for group in self.groups]
+        else:
+            for group, values in zip(self.groups, self._counters, strict=True):
+                group.update(values)
+            self._vectors = {key: vector for key, vector in self._vectors.items() if vector._role != "state"}
+        if self._stepper.schedule is not None:
+            self._stepper.schedule.stepped(self)
+        self._plan.writes = 0
         self._vectors.pop("weights", None)  # the update has moved them
         grad = self._vectors.get("grad")
         if self._stepper.scaled_grads and (grad is None or grad._tensors is self._snapshot_grads()):
@@ -280,7 +296,6 @@ class Step:
                 with torch.no_grad():
                     self._plan.masters.write_params()
                 self._plan.masters.record_versions()
-            self._end()
 
     def _abandon(self) -> None:
         """Give the first gradients back to the parameters, because the perturbation failed."""
@@ -292,7 +307,7 @@ class Step:
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
         schedule = self._stepper.schedule
-        if self._phase == "wants_perturbation":
+        if self._phase == "wants_perturbation" and _calls_itself():
             raise RuntimeError(
                 f"{self._where()} asks whether this step perturbs, which it is to decide: it may not read "
                 "step.scheduled or needs_second_pass"
@@ -314,7 +329,8 @@ class Step:
 
     def _end(self) -> None:
         """Let go of the gradients, and of what is known of one step only."""
-        self._snapshot = self._kept = None
+        self._snapshot = self._kept = self._counters = None
+        self._extra.begun_now.clear()
         self._vectors.clear()
         self._needed_scale = self._scheduled = self._was_perturbed = False
         self._update_scale = None
@@ -341,8 +357,8 @@ class Step:
     def _in(self, phase: str) -> Iterator[None]:
         before, self._phase = self._phase, phase
         grad = torch.is_grad_enabled()
-        torch._C._set_grad_enabled(False)
         try:
+            torch._C._set_grad_enabled(False)
             yield
         finally:
             self._phase = before
@@ -469,6 +485,15 @@ class Schedule(ABC):
         """Count an update, skipped or not."""
         for group in step.groups:
             group["sam_step"] += 1
+
+
+def _calls_itself() -> bool:
+    """Return True if the function that asks is on the stack twice."""
+    frame = sys._getframe(1)
+    code, caller = frame.f_code, frame.f_back
+    while caller is not None and caller.f_code is not code:
+        caller = caller.f_back
+    return caller is not None
 
 
 def _check_none(result: Any, step: Step) -> None:

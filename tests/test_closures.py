@@ -351,3 +351,51 @@ def test_a_closure_within_unperturbed_is_refused_before_it_runs() -> None:
         optimizer.step(closure_for(model, 0, runs))
     assert not runs and optimizer.perturbed
     assert_same_bits([p.grad for p in model.parameters() if p.grad is not None], grads)
+
+
+def clipped(optimizer: SAM) -> None:
+    torch.nn.utils.clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], 1e-3)
+
+
+def divided(optimizer: SAM) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad /= 7
+
+
+def cloned(optimizer: SAM) -> None:
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = p.grad.clone()
+
+
+@pytest.mark.parametrize("write", [clipped, divided, cloned])
+def test_gradients_that_are_written_after_the_update_do_not_pass_for_new_ones(
+    backend: str, write: Callable[[SAM], None]
+) -> None:
+    def run(write: Callable[[SAM], None] | None) -> tuple[nn.Module, list[int]]:
+        model = net()
+        optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+        count: list[int] = []
+        for step in range(4):
+            optimizer.step(closure_for(model, step, count))
+            if write is not None:
+                write(optimizer)
+        return model, count
+
+    (expected, _), (model, count) = run(None), run(write)
+    assert count == [0, 0, 1, 1, 2, 2, 3, 3]
+    for p, q in zip(model.parameters(), expected.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_a_backward_pass_before_every_step_takes_the_place_of_the_first_call(backend: str) -> None:
+    model = net()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+    count: list[int] = []
+    for step in range(4):
+        loss_of(model, step).backward()
+        optimizer.step(closure_for(model, step, count))
+        clipped(optimizer)
+        optimizer.zero_grad()
+    assert count == [0, 1, 2, 3]

@@ -213,12 +213,12 @@ def test_a_step_equals_the_reference(kind: Kind, update: str, scale: float | Non
     compare(ours, twin)
     for _ in range(1 if update == "lion" else 2):  # after a different sign, the next step starts from other numbers
         with no_waiting():
-            getattr(backend, update)(ours, groups, status, scales[0], max_norm)
-        getattr(Reference(), update)(twin, groups, wanted, scales[1], max_norm)
+            backend.update(ours, groups, status, scales[0], max_norm)
+        Reference().update(twin, groups, wanted, scales[1], max_norm)
         compare(ours, twin, signs=update == "lion")
     before = {name: [None if t is None else t.clone() for t in column] for name, column in columns(ours).items()}
     status.values[SKIP] = 1
-    getattr(backend, update)(ours, groups, status, scales[0], max_norm)
+    backend.update(ours, groups, status, scales[0], max_norm)
     for name, column in columns(ours).items():
         if name != "params":
             assert_unchanged(column, before[name], name)

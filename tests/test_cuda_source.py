@@ -166,9 +166,9 @@ def test_updates_of_161_tensors(shim: ModuleType, update: str, driver: int, laun
     backend, status = cuda_source.CudaSource(), Status(CPU)
     for step in range(2):
         before = shim.launches()
-        getattr(backend, update)(ours, groups, status, None, math.inf)
+        backend.update(ours, groups, status, None, math.inf)
         assert shim.launches() - before == launches
-        getattr(Reference(), update)(twin, groups, status, None, math.inf)
+        Reference().update(twin, groups, status, None, math.inf)
         assert [float(t) for t in ours.state.get("step", ()) if t is not None] == (
             [3.0 * i + step + 1 for i in range(161)] if update == "adam" else []
         )
@@ -258,12 +258,12 @@ def test_scalars_of_another_device_or_dtype_are_errors(update: str, group: Any) 
     table = draw_table(FP32, [group], [(4,)], perturbed=True)
     table.params[0].copy_(w)
     with pytest.raises(ValueError, match=r"lr of group 0 is a torch.float16 tensor"):
-        getattr(backend, update)(table, [group], Status(CPU), None, math.inf)
+        backend.update(table, [group], Status(CPU), None, math.inf)
     with pytest.raises(ValueError, match=r"the status must be torch.float32 on cpu, not torch.float64"):
         Cuda.perturb(backend, table, [PerturbGroup(0.1)], Status(CPU))
     scale = torch.ones((), device="meta")
     with pytest.raises(ValueError, match=r"the gradient scale must be torch.float32 on cpu, not torch.float32 on meta"):
-        getattr(backend, update)(table, [group._replace(lr=0.1)], Status(CPU), scale, math.inf)
+        backend.update(table, [group._replace(lr=0.1)], Status(CPU), scale, math.inf)
     with pytest.raises(ValueError, match=r"the coefficients must be torch.float32 on cpu, not torch.float64"):
         Cuda.axpby(backend, VectorPair([w], [w]), [w], torch.ones(2, dtype=torch.float64))
     mixed = Table([w, torch.ones(4, device="meta")], [0, 0], torch.float32)
@@ -284,7 +284,7 @@ def test_learning_rate_in_a_tensor_is_read_by_the_kernel(update: str, group: Any
         rate = torch.tensor(0.25, dtype=dtype)
         for value in (0.25, 0.5):
             rate.fill_(value)
-            getattr(backend, update)(table, [group(rate)], Status(CPU), None, math.inf)
+            backend.update(table, [group(rate)], Status(CPU), None, math.inf)
             assert torch.equal(w, torch.full((100,), 1 - value))
 
 

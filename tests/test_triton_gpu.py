@@ -96,7 +96,7 @@ def test_a_captured_update_counts_and_draws_at_every_replay(stochastic: bool, ru
         return draw_case([3, 5000, 700_001], DTYPES[1], GROUPS[rule], device="cuda", stochastic=stochastic)
 
     def update(case: Case, backend: Triton) -> None:
-        getattr(backend, rule)(case.table, case.groups, case.status, None, 2.0)
+        backend.update(case.table, case.groups, case.status, None, 2.0)
 
     ours, twin = drawn(), drawn()
     backend, eager = Triton(), Triton()
@@ -130,7 +130,7 @@ def test_bias_correction(beta: float) -> None:
         for name, value in (("exp_avg", average), ("exp_avg_sq", average), ("step", t - 1.0)):
             table.state[name][0].fill_(value)  # type: ignore[union-attr]
         table.grads[0].fill_(1.0)
-        Triton().adam(table, [group], case.status, None, float("inf"))
+        Triton().update(table, [group], case.status, None, float("inf"))
         # The root of a square's correction has half its error; the average's own rounding is added to each.
         torch.testing.assert_close(table.params[0], table.backups[0] - 1, rtol=0, atol=2e-6)
 

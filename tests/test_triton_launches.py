@@ -61,7 +61,7 @@ def of_pair(run: Callable[[Triton, Any], Any]) -> Callable[[Triton], Callable[[]
 def updating(scale: Tensor | None, max_norm: float) -> Callable[[Triton, Case], Any]:
     def run(backend: Triton, case: Case) -> None:
         assert case.table.rule is not None
-        getattr(backend, case.table.rule.name)(case.table, case.groups, STATUS, scale, max_norm)
+        backend.update(case.table, case.groups, STATUS, scale, max_norm)
 
     return run
 
@@ -111,11 +111,11 @@ def test_a_kernel_fits_arguments_of_any_value_and_alignment(driver: RecordingDri
         room = torch.zeros(9)
         for values in (room[:8], room[1:]):  # the second begins 4 bytes past a multiple of 16
             status = status_of(values)
-            for rule, groups in {**GROUPS, "adam": GROUPS["adam"][::2]}.items():  # Adam's without amsgrad
+            for groups in {**GROUPS, "adam": GROUPS["adam"][::2]}.values():  # Adam's without amsgrad
                 backend, case = Triton(), draw_case(sizes, DTYPES[0], groups)
                 backend.norm([case.table], PERTURB_GROUPS, status, keep_skip=False, eps=0.0)
                 backend.perturb(case.table, PERTURB_GROUPS, status)
-                getattr(backend, rule)(case.table, groups, status, values[0], 1.0)
+                backend.update(case.table, groups, status, values[0], 1.0)
         compiled.append([len(KERNELS[name].device_caches[0][0]) for name in names])
     assert compiled[0] == [1] * 5 and compiled[1:] == compiled[:1] * 3
 

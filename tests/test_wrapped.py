@@ -249,13 +249,6 @@ def test_hooks_of_a_subclass_calling_super_run_once(backend: str) -> None:
     assert optimizer in seen
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adadelta])
-def test_a_base_with_an_option_of_the_same_name_as_sams_is_an_error(cls: type[Optimizer]) -> None:
-    """A group has only one entry named rho. Adadelta would use SAM's rho as its decay."""
-    with pytest.raises(TypeError, match="Adadelta has an option 'rho' of its own"):
-        SAM([torch.nn.Parameter(torch.ones(3))], cls)
-
-
 def test_error_in_the_base_step_restores_the_weights(backend: str) -> None:
     class Fails(Signs):
         def step(self, closure: Any = None) -> None:  # type: ignore[override]

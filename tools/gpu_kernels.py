@@ -22,9 +22,7 @@ from torch import Tensor
 
 from fused_sam.backends import choose
 from fused_sam.backends.contract import (
-    ADAM,
-    LION,
-    SGD,
+    RULES,
     AdamGroup,
     LionGroup,
     PerturbGroup,
@@ -36,7 +34,7 @@ from fused_sam.backends.contract import (
 
 ROUNDS = 20
 CUDA = torch.device("cuda")
-RULES = {rule.name: rule for rule in (SGD, ADAM, LION)}
+UPDATES = {rule.name: rule for rule in RULES}
 SHAPES = {
     "1000 x 256": [256] * 1000,
     # ResNet-18: norms' vectors, four stages of 3 x 3 convolutions, three shortcuts, the first and the last layer.
@@ -132,7 +130,7 @@ def tables_of(sizes: list[int], kind: Kind) -> dict[str, Table]:
             grad_addresses=array("q", [g.data_ptr() for g in grads]),
         )
 
-    return {name: table(rule) for name, rule in RULES.items()}
+    return {name: table(rule) for name, rule in UPDATES.items()}
 
 
 def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict[str, Any]]:
@@ -149,14 +147,14 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
 
     def sgd() -> None:
         groups = [SGDGroup(0.1, 0.9, weight_decay=1e-4), SGDGroup(0.1, 0.9)]
-        backend.sgd(tables["sgd"], groups, status, None, math.inf)
+        backend.update(tables["sgd"], groups, status, None, math.inf)
 
     def adam() -> None:
         groups = [AdamGroup(0.1, weight_decay=1e-4), AdamGroup(0.1, decoupled_weight_decay=True)]
-        backend.adam(tables["adam"], groups, status, None, math.inf)
+        backend.update(tables["adam"], groups, status, None, math.inf)
 
     def lion() -> None:
-        backend.lion(tables["lion"], [LionGroup(0.1, weight_decay=1e-4), LionGroup(0.1)], status, None, math.inf)
+        backend.update(tables["lion"], [LionGroup(0.1, weight_decay=1e-4), LionGroup(0.1)], status, None, math.inf)
 
     def first_step() -> None:
         norm(), perturb()
@@ -189,7 +187,7 @@ def measure(name: str, kind: Kind, flush: Tensor, copy_rate: float) -> list[dict
         raise RuntimeError(
             f"{name}, {kind.name}: a norm was not finite, and updates were copies: the times mean nothing"
         )
-    for update in RULES:
+    for update in UPDATES:
         three = [r for r in rows if r["pass"] in ("first_step", update)]
         moved, seconds = (sum(r[key] for r in three) for key in ("bytes", "seconds"))
         rows.append({**three[0], "pass": f"{update} step in 3 launches", "bytes": moved, "seconds": seconds,
@@ -209,7 +207,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
     for kind in dict.fromkeys(r["kind"] for r in rows):
-        for primitive in ("norm", "perturb", *RULES):
+        for primitive in ("norm", "perturb", *UPDATES):
             mine = [r for r in rows if r["pass"] == primitive and r["kind"] == kind]
             fractions = [100 * r["of_copy"] for r in mine]
             axes.plot([r["elements"] for r in mine], fractions, "o-", label=f"{primitive}, {kind}")

@@ -60,9 +60,10 @@ auto update(void (Table::*run)(std::vector<Group>, const Status&, double, int),
   return [run, read](Table& table, const py::sequence& groups, uintptr_t status, double unscale, double max_norm,
                      int threads) {
     std::vector<Group> own = groups_from(groups, [&](const py::tuple& t) { return read(t, unscale); });
-    const Status& s = status_at(status);
+    Status& s = status_at(status);
     py::gil_scoped_release release;
     (table.*run)(std::move(own), s, max_norm, threads);
+    s.updated_tables += 1;
   };
 }
 
@@ -95,9 +96,10 @@ PYBIND11_MODULE(_cpu, m) {
       .def("perturb",
            [](Table& t, const py::sequence& groups, uintptr_t status, int threads) {
              const std::vector<PerturbGroup> own = groups_from(groups, perturb_group);
-             const Status& s = status_at(status);
+             Status& s = status_at(status);
              py::gil_scoped_release release;
              t.perturb(own, s, threads);
+             s.perturbed_tables += 1;
            })
       .def("sgd", update(&Table::sgd, sgd_group))
       .def("adam", update(&Table::adam, adam_group))
@@ -123,6 +125,7 @@ PYBIND11_MODULE(_cpu, m) {
         const Vector p = vector(x_dtype, x), q = vector(y_dtype, y), o = vector(out_dtype, out);
         py::gil_scoped_release release;
         pair.axpby(p, q, o, a, b, threads);
+        if (status != 0) status_at(status).updated_tables += 1;
       });
 
   py::class_<Reader>(m, "Reader", "Reads the gradients of all parameters at once; see fused_sam/engine/grad_reader.py.")

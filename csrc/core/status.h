@@ -15,6 +15,9 @@ struct StatusOf {
   R skip;            // not 0: a gradient was not finite, and no parameter and no state may change
   R update_norm;     // of the gradient of the update
   R rng_offset;      // how many primitives have drawn random numbers
+  // Used in the host's memory only: how many tables the perturbation and the update of this step have written.
+  R perturbed_tables;
+  R updated_tables;
 };
 
 // Adds the sum of squares of one table. reset: true for the first table.

@@ -5,7 +5,7 @@ primitive leaves for the next (norm, skip flag) stay in a `Status` on the tensor
 for the device.
 
     SAM step      norm, perturb, second backward pass, norm (the check that the new gradients are finite), update
-    update        sgd, adam or lion: undo the perturbation and take one step of the base optimizer, in one pass
+    update        undo the perturbation and take one step of the base optimizer's rule, in one pass
     methods       dot, axpby, ema: over two vectors, such as the two gradients of a step
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 # Places in the status. csrc/core/status.h holds the same order.
-SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET = range(6)
+SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED = range(8)
 STATUS_SIZE = 8
 
 # What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
@@ -136,9 +136,10 @@ class StateColumn(NamedTuple):
 
 
 class UpdateRule(NamedTuple):
-    """A base optimizer that backends fuse with the undo. `name` is the backend's method."""
+    """A base optimizer that backends fuse with the undo. `name` names its kernels."""
 
     name: str
+    group: type[Any]  # a named tuple of a group's hyper-parameters: `lr` first, `maximize` last
     columns: tuple[StateColumn, ...]
 
     def buffers(self) -> tuple[str, ...]:
@@ -146,10 +147,13 @@ class UpdateRule(NamedTuple):
         return tuple(column.name for column in self.columns if not column.scalar)
 
 
-# A momentum of -0.0 has never been written, see Backend.sgd.
-SGD = UpdateRule("sgd", (StateColumn("momentum_buffer", init=-0.0),))
+# torch.optim.SGD. A momentum of -0.0 has never been written and takes the gradient whole, as torch's first step does;
+# without dampening that is the ordinary formula. With dampening no momentum is ever written as -0.0.
+SGD = UpdateRule("sgd", SGDGroup, (StateColumn("momentum_buffer", init=-0.0),))
+# torch.optim.Adam, or AdamW where the decay is decoupled. An update adds 1 to `step`.
 ADAM = UpdateRule(
     "adam",
+    AdamGroup,
     (
         StateColumn("step", scalar=True),
         StateColumn("exp_avg"),
@@ -157,7 +161,11 @@ ADAM = UpdateRule(
         StateColumn("max_exp_avg_sq"),
     ),
 )
-LION = UpdateRule("lion", (StateColumn("exp_avg"),))
+# Lion (arXiv 2302.06675, algorithm 2):
+#     w = w - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * w);  m = beta2 * m + (1 - beta2) * g
+LION = UpdateRule("lion", LionGroup, (StateColumn("exp_avg"),))
+
+RULES = (SGD, ADAM, LION)
 
 
 # ---- what the primitives work on ------------------------------------------------------------------------------------
@@ -170,9 +178,12 @@ class Status:
         values: shape (STATUS_SIZE,), on the parameters' device; fp64 on the CPU, fp32 elsewhere.
         address: of the first number.
         host: the same memory as an array, on the CPU; None elsewhere.
+        marks: on the host, how many tables the perturbation and the update of this step have written, at the places
+            PERTURBED and UPDATED; see Backend. UPDATED then counts what the `updated` hook writes. On the CPU it is
+            `host`.
     """
 
-    __slots__ = ("address", "device", "host", "values")
+    __slots__ = ("address", "device", "host", "marks", "values")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -182,6 +193,7 @@ class Status:
             self.values = torch.frombuffer(self.host, dtype=torch.float64)
         else:
             self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
+        self.marks = array("d", bytes(8 * STATUS_SIZE)) if self.host is None else self.host
         self.address = self.values.data_ptr()
 
     @property
@@ -243,6 +255,8 @@ class Table:
     # Set before a primitive runs and dropped after it, so that gradients can be freed.
     grads: list[Tensor] = field(default_factory=list)
     grad_addresses: array[int] = field(default_factory=lambda: NO_ADDRESSES)  # of 64 bits each
+    # New values that an update has computed, as (tensor, value); not empty only while it writes them.
+    pending: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     native: Any = None  # the backend's own form of this table
     bound_grads: Any = None  # the gradient addresses that `native` has
 
@@ -267,6 +281,10 @@ class Backend(ABC):
     """One way to run the primitives.
 
     A backend that serves only some of them is a subclass of backends.Reference or Foreach and inherits the rest.
+
+    An exception, such as an interrupt, may end a primitive at any moment. `perturb` therefore completes the backups
+    before it writes a parameter, and adds 1 to `status.marks[PERTURBED]` in between; a kernel does all three in one
+    call. An update adds 1 to `status.marks[UPDATED]` once it is complete; called again before that, it goes on.
     """
 
     name: ClassVar[str]
@@ -321,37 +339,18 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Take one step of torch.optim.SGD from the backups (or masters) into the params.
+        """Take one step of `table.rule` from the backups (or masters) into the params.
 
-        A momentum of -0.0 has never been written and takes the gradient whole, as torch's first step does; without
-        dampening that is the ordinary formula. With dampening no momentum is ever written as -0.0.
         Where skip is set the params are restored, bit for bit, and no state changes.
 
         Args:
+            groups: of `table.rule.group`.
             grad_scale: one number on the device by which every gradient is divided first; None: 1.
             max_norm: the gradient is then multiplied by min(1, max_norm / (update_norm / grad_scale + 1e-6)), as
                 torch.nn.utils.clip_grad_norm_ does; inf: no clipping.
-        """
-
-    @abstractmethod
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Take one step of torch.optim.Adam, or of AdamW where the decay is decoupled; otherwise as `sgd`.
-
-        Adds 1 to the state's `step`.
-        """
-
-    @abstractmethod
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Take one step of Lion (arXiv 2302.06675, algorithm 2); otherwise as `sgd`.
-
-            w = w - lr * (sign(beta1 * m + (1 - beta1) * g) + weight_decay * w);  m = beta2 * m + (1 - beta2) * g
         """
 
     @abstractmethod
@@ -381,7 +380,7 @@ class Backend(ABC):
             out: `pair.x`, `pair.y`, or a third column of the dtype of either.
             coefficients: two numbers, on the host or on the device in `status_dtype`. A column with coefficient 0
                 counts for nothing, even where it is not finite.
-            status: if given, nothing is written where skip is set.
+            status: if given, nothing is written where skip is set, and `status.marks[UPDATED]` gets 1 more with it.
         """
 
     @abstractmethod

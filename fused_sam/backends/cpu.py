@@ -12,11 +12,8 @@ from torch import Tensor
 
 from .contract import (
     LOW_PRECISION,
-    AdamGroup,
     Backend,
-    LionGroup,
     PerturbGroup,
-    SGDGroup,
     Status,
     Table,
     VectorPair,
@@ -81,27 +78,12 @@ class Cpu(Backend):
         _native(table).perturb(groups, status.address, torch.get_num_threads())
         bump_versions(table.params)
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
-        _native(table).sgd(groups, status.address, unscale, max_norm, torch.get_num_threads())
-        bump_versions(table.params)
-        bump_versions(table.masters)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
-        _native(table).adam(groups, status.address, unscale, max_norm, torch.get_num_threads())
-        bump_versions(table.params)
-        bump_versions(table.masters)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
-        _native(table).lion(groups, status.address, unscale, max_norm, torch.get_num_threads())
+        assert table.rule is not None
+        getattr(_native(table), table.rule.name)(groups, status.address, unscale, max_norm, torch.get_num_threads())
         bump_versions(table.params)
         bump_versions(table.masters)
 

@@ -10,18 +10,15 @@ from collections.abc import Sequence
 from functools import cache
 from importlib import import_module
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .contract import (
     LOW_PRECISION,
-    AdamGroup,
     Backend,
-    LionGroup,
     PerturbGroup,
-    SGDGroup,
     Status,
     Table,
     VectorPair,
@@ -46,8 +43,6 @@ except ImportError as error:
 
 _CODES = {dtype: code for dtype, code in CODES.items() if dtype is not torch.float64}
 _WORD64 = (1 << 64) - 1
-
-UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
 
 
 class Cuda(Backend):
@@ -118,48 +113,14 @@ class Cuda(Backend):
         )
         bump_versions(table.params)
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
         native, workspace = self._table(table)
-        native.sgd(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
-        bump_versions(table.params)
-        bump_versions(table.masters)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        native, workspace = self._table(table)
-        native.adam(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
-        bump_versions(table.params)
-        bump_versions(table.masters)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        native, workspace = self._table(table)
-        native.lion(*self._arguments(table, workspace, groups, status, grad_scale, max_norm))
-        bump_versions(table.params)
-        bump_versions(table.masters)
-
-    def restore(self, table: Table) -> None:
-        native, _ = self._table(table)
-        native.restore(self._stream(table.params[0].device))
-        bump_versions(table.params)
-
-    def _arguments(
-        self,
-        table: Table,
-        workspace: Tensor,
-        groups: Sequence[UpdateGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-    ) -> tuple[Any, ...]:
-        """Return the arguments of an update's native method."""
         device = table.params[0].device
         numbers, rates = _rates(groups, device)
-        return (
+        assert table.rule is not None
+        getattr(native, table.rule.name)(
             numbers,
             rates,
             _status(status, device),
@@ -170,6 +131,13 @@ class Cuda(Backend):
             table.stochastic_rounding,
             self._stream(device),
         )
+        bump_versions(table.params)
+        bump_versions(table.masters)
+
+    def restore(self, table: Table) -> None:
+        native, _ = self._table(table)
+        native.restore(self._stream(table.params[0].device))
+        bump_versions(table.params)
 
     # ---- the primitives over two vectors --------------------------------------------------------------------
 
@@ -291,8 +259,8 @@ def _status(status: Status, device: torch.device) -> int:
 
 
 def _rates(
-    groups: Sequence[UpdateGroup], device: torch.device
-) -> tuple[Sequence[UpdateGroup], list[tuple[int, bool]] | None]:
+    groups: Sequence[Any], device: torch.device
+) -> tuple[Sequence[Any], list[tuple[int, bool]] | None]:
     """Return the groups as numbers of the host, and where each group's learning rate is on the device.
 
     Reading a learning rate here would wait for the GPU: a group that has one on the device has 0 instead. The second

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from .contract import (
     INVERSE_NORM,
     LOW_PRECISION,
     MASK,
+    PERTURBED,
     RNG_OFFSET,
     ROUND_PERTURBED,
     ROUND_UPDATED,
@@ -36,11 +37,10 @@ from .contract import (
     VectorPair,
     arithmetic_dtype,
 )
-from .reference import host_numbers
+from .reference import host_numbers, write_pending, write_vector
 from .rng import mask_of, round_stochastically, stream_key
 
-AnyGroup = TypeVar("AnyGroup", PerturbGroup, SGDGroup, AdamGroup, LionGroup)
-UpdateGroup = TypeVar("UpdateGroup", SGDGroup, AdamGroup, LionGroup)
+AnyGroup = TypeVar("AnyGroup")
 
 
 def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -63,6 +63,7 @@ class Rows(Generic[AnyGroup]):
     table: Table
     group: AnyGroup
     numbers: list[int]
+    new: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # (state, its new value)
 
     def of(self, column: Sequence[Tensor | None]) -> list[Tensor]:
         """Return these rows of a column in which none of them is None."""
@@ -73,22 +74,24 @@ class Rows(Generic[AnyGroup]):
         return widen(self.of(self.table.masters or self.table.params))
 
     def state(self, name: str) -> list[Tensor]:
-        """Return these rows of a column of state."""
-        return self.of(self.table.state[name])
+        """Return a copy of these rows of a column of state, which the update is to change."""
+        held = self.of(self.table.state[name])
+        copies = [x.clone() for x in held]
+        self.new += zip(held, copies, strict=True)
+        return copies
 
     def key(self, row: int, rng_offset: int, purpose: int) -> tuple[int, int]:
         """Return the key of a row's random numbers."""
         return stream_key(self.table.seed, rng_offset, self.table.rng_streams[self.numbers[row]], purpose)
 
-    def store_rounded(self, numbers: list[Tensor], rng_offset: int, purpose: int) -> None:
-        """Round numbers of the arithmetic's dtype into the params."""
-        params = self.of(self.table.params)
-        if self.table.stochastic_rounding and params[0].dtype in LOW_PRECISION:
-            numbers = [
-                round_stochastically(x, self.key(r, rng_offset, purpose), p.dtype)
-                for r, (x, p) in enumerate(zip(numbers, params, strict=True))
+    def rounded(self, numbers: list[Tensor], rng_offset: int, purpose: int) -> list[Tensor]:
+        """Return numbers of the arithmetic's dtype as they are to be copied into the params."""
+        dtype = self.table.params[0].dtype
+        if self.table.stochastic_rounding and dtype in LOW_PRECISION:
+            return [
+                round_stochastically(x, self.key(r, rng_offset, purpose), dtype) for r, x in enumerate(numbers)
             ]
-        torch._foreach_copy_(params, numbers)
+        return numbers
 
 
 def by_group(table: Table, groups: Sequence[AnyGroup]) -> list[Rows[AnyGroup]]:
@@ -107,6 +110,61 @@ def scaled_grads(rows: Rows[PerturbGroup]) -> list[Tensor]:
     scale = weight_scale(rows.weights(), rows.group)
     torch._foreach_mul_(scale, grads)
     return scale
+
+
+# ---- a step of each update rule: from gradients d, in place of the weights of one group ---------------------------
+
+
+def sgd(rows: Rows[SGDGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h = rows.group
+    if h.weight_decay != 0:
+        d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
+    if h.momentum != 0 and rows.table.state["momentum_buffer"][rows.numbers[0]] is not None:
+        buffers = rows.state("momentum_buffer")
+        unwritten = [(m == 0) & m.signbit() for m in buffers] if h.dampening != 0 else []
+        torch._foreach_mul_(buffers, h.momentum)
+        torch._foreach_add_(buffers, d, alpha=1 - h.dampening)
+        for m, grad, first in zip(buffers, d, unwritten, strict=False):
+            m.copy_(torch.where(first, grad, m) + 0.0)
+        d = list(torch._foreach_add(d, buffers, alpha=h.momentum)) if h.nesterov else buffers
+    torch._foreach_add_(weights, d, alpha=-float(h.lr))
+
+
+def adam(rows: Rows[AdamGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h, lr = rows.group, float(rows.group.lr)
+    if h.decoupled_weight_decay:
+        torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
+    elif h.weight_decay != 0:
+        d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
+    means, squares, steps = (rows.state(name) for name in ("exp_avg", "exp_avg_sq", "step"))
+    torch._foreach_lerp_(means, d, 1 - h.beta1)
+    torch._foreach_mul_(squares, h.beta2)
+    torch._foreach_addcmul_(squares, d, d, 1 - h.beta2)
+    if h.amsgrad:
+        largest = rows.state("max_exp_avg_sq")
+        torch._foreach_maximum_(largest, squares)
+        squares = largest
+    torch._foreach_add_(steps, 1)
+    counts = torch.stack(steps).tolist()
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_div_(roots, [math.sqrt(1 - h.beta2**t) for t in counts])
+    torch._foreach_add_(roots, h.eps)
+    torch._foreach_addcdiv_(weights, means, roots, [-lr / (1 - h.beta1**t) for t in counts])
+
+
+def lion(rows: Rows[LionGroup], weights: list[Tensor], d: list[Tensor]) -> None:
+    h, lr, means = rows.group, float(rows.group.lr), rows.state("exp_avg")
+    mixed = torch._foreach_lerp(means, d, 1 - h.beta1)
+    signs = [torch.where(c.isnan(), c, s) for c, s in zip(mixed, torch._foreach_sign(mixed), strict=True)]
+    torch._foreach_lerp_(means, d, 1 - h.beta2)
+    torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
+    torch._foreach_add_(weights, signs, alpha=-lr)
+
+
+STEPS: dict[str, Callable[[Rows[Any], list[Tensor], list[Tensor]], None]] = {"sgd": sgd, "adam": adam, "lion": lion}
+
+
+# ---- the primitives -------------------------------------------------------------------------------------------------
 
 
 class Foreach(Backend):
@@ -133,6 +191,7 @@ class Foreach(Backend):
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         if table.backups:
             torch._foreach_copy_(table.backups, table.params)
+        status.marks[PERTURBED] += 1
         inverse, skip, offset = status.values[[INVERSE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             return
@@ -154,92 +213,48 @@ class Foreach(Backend):
                 triples = zip(keys, weights, perturbed, strict=True)
                 perturbed = [torch.where(mask_of(key, w, h.mask_prob), x, w) for key, w, x in triples]
             if perturbed[0] is not params[0]:  # else it was done in place
-                rows.store_rounded(perturbed, int(offset), ROUND_PERTURBED)
-
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[SGDGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h = rows.group
-            if h.weight_decay != 0:
-                d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            if h.momentum != 0 and table.state["momentum_buffer"][rows.numbers[0]] is not None:
-                buffers = rows.state("momentum_buffer")
-                unwritten = [(m == 0) & m.signbit() for m in buffers] if h.dampening != 0 else []
-                torch._foreach_mul_(buffers, h.momentum)
-                torch._foreach_add_(buffers, d, alpha=1 - h.dampening)
-                for m, grad, first in zip(buffers, d, unwritten, strict=False):
-                    m.copy_(torch.where(first, grad, m) + 0.0)
-                d = list(torch._foreach_add(d, buffers, alpha=h.momentum)) if h.nesterov else buffers
-            torch._foreach_add_(weights, d, alpha=-float(h.lr))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[AdamGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h, lr = rows.group, float(rows.group.lr)
-            if h.decoupled_weight_decay:
-                torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
-            elif h.weight_decay != 0:
-                d = list(torch._foreach_add(d, weights, alpha=h.weight_decay))
-            means, squares, steps = (rows.state(name) for name in ("exp_avg", "exp_avg_sq", "step"))
-            torch._foreach_lerp_(means, d, 1 - h.beta1)
-            torch._foreach_mul_(squares, h.beta2)
-            torch._foreach_addcmul_(squares, d, d, 1 - h.beta2)
-            if h.amsgrad:
-                largest = rows.state("max_exp_avg_sq")
-                torch._foreach_maximum_(largest, squares)
-                squares = largest
-            torch._foreach_add_(steps, 1)
-            counts = torch.stack(steps).tolist()
-            roots = torch._foreach_sqrt(squares)
-            torch._foreach_div_(roots, [math.sqrt(1 - h.beta2**t) for t in counts])
-            torch._foreach_add_(roots, h.eps)
-            torch._foreach_addcdiv_(weights, means, roots, [-lr / (1 - h.beta1**t) for t in counts])
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        def step(rows: Rows[LionGroup], weights: list[Tensor], d: list[Tensor]) -> None:
-            h, lr, means = rows.group, float(rows.group.lr), rows.state("exp_avg")
-            mixed = torch._foreach_lerp(means, d, 1 - h.beta1)
-            signs = [torch.where(c.isnan(), c, s) for c, s in zip(mixed, torch._foreach_sign(mixed), strict=True)]
-            torch._foreach_lerp_(means, d, 1 - h.beta2)
-            torch._foreach_mul_(weights, 1 - lr * h.weight_decay)
-            torch._foreach_add_(weights, signs, alpha=-lr)
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
+                torch._foreach_copy_(params, rows.rounded(perturbed, int(offset), ROUND_PERTURBED))
 
     @torch.no_grad()
-    def _update(
-        self,
-        table: Table,
-        groups: Sequence[UpdateGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        step: Callable[[Rows[UpdateGroup], list[Tensor], list[Tensor]], None],
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Undo the perturbation, then `step(rows, weights, grads)` changes each group's weights in place."""
+        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails."""
         norm, skip, offset = status.values[[UPDATE_NORM, SKIP, RNG_OFFSET]].tolist()
         if skip:
             self.restore(table)
-            return
+        elif not table.pending:
+            table.pending = self._new_values(table, groups, norm, int(offset), grad_scale, max_norm)
+        write_pending(table, status)
+
+    def _new_values(
+        self,
+        table: Table,
+        groups: Sequence[Any],
+        norm: float,
+        rng_offset: int,
+        grad_scale: Tensor | None,
+        max_norm: float,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Return what an update is to write, as (tensor, new value)."""
+        assert table.rule is not None
+        step = STEPS[table.rule.name]
         unscale = 1.0 if grad_scale is None else 1 / float(grad_scale)
         clip = min(1.0, max_norm / (norm * unscale + 1e-6)) if max_norm < math.inf else 1.0
+        new: list[tuple[Tensor, Tensor]] = []
         for rows in by_group(table, groups):
-            params = rows.of(table.params)
-            if table.backups:
-                torch._foreach_copy_(params, rows.of(table.backups))
             factor = -unscale * clip if rows.group.maximize else unscale * clip
-            weights, d = rows.weights(), widen(rows.of(table.grads))
+            clean = rows.of(table.masters or table.backups or table.params)
+            dtype = arithmetic_dtype(clean[0].dtype)
+            weights, d = [x.to(dtype, copy=True) for x in clean], widen(rows.of(table.grads))
             step(rows, weights, d if factor == 1 else list(torch._foreach_mul(d, factor)))
-            if weights[0] is not params[0]:  # else it was done in place
-                rows.store_rounded(weights, int(offset), ROUND_UPDATED)
+            if table.masters:
+                rows.new += zip(rows.of(table.masters), weights, strict=True)
+            rows.new += zip(
+                rows.of(table.params), rows.rounded(weights, rng_offset, ROUND_UPDATED), strict=True
+            )
+            new += rows.new
+        return new
 
     @torch.no_grad()
     def restore(self, table: Table) -> None:
@@ -266,17 +281,13 @@ class Foreach(Backend):
             return
         a, b = host_numbers(coefficients)
         terms = [torch._foreach_mul(widen(column), c) for column, c in ((pair.x, a), (pair.y, b)) if c != 0]
-        if not terms:
-            torch._foreach_zero_(out)
-            return
-        torch._foreach_copy_(out, torch._foreach_add(*terms) if len(terms) == 2 else terms[0])
+        terms = terms or [tuple(torch.zeros_like(x) for x in out)]
+        write_vector(out, list(torch._foreach_add(*terms) if len(terms) == 2 else terms[0]), status)
 
     @torch.no_grad()
     def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
         if status is not None and status.skip:
             return
-        x, y = widen(pair.x), widen(pair.y)
-        torch._foreach_mul_(x, decay)
-        torch._foreach_add_(x, y, alpha=1 - decay)
-        if x[0] is not pair.x[0]:
-            torch._foreach_copy_(pair.x, x)
+        new = torch._foreach_mul(widen(pair.x), decay)
+        torch._foreach_add_(new, widen(pair.y), alpha=1 - decay)
+        write_vector(pair.x, list(new), status)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +16,10 @@ from torch import Tensor
 from .contract import (
     LOW_PRECISION,
     MASK,
+    PERTURBED,
     ROUND_PERTURBED,
     ROUND_UPDATED,
+    UPDATED,
     XX,
     XY,
     YY,
@@ -33,7 +35,7 @@ from .contract import (
 )
 from .rng import mask_of, round_stochastically, stream_key
 
-AnyGroup = TypeVar("AnyGroup", SGDGroup, AdamGroup, LionGroup)
+State = dict[str, Tensor]  # of one parameter
 
 
 def widen(x: Tensor) -> Tensor:
@@ -64,12 +66,77 @@ def key_of(table: Table, i: int, status: Status, purpose: int) -> tuple[int, int
     return stream_key(table.seed, int(status.rng_offset), table.rng_streams[i], purpose)
 
 
-def store_rounded(table: Table, i: int, x: Tensor, status: Status, purpose: int) -> None:
-    """Write x into the parameter of row i."""
-    param = table.params[i]
-    if table.stochastic_rounding and param.dtype in LOW_PRECISION:
-        x = round_stochastically(x, key_of(table, i, status, purpose), param.dtype)
-    param.copy_(x)
+def rounded(table: Table, i: int, x: Tensor, status: Status, purpose: int) -> Tensor:
+    """Return x as it is to be copied into the parameter of row i."""
+    dtype = table.params[i].dtype
+    if table.stochastic_rounding and dtype in LOW_PRECISION:
+        return round_stochastically(x, key_of(table, i, status, purpose), dtype)
+    return x
+
+
+def write_pending(table: Table, status: Status) -> None:
+    """Write the values that an update has computed. If an exception ends it, it may be called again."""
+    for tensor, value in table.pending:
+        tensor.copy_(value)
+    status.marks[UPDATED] += 1
+    table.pending = []
+
+
+def write_vector(out: list[Tensor], new: list[Tensor], status: Status | None) -> None:
+    """Copy new values into a vector, and count that as one write."""
+    if status is not None:
+        status.marks[UPDATED] += 1
+    torch._foreach_copy_(out, new)
+
+
+# ---- a step of each update rule: changes a copy of the state; param w, gradient d and group h give the new param ----
+
+
+def sgd(state: State, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
+    """torch.optim.SGD's step, operation by operation as its for-loop does it."""
+    m = state.get("momentum_buffer")
+    if h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    if h.momentum != 0 and m is not None:
+        new = (m * h.momentum).add(d, alpha=1 - h.dampening)
+        if h.dampening != 0:
+            new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
+        m.copy_(new)
+        d = d.add(m, alpha=h.momentum) if h.nesterov else m
+    return w.add(d, alpha=-float(h.lr))
+
+
+def adam(state: State, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
+    """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
+    m, v, count = state["exp_avg"], state["exp_avg_sq"], state["step"]
+    count += 1
+    t, lr = float(count), float(h.lr)
+    if h.decoupled_weight_decay:
+        w = w * (1 - lr * h.weight_decay)
+    elif h.weight_decay != 0:
+        d = d.add(w, alpha=h.weight_decay)
+    m.lerp_(d, 1 - h.beta1)
+    v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
+    if h.amsgrad:
+        largest = state["max_exp_avg_sq"]
+        v = torch.maximum(largest, v, out=largest)
+    denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
+    return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
+
+
+def lion(state: State, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
+    """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
+    m, lr = state["exp_avg"], float(h.lr)
+    c = m.lerp(d, 1 - h.beta1)
+    direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
+    m.lerp_(d, 1 - h.beta2)
+    return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
+
+
+STEPS: dict[str, Callable[[State, Tensor, Tensor, Any], Tensor]] = {"sgd": sgd, "adam": adam, "lion": lion}
+
+
+# ---- the primitives -------------------------------------------------------------------------------------------------
 
 
 class Reference(Backend):
@@ -95,6 +162,7 @@ class Reference(Backend):
         """w + e, e = rho T_w^2 g / (||T_w g|| + eps): arXiv 2010.01412 equation 2, arXiv 2102.11600."""
         for backup, param in zip(table.backups, table.params, strict=False):
             backup.copy_(param)
+        status.marks[PERTURBED] += 1
         if status.skip:
             return
         for i, k in enumerate(table.group_ids):
@@ -103,84 +171,29 @@ class Reference(Backend):
             perturbed = w + length * (weight_scale(w, h) ** 2 * widen(table.grads[i]))
             if h.mask_prob < 1:
                 perturbed = torch.where(mask_of(key_of(table, i, status, MASK), w, h.mask_prob), perturbed, w)
-            store_rounded(table, i, perturbed, status, ROUND_PERTURBED)
-
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.SGD's step, operation by operation as its for-loop does it."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: SGDGroup) -> Tensor:
-            m = table.state["momentum_buffer"][i]
-            if h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            if h.momentum != 0 and m is not None:
-                new = (m * h.momentum).add(d, alpha=1 - h.dampening)
-                if h.dampening != 0:
-                    new = torch.where((m == 0) & m.signbit(), d, new) + 0.0
-                m.copy_(new)
-                d = d.add(m, alpha=h.momentum) if h.nesterov else m
-            return w.add(d, alpha=-float(h.lr))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """torch.optim.Adam's and AdamW's step (arXiv 1412.6980 algorithm 1, arXiv 1711.05101 algorithm 2)."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: AdamGroup) -> Tensor:
-            m, v, count = (_of(table, name, i) for name in ("exp_avg", "exp_avg_sq", "step"))
-            count += 1
-            t, lr = float(count), float(h.lr)
-            if h.decoupled_weight_decay:
-                w = w * (1 - lr * h.weight_decay)
-            elif h.weight_decay != 0:
-                d = d.add(w, alpha=h.weight_decay)
-            m.lerp_(d, 1 - h.beta1)
-            v.mul_(h.beta2).addcmul_(d, d, value=1 - h.beta2)
-            if h.amsgrad:
-                largest = _of(table, "max_exp_avg_sq", i)
-                v = torch.maximum(largest, v, out=largest)
-            denominator = v.sqrt() / math.sqrt(1 - h.beta2**t) + h.eps
-            return w.addcdiv(m, denominator, value=-lr / (1 - h.beta1**t))
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        """Lion's step (Chen et al., arXiv 2302.06675, algorithm 2)."""
-
-        def step(i: int, w: Tensor, d: Tensor, h: LionGroup) -> Tensor:
-            m, lr = _of(table, "exp_avg", i), float(h.lr)
-            c = m.lerp(d, 1 - h.beta1)
-            direction = torch.where(c.isnan(), c, c.sign())  # torch's sign of NaN is 0, which would hide it
-            m.lerp_(d, 1 - h.beta2)
-            return (w * (1 - lr * h.weight_decay)).add(direction, alpha=-lr)
-
-        self._update(table, groups, status, grad_scale, max_norm, step)
+            table.params[i].copy_(rounded(table, i, perturbed, status, ROUND_PERTURBED))
 
     @torch.no_grad()
-    def _update(
-        self,
-        table: Table,
-        groups: Sequence[AnyGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        step: Callable[[int, Tensor, Tensor, AnyGroup], Tensor],
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        """Undo the perturbation, then `step(row, parameter, gradient, group)` gives the new parameter."""
+        """Undo the perturbation and take the step: all new values first, so that nothing is written if one fails."""
         if status.skip:
             self.restore(table)
-            return
-        for i, k in enumerate(table.group_ids):
-            d = widen(table.grads[i]) * grad_factor(groups[k].maximize, status, grad_scale, max_norm)
-            w = step(i, widen(unperturbed(table, i)), d, groups[k])
-            if table.masters:
-                table.masters[i].copy_(w)
-            store_rounded(table, i, w, status, ROUND_UPDATED)
+        elif not table.pending:
+            assert table.rule is not None
+            step, new = STEPS[table.rule.name], []
+            for i, k in enumerate(table.group_ids):
+                held = {name: x for name, column in table.state.items() if (x := column[i]) is not None}
+                state = {name: x.clone() for name, x in held.items()}
+                d = widen(table.grads[i]) * grad_factor(groups[k].maximize, status, grad_scale, max_norm)
+                w = step(state, widen(unperturbed(table, i)), d, groups[k])
+                new += [(held[name], x) for name, x in state.items()]
+                if table.masters:
+                    new.append((table.masters[i], w))
+                new.append((table.params[i], rounded(table, i, w, status, ROUND_UPDATED)))
+            table.pending = new
+        write_pending(table, status)
 
     @torch.no_grad()
     def restore(self, table: Table) -> None:
@@ -208,27 +221,22 @@ class Reference(Backend):
         if status is not None and status.skip:
             return
         a, b = host_numbers(coefficients)
-        for x, y, o in zip(pair.x, pair.y, out, strict=True):
+        new = []
+        for x, y in zip(pair.x, pair.y, strict=True):
             first = a * widen(x) if a != 0 else torch.zeros_like(widen(x))
             second = b * widen(y) if b != 0 else torch.zeros_like(widen(y))
-            o.copy_(first + second)
+            new.append(first + second)
+        write_vector(out, new, status)
 
     @torch.no_grad()
     def ema(self, pair: VectorPair, decay: float, status: Status | None = None) -> None:
         if status is not None and status.skip:
             return
-        for x, y in zip(pair.x, pair.y, strict=True):
-            x.copy_(decay * widen(x) + (1 - decay) * widen(y))
+        new = [decay * widen(x) + (1 - decay) * widen(y) for x, y in zip(pair.x, pair.y, strict=True)]
+        write_vector(pair.x, new, status)
 
 
 def host_numbers(coefficients: Tensor | tuple[float, float]) -> tuple[float, float]:
     """Return a and b as Python numbers; waits for the device where they are a tensor."""
     numbers: Any = coefficients[:2].tolist() if isinstance(coefficients, Tensor) else coefficients
     return float(numbers[0]), float(numbers[1])
-
-
-def _of(table: Table, name: str, i: int) -> Tensor:
-    """Return row i of a state column that its group uses."""
-    value = table.state[name][i]
-    assert value is not None
-    return value

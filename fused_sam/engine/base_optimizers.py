@@ -16,7 +16,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fused_sam.backends.contract import ADAM, LION, SGD, AdamGroup, LionGroup, SGDGroup, Status, UpdateRule
+from fused_sam.backends.contract import (
+    ADAM,
+    LION,
+    SGD,
+    UPDATED,
+    AdamGroup,
+    LionGroup,
+    SGDGroup,
+    Status,
+    UpdateRule,
+)
 from fused_sam.backends.reference import grad_factor
 from fused_sam.optimizers import Lion
 
@@ -134,7 +144,6 @@ class FusedBase:
         self.cls = type(inner)
         self.rule: UpdateRule | None = fused.rule
         self.defaults = inner.defaults
-        self._name = fused.rule.name
         self._numbers = fused.numbers
         self._state = fused.state
 
@@ -158,8 +167,11 @@ class FusedBase:
                 if group.dampening != 0:
                     note_written_momentum(update)
                     break
-        for call in update.calls:
-            getattr(call.backend, self._name)(call.table, groups, status, grad_scale, max_norm)
+        marks = status.marks  # of an earlier call that an exception has ended: what it has completed
+        for k, call in enumerate(update.calls):
+            if marks[UPDATED] <= k:
+                call.backend.update(call.table, groups, status, grad_scale, max_norm)
+                marks[UPDATED] = k + 1
         for step in update.empty_steps:
             step += status.skip == 0
 
@@ -209,6 +221,7 @@ class WrappedBase:
     ) -> None:
         for call in update.perturbed:
             call.backend.restore(call.table)
+        status.marks[UPDATED] = 1  # what follows is the base optimizer's own, and nothing is left to undo
         if status.skip:
             return
         present = snapshot.present()

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from .base_optimizers import BASE_OPTIONS
 from .sharding import is_sharded
@@ -126,15 +125,15 @@ def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor, *, fused: bool)
             )
 
 
-def keep_dtypes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
-    """Give loaded state the dtype that it was saved with: torch has cast it to the parameters' dtype.
+def keep_dtypes(adapted: Mapping[str, Any], state_dict: dict[str, Any]) -> None:
+    """Give state that is about to be loaded the dtype that it was saved with: torch has cast it to the parameters'.
 
     A momentum of -0.0 among other numbers becomes 0.0, because -0.0 throughout means that it was never written.
     """
     saved = (i for group in state_dict["param_groups"] for i in group["params"])
-    params = (p for group in optimizer.param_groups for p in group["params"])
+    params = (p for group in adapted["param_groups"] for p in group["params"])
     for key, p in zip(saved, params, strict=True):
-        entry = optimizer.state.get(p)
+        entry = adapted["state"].get(p)
         original = state_dict["state"].get(key)
         if not entry or not isinstance(original, Mapping):
             continue

@@ -51,7 +51,12 @@ class Displacement:
     def displace(self, *, wanted: bool) -> None:
         """Displace clean parameters by rho along -v, if `wanted` and if there is momentum."""
         stepper = self._stepper
-        self.ready = True
+        self._displace(stepper, wanted)
+        self.ready = True  # last, so that train() repeats what an exception has ended
+
+    def _displace(self, stepper: Any, wanted: bool) -> None:
+        if stepper.perturbed is not None:  # in part, by a displacement that an exception has ended
+            stepper.undo()
         groups = [g._replace(rho=-g.rho) for g in stepper.perturb_groups()]
         if not wanted or all(g.rho == 0 for g in groups) or not self.has_momentum():
             return
@@ -67,11 +72,9 @@ class Displacement:
         plan.attach(calls, momentum)
         try:
             stepper.norm(plan, calls, momentum, groups, status, keep_skip=False)
-            for call in calls:
-                call.backend.perturb(call.table, groups, status)
+            stepper.write_perturbation(calls, groups, status)
         finally:
             plan.detach(calls)
-        stepper.perturbed = calls
         stepper.after_write(perturbed=True)
 
     def restore(self) -> None:

@@ -21,11 +21,14 @@ class ExtraState:
 
     def __init__(self) -> None:
         self._begun: list[tuple[State, str, list[Tensor], Tensor]] = []
+        # The rows that this step has begun. They count as absent when a hook that an exception has ended runs again.
+        self.begun_now: dict[str, set[int]] = {}
 
     def find(self, plan: Plan, state: State, name: str) -> list[Tensor | None]:
         """Return the vector of that name: this process's part per parameter, None where there is none."""
         self.settle()
-        return [plan.state_part(state, i, name, init=False) for i in range(len(plan.params))]
+        new = self.begun_now.get(name, ())
+        return [None if i in new else plan.state_part(state, i, name, init=False) for i in range(len(plan.params))]
 
     def begin(
         self, plan: Plan, state: State, name: str, like: Vector, skip: Tensor | None
@@ -39,6 +42,7 @@ class ExtraState:
         """
         old = self.find(plan, state, name)
         missing = [v is None and g is not None for v, g in zip(old, like, strict=True)]
+        self.begun_now.setdefault(name, set()).update(i for i, new in enumerate(missing) if new)
         if skip is not None and any(missing):
             params = [p for p, new in zip(plan.params, missing, strict=True) if new]
             self._begun.append((state, name, params, skip.clone()))

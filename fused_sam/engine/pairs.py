@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fused_sam.backends.contract import YY, Backend, Status, VectorPair, status_dtype
+from fused_sam.backends.contract import UPDATED, YY, Backend, Status, VectorPair, status_dtype
 
 from .layout import same_layout
 from .plan import Plan, remember
@@ -94,7 +94,8 @@ def axpby(
 
     Args:
         a, b: numbers, or 0-dim tensors, which are not waited for.
-        status: if given, nothing is written where skip is set.
+        status: if given, nothing is written where skip is set, and the write is counted: a hook that an exception has
+            ended runs again without the writes that it has made.
     """
     if out is not x and out is not y:
         x = [None if o is None else t for t, o in zip(x, out, strict=True)]
@@ -105,6 +106,8 @@ def axpby(
     else:
         coefficients = numbers = (float(a), float(b))  # type: ignore[assignment]
     for row, pair in pairs_of(plan, x, y):
+        if status is not None and _is_done(plan, status):
+            continue
         to: list[Tensor] = [out[i] for i in row.numbers]  # type: ignore[misc]
         if to[0].dtype in (pair.x[0].dtype, pair.y[0].dtype):
             row.backend.axpby(pair, to, coefficients, status)
@@ -118,7 +121,15 @@ def axpby(
 def ema(plan: Plan, x: Vector, y: Vector, decay: float, status: Status | None = None) -> None:
     """Write x = decay * x + (1 - decay) * y; with a status, nothing where skip is set."""
     for row, pair in pairs_of(plan, x, y):
-        row.backend.ema(pair, decay, status)
+        if status is None or not _is_done(plan, status):
+            row.backend.ema(pair, decay, status)
+
+
+def _is_done(plan: Plan, status: Status) -> bool:
+    """Count a write of the `updated` hook, and return True if an earlier run of the hook has made it."""
+    plan.writes += 1
+    status.marks[UPDATED] = max(status.marks[UPDATED], plan.writes - 1)
+    return status.marks[UPDATED] >= plan.writes
 
 
 def as_scalar(c: Number, device: torch.device) -> Tensor:

@@ -67,6 +67,12 @@ def names_of(groups: Sequence[dict[str, Any]]) -> list[str]:
     return names
 
 
+def is_distributed() -> bool:
+    """Return True if there are several processes."""
+    distributed = torch.distributed
+    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1
+
+
 def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequence[bool]) -> None:
     """Refuse parameters that SAM cannot take.
 
@@ -76,12 +82,17 @@ def check_parameters(params: Sequence[Tensor], names: Sequence[str], dense: Sequ
 
     Raises:
         ValueError: they are on several devices, share memory, or have none.
-        TypeError: one is complex or of integers.
+        TypeError: one is complex or of integers, or FSDP1 shards it.
     """
     devices: dict[torch.device, int] = {}
     spans = []
     for i, p in enumerate(params):
         devices.setdefault(p.device, i)
+        if getattr(p, "_fsdp_flattened", False) and is_distributed():
+            raise TypeError(
+                f"{names[i]} is a part of FullyShardedDataParallel (FSDP1), which does not show what the norm over all "
+                "processes has to sum: shard the model by torch.distributed.fsdp.fully_shard (FSDP2), or use DDP"
+            )
         if p.dtype not in _DTYPES:
             advice = (
                 "store it as pairs of reals and use torch.view_as_complex in forward()"

@@ -106,6 +106,7 @@ class Plan:
         self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
         self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see pairs.py
+        self.writes = 0  # to such vectors, of the `updated` hook that runs
         self.masters = Masters(self.params, self.local_params, wanted=precision.master_weights)
         self._perturb: dict[Any, list[KernelCall]] = {}
         self._update: dict[Any, UpdatePlan] = {}

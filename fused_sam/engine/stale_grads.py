@@ -1,30 +1,59 @@
 """Telling gradients that wait to be used from those that the last update has used, for step(closure).
 
 torch's convention leaves the last update's gradients in place until the closure clears them. Programs written for the
-public SAM package compute gradients before they call step(closure). An update marks some of the gradients it used with
-their version: backward() makes a new tensor, which has no mark, or adds to the old one, which raises its version.
+public SAM package compute gradients before they call step(closure). What makes a gradient new is a backward pass: a
+write to it, such as clipping, is none.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .sharding import local
 
-MARK = "_fused_sam_used_at_version"
-
-# So many gradients carry a mark, spread over all. One that is unchanged shows that nobody cleared them, and marking
-# thousands would cost more than a small model's kernels.
-MARKED = 4
+# So many parameters, spread over all, are watched: a hook on each would cost more than a small model's kernels. A
+# backward pass that reaches none of them is not noticed; step(closure) then computes its gradients once more.
+WATCHED = 4
 
 
-def has_new_grads(params: Iterable[Tensor]) -> bool:
-    """Return True if there are gradients, none is left from the last update, and not all are cleared in place."""
+class BackwardWatch:
+    """Notices backward passes that reach an optimizer's parameters.
+
+    Attributes:
+        ran: True if there was one since it was set to False.
+    """
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self.ran = False
+        self._handles: list[Any] = []
+        trainable = [p for p in params if p.requires_grad and p.is_leaf and not p.is_inference()]
+        self._params = trainable[:: len(trainable) // WATCHED + 1]
+        watch = weakref.ref(self)
+
+        def note(_: Tensor) -> None:
+            found = watch()
+            if found is not None:
+                found.ran = True
+
+        for p in self._params:
+            self._handles.append(p.register_post_accumulate_grad_hook(note))
+
+    def __del__(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def is_for(self, params: Iterable[Tensor]) -> bool:
+        """Return True if the watched parameters are among these."""
+        return {id(p) for p in self._params} <= {id(p) for p in params}
+
+
+def any_grads(params: Iterable[Tensor]) -> bool:
+    """Return True if there are gradients and they are not all cleared in place."""
     present = [local(p.grad) for p in params if p.grad is not None]
-    if any(getattr(g, MARK, -1) >= g._version for g in present):  # greater: a deep copy, which counts from 0
-        return False
-    # A gradient that was written to since it was made has been added to by backward(), or cleared by
-    # zero_grad(set_to_none=False): only its values tell. One that was never written to is as backward() made it.
-    return any(g._version == 0 or bool(g.any()) for g in present)
+    # A gradient that was never written to is as backward() made it; of others only the values tell.
+    return any(g._version == 0 or bool(torch.any(g)) for g in present)

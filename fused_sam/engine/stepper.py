@@ -20,16 +20,26 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_sam import backends
-from fused_sam.backends.contract import LOW_PRECISION, RNG_OFFSET, SKIP, SUM, UPDATE_NORM, PerturbGroup, Status
+from fused_sam.backends.contract import (
+    LOW_PRECISION,
+    PERTURBED,
+    RNG_OFFSET,
+    SKIP,
+    SUM,
+    UPDATE_NORM,
+    UPDATED,
+    PerturbGroup,
+    Status,
+)
 
 from .base_optimizers import WrappedBase, fused_names, make_base
-from .calls import GradSnapshot, KernelCall
+from .calls import GradSnapshot, KernelCall, UpdatePlan
 from .displacement import Displacement
 from .options import check_group, overrides
-from .parameters import device_of
+from .parameters import device_of, is_distributed
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
-from .stale_grads import MARK, MARKED
+from .stale_grads import BackwardWatch, any_grads
 from .user_warnings import warn_of_plain_step
 
 _PERTURB = itemgetter("perturb")
@@ -63,7 +73,7 @@ class Context(Protocol):
         """Run the descent hook, before the finite check and the update."""
 
     def _run_updated(self) -> None:
-        """Run the updated hook, after the update."""
+        """Count the step and run the updated hook, after the update. Drop everything that belongs to the step."""
 
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""
@@ -93,7 +103,8 @@ class Stepper:
 
     Attributes:
         perturbed: between the two halves of a step, the kernel calls that perturbed the parameters: an empty list if
-            the step does not perturb. None outside of a step.
+            the step does not perturb. None outside of a step. It is set before the first of them runs.
+        marks: marks[PERTURBED] says how many of these calls have written.
         status: the numbers that the primitives left.
         context: the Step that hooks get; SAM sets it.
     """
@@ -109,6 +120,7 @@ class Stepper:
         self.base = make_base(settings.base_optimizer, optimizer, settings.base_options, settings.own_options)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
+        self.marks = self.status.marks
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
         self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
         self.warned_of_abandoned_step = False
@@ -119,7 +131,13 @@ class Stepper:
         self.keeps_skip = False  # True if the descent hook has set the skip flag
         self.changed_update = False  # True if the descent hook has changed the gradients of the update
         self.grad_scale: Tensor | None = None  # that the last update's gradients had
+        self.ascent_scale: Any = None  # that the last first_step()'s gradients had, if it is known
+        self.grads_unscaled = False  # True if scaler.unscale_() was called since the last half of a step
+        self.noted_scale: Tensor | None = None  # GradScaler's, when unscale_() was called last
         self.skip_process_group: Any = None  # of processes whose perturbations differ and which must skip together
+        self.grads_used = False  # True if the gradients may be those of an update, or of a step that was undone
+        self._state = optimizer.state  # whose tensors the plan's tables hold
+        self._watch: BackwardWatch | None = None  # for step(closure)
         self._had_gradients = False
         self._perturb_drew = False  # True if the last perturbation drew random numbers
         cls = type(optimizer)
@@ -194,18 +212,35 @@ class Stepper:
             self.norm(plan, calls, snapshot, groups, status, keep_skip)
             if self._has_hooks:
                 groups = self.context._run_radius(groups)
-            for call in calls:
-                call.backend.perturb(call.table, groups, status)
+            self.write_perturbation(calls, groups, status)
         except BaseException:
+            self.undo()
             if self._has_hooks:
                 self.context._abandon()
             raise
         finally:
             plan.detach(calls)
-        self.perturbed = calls
         if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
             self.after_write(perturbed=True)
         return True
+
+    def write_perturbation(self, calls: list[KernelCall], groups: list[PerturbGroup], status: Status) -> None:
+        """Perturb the parameters, so that `undo` restores what an exception has left of it."""
+        self.marks = marks = status.marks
+        marks[PERTURBED] = 0
+        self.perturbed = calls
+        for k, call in enumerate(calls):
+            call.backend.perturb(call.table, groups, status)
+            marks[PERTURBED] = k + 1
+
+    def has_new_grads(self) -> bool:
+        """Return True if a backward pass has computed gradients since the last update, for step(closure)."""
+        params = [p for group in self.optimizer.param_groups for p in group["params"]]
+        if self._watch is not None and self._watch.is_for(params):
+            new = self._watch.ran
+        else:
+            self._watch, new = BackwardWatch(params), not self.grads_used
+        return new and any_grads(params)
 
     def perturb_flags(self) -> tuple[bool, ...]:
         """Return for each group True if it is perturbed and counts in the norm."""
@@ -268,7 +303,11 @@ class Stepper:
             divisor: divide the gradients by this, the number of micro-batches that they are the sum of.
         """
         optimizer, status = self.optimizer, self.status
+        status.marks[UPDATED] = 0
+        update, stage = None, 0  # 1: the update is complete, 2: what follows it is too
         perturbed = self.perturbed
+        if perturbed and self.marks[PERTURBED] < len(perturbed):
+            perturbed = self.written_calls()
         try:
             self.perturb_groups()  # its checks
             groups, names = self.base.numbers(optimizer.param_groups)
@@ -280,6 +319,10 @@ class Stepper:
             undo = self.perturbed if self.perturbed else plan.none_perturbed  # a new plan has calls of its own
             update = plan.update_plan(snapshot, undo, names, optimizer.state)
             scale: Tensor | None = getattr(optimizer, "grad_scale", None)
+            if scale is None and self.noted_scale is not None:
+                scale = self._scale_after_unscaling(perturbed)
+            elif perturbed and self.ascent_scale is None:
+                self.ascent_scale = scale
             self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
             self.changed_update = self.keeps_skip = False
             if self._has_hooks:
@@ -293,25 +336,68 @@ class Stepper:
                 plan.detach(update.calls)
             if update.new and not self.known_skip():
                 update.commit(optimizer.state)
-        except BaseException:
-            optimizer.restore()
-            raise
-        self.perturbed = None
-        if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
-            self.after_write(perturbed=False)
-        grads: Any = snapshot.grads if snapshot.addresses is not None else snapshot.present()
-        for g in grads[:: len(grads) // MARKED + 1]:  # see stale_grads.py
-            if not g.is_inference():
-                setattr(g, MARK, g._version)
-        try:
-            if self.schedule is not None:
-                self.schedule.stepped(self.context)
+            self.perturbed = None
+            stage = 1
+            if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
+                self.after_write(perturbed=False)
+            self.grads_used = True
+            if self._watch is not None:
+                self._watch.ran = False
             if self._has_hooks:
                 self.context._run_updated()
-        finally:
-            self.decision = None
-            if self._has_hooks:
+                stage = 2
                 self.context._end()
+            self.decision, self.grads_unscaled = None, False
+        except BaseException:
+            written = status.marks[UPDATED] or (update is not None and any(c.table.pending for c in update.calls))
+            if stage or written:
+                assert update is not None
+                self._complete(plan, update, snapshot, groups, status, stage)
+            else:
+                optimizer.restore()
+            raise
+
+    def _scale_after_unscaling(self, perturbed: list[KernelCall] | None) -> Tensor | None:
+        """Return the scale of the update's gradients after unscale_(): None if these are unscaled."""
+        if self.grads_unscaled:
+            if perturbed and self.ascent_scale is None:
+                self.ascent_scale = self.noted_scale
+            return None
+        return self.noted_scale if getattr(self.optimizer, "found_inf", None) is not None else None
+
+    def _complete(
+        self,
+        plan: Plan,
+        update: UpdatePlan,
+        snapshot: GradSnapshot,
+        groups: list[Any],
+        status: Status,
+        stage: int,
+    ) -> None:
+        """Complete an update that an exception has ended after it had written parameters or state.
+
+        Args:
+            stage: 1 if the update itself is complete, 2 if the `updated` hook is too.
+        """
+        if self.base.rule is not None and stage == 0:
+            plan.attach(update.calls, snapshot)
+            try:
+                self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
+            finally:
+                plan.detach(update.calls)
+            for call in update.calls:
+                call.table.pending = []
+            if update.new and not self.known_skip():
+                update.commit(self.optimizer.state)
+        if stage == 0:
+            self.perturbed = None
+            plan.masters.record_versions()
+        self.decision, self.grads_unscaled = None, False
+        try:
+            if self._has_hooks and stage < 2:
+                self.context._run_updated()
+        finally:
+            self.context._end()
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
@@ -334,8 +420,11 @@ class Stepper:
                 skip.fill_(0)
             skip.add_(found_inf.reshape(1).to(skip, non_blocking=True))
             keep_skip = True
+        # GradScaler has checked the gradients that unscale_() was called for, which may be the first ones.
+        scaled = getattr(self.optimizer, "grad_scale", 0) is not None
+        others = found_inf is not None and self.grad_scale is not None and not scaled
         unchecked = found_inf is None or self.changed_update or self.optimizer.combines_grads
-        self.took_update_norm = settings.max_norm < math.inf or (settings.check_update and unchecked)
+        self.took_update_norm = settings.max_norm < math.inf or (settings.check_update and unchecked) or others
         if self.took_update_norm:
             self.norm(plan, calls, snapshot, None, status, keep_skip)
         elif not keep_skip:
@@ -363,7 +452,10 @@ class Stepper:
     @torch.no_grad()
     def restore(self) -> None:
         """Undo the perturbation, bit for bit, without an update. The step is decided again after that."""
-        self.decision = None
+        self.grads_used = True
+        if self._watch is not None:
+            self._watch.ran = False
+        self.decision, self.suspended, self.in_closure = None, False, False
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -371,13 +463,22 @@ class Stepper:
     @torch.no_grad()
     def undo(self) -> None:
         """Undo the perturbation and keep everything else of the step: its decision and its kept gradients."""
+        if self.perturbed is None:
+            return
         plan = self.current_plan()
-        calls = self.perturbed or []
+        calls = self.written_calls()
         plan.sync_masters(self.optimizer.state, calls)
         for call in calls:
             call.backend.restore(call.table)
         self.perturbed = None
         plan.masters.record_versions()
+
+    def written_calls(self) -> list[KernelCall]:
+        """Return the calls that have perturbed parameters, and forget those that an exception has prevented."""
+        calls = self.perturbed or []
+        if self.marks[PERTURBED] < len(calls):
+            self.perturbed = calls = calls[: int(self.marks[PERTURBED])]
+        return calls
 
     @contextmanager
     def unperturbed(self) -> Iterator[None]:
@@ -385,21 +486,26 @@ class Stepper:
         if self.perturbed is None:
             yield
             return
-        plan, calls = self.current_plan(), self.perturbed
+        plan = self.current_plan()
+        calls = self.written_calls()
         copies = [[p.detach().clone() for p in call.table.params] for call in calls]
         with torch.no_grad():
             for call in calls:
                 call.backend.restore(call.table)
-        self.perturbed, self.suspended = None, True
+        # Between these lines an exception leaves clean parameters that restore() restores once more.
+        self.suspended = True
+        self.perturbed = None
         try:
             yield
         finally:
-            self.perturbed, self.suspended = calls, False
-            with torch.no_grad():
-                plan.sync_masters(self.optimizer.state, calls)
-                for call, values in zip(calls, copies, strict=True):
-                    torch._foreach_copy_(call.table.params, values)
-            plan.masters.record_versions()
+            if self.suspended:  # else restore() has ended the step
+                self.perturbed = calls
+                self.suspended = False
+                with torch.no_grad():
+                    plan.sync_masters(self.optimizer.state, calls)
+                    for call, values in zip(calls, copies, strict=True):
+                        torch._foreach_copy_(call.table.params, values)
+                plan.masters.record_versions()
 
     @property
     def displacement(self) -> Displacement:
@@ -437,13 +543,17 @@ class Stepper:
             new = self.new_plan()
             new.inherit(plan)
             if self.perturbed is not None:
-                self.perturbed = new.take_over(plan, self.perturbed)
+                taken = new.take_over(plan, self.written_calls())
+                self.marks[PERTURBED] = math.inf  # all of the old calls, and of the new ones
+                self.perturbed = taken
             self.context._replanned(plan, new)
             self.plan = plan = new
         return plan
 
     def snapshot(self) -> tuple[Plan, GradSnapshot]:
         """Return the gradients as they are now, and the plan for them."""
+        if self.optimizer.state is not self._state:  # replaced by a load that an exception has ended, or by hand
+            self.forget_state()
         plan = self.plan
         snapshot = plan.snapshot(self.optimizer.param_groups)
         if snapshot is None:
@@ -452,7 +562,7 @@ class Stepper:
             assert snapshot is not None  # the plan was made from these groups
         if not self._had_gradients:
             self._had_gradients = any(snapshot.codes) or plan.sharding is not None
-            if not self._had_gradients and _is_distributed():
+            if not self._had_gradients and is_distributed():
                 raise RuntimeError(
                     "none of the optimizer's parameters has ever had a gradient: if the model was sharded or replaced "
                     "(fully_shard, parallelize_module, .to()) after the optimizer was built, build the optimizer over "
@@ -462,6 +572,7 @@ class Stepper:
 
     def forget_state(self) -> None:
         """Drop what depends on optimizer state and counters, which have been replaced."""
+        self._state = self.optimizer.state
         self.plan.forget_state()
         self.status = Status(self.device())
         self._load_rng_offset()
@@ -538,8 +649,3 @@ class Stepper:
 def with_twins(groups: list[PerturbGroup]) -> list[PerturbGroup]:
     """Return the groups and, after them, a twin of each that is not adaptive, for unscaled parameters."""
     return groups + [group._replace(adaptive=False) for group in groups]
-
-
-def _is_distributed() -> bool:
-    distributed = torch.distributed
-    return distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1

@@ -15,6 +15,10 @@ class AbandonedStepWarning(UserWarning):
     """Warns that first_step() found perturbed weights, because the step before it was not finished."""
 
 
+class SelectionWarning(UserWarning):
+    """Warns that a step of ESAM by hand has selected no samples, although gamma is below 1."""
+
+
 def warn_of_abandoned_step() -> None:
     """Warn, at the user's line, that the perturbation of an unfinished step was undone."""
     warnings.warn(
@@ -33,6 +37,17 @@ def warn_of_plain_step(name: str, base: str) -> None:
         "the first backward() and second_step() after the second, or step(closure), or fused_sam.training.sam_step(). "
         "For plain steps, read `optimizer.needs_second_pass` before them, or pass rho=0",
         PlainStepWarning,
+        stacklevel=_stacklevel_of_user(),
+    )
+
+
+def warn_of_missing_selection(gamma: float) -> None:
+    """Warn, at the user's line, that ESAM's second gradient was of all samples."""
+    warnings.warn(
+        f"ESAM (gamma={gamma:g}) updates with the gradient of all samples, because nothing was selected between "
+        "first_step() and step(): use fused_sam.training.sam_step, or select by fused_sam.training.select_sharp, or "
+        "pass gamma=1",
+        SelectionWarning,
         stacklevel=_stacklevel_of_user(),
     )
 

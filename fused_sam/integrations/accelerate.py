@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from fused_sam.sam import SAM
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, set_ascent_grad_scale
 
+from .methods import momentum_displaced, refuse_method
+
 try:
     from accelerate import Accelerator
     from accelerate.optimizer import AcceleratedOptimizer
@@ -27,8 +29,24 @@ except ImportError as error:
     ) from error
 
 
-class _ReportsSkips(AcceleratedOptimizer):
-    """Reports SAM's skipped steps. accelerate's own class reports only those that GradScaler skips."""
+class PreparedSAM(AcceleratedOptimizer):
+    """What wrapped_sam() makes of a prepared optimizer: accelerate's own, with SAM's calls and SAM's skipped steps.
+
+    first_step(), restore(), unperturbed() and all else that accelerate's class lacks are the SAM optimizer's.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "optimizer" or name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.optimizer, name)
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        """Finish the step through accelerate's step(), which uses its GradScaler."""
+        if not self.optimizer.perturbed:
+            self.optimizer.second_step()  # raises the error
+        self.step()
+        if zero_grad:
+            self.zero_grad()
 
     @property
     def step_was_skipped(self) -> bool:
@@ -39,7 +57,8 @@ class _ReportsSkips(AcceleratedOptimizer):
 def wrapped_sam(optimizer: Any) -> SAM:
     """Return the SAM optimizer inside the one that accelerate's prepare() returned.
 
-    From then on the outer optimizer's step_was_skipped is SAM's `skipped`.
+    From then on the outer optimizer has SAM's first_step(), second_step() and its other calls, for loops with two
+    passes by hand, and its step_was_skipped is SAM's `skipped`.
 
     Raises:
         TypeError: the optimizer is not a prepared fused_sam optimizer.
@@ -51,7 +70,7 @@ def wrapped_sam(optimizer: Any) -> SAM:
             f"expected a fused_sam optimizer that went through accelerator.prepare(), not {found}. "
             "A Trainer takes one as optimizers=(SAM(...), None) or optimizer_cls_and_kwargs=(SAM, {...})"
         )
-    optimizer.__class__ = _ReportsSkips  # schedulers and the accelerator hold this very object
+    optimizer.__class__ = PreparedSAM  # schedulers and the accelerator hold this very object
     return sam
 
 
@@ -71,7 +90,8 @@ class AcceleratedSAM:
     does nothing before an update, nor after a skipped one, which `optimizer.step_was_skipped` reports.
 
     Raises:
-        TypeError: the optimizer is not a prepared fused_sam optimizer.
+        TypeError: the optimizer is not a prepared fused_sam optimizer, or is MicrobatchSAM; loss_fn returns no tensor.
+        ValueError: ESAM with gamma below 1.
     """
 
     def __init__(
@@ -88,6 +108,7 @@ class AcceleratedSAM:
         self._model = model
         self._optimizer = optimizer
         self._sam = wrapped_sam(optimizer)
+        refuse_method(self._sam, "accelerate")
         self._loss_fn = loss_fn
         self._frozen = frozen_batch_norm if freeze_batch_norm else nullcontext
         self._replays = replay_rng
@@ -99,22 +120,26 @@ class AcceleratedSAM:
             self._sam.zero_grad()
         self._micro_batches.append((batch, ReplayedRNG.of(self._model) if self._replays else nullcontext()))
         try:
-            loss = self._pass(batch)
-            if self._accelerator.sync_gradients:
-                set_ascent_grad_scale(self._sam, self._accelerator.scaler)
-                if self._sam.needs_second_pass:
-                    self._sam.first_step(zero_grad=True)
-                    self._second_pass()
-                self._optimizer.step()
-                self._micro_batches.clear()
+            with momentum_displaced(self._sam):
+                loss = self._pass(batch)
+                if self._accelerator.sync_gradients:
+                    set_ascent_grad_scale(self._sam, self._accelerator.scaler)
+                    if self._sam.needs_second_pass:
+                        self._sam.first_step(zero_grad=True)
+                        self._second_pass()
+                    self._optimizer.step()
+                    self._micro_batches.clear()
         except BaseException:
-            self._sam.restore()
+            if self._sam.perturbed:
+                self._sam.restore()
             self._micro_batches.clear()
             raise
         return loss
 
     def _pass(self, batch: Any) -> Tensor:
         loss = self._loss_fn(self._model, batch)
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss_fn must return the mean loss, a tensor, not {type(loss).__name__}: return it alone")
         self._accelerator.backward(loss)
         return loss.detach()
 

@@ -11,6 +11,8 @@ from typing import Any
 from fused_sam.sam import SAM
 from fused_sam.training import paired_closure, set_ascent_grad_scale
 
+from .methods import momentum_displaced, refuse_method
+
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
     from lightning.pytorch import LightningModule
@@ -26,11 +28,14 @@ class SAMMixin:
 
     Batch-norm statistics and logged values are those of the first pass, and dropout masks are the same in both.
     Precision "16-mixed" makes both passes too. Without the mixin, Lightning's gradient scaler calls step() without a
-    closure, which is an update without SAM. Other optimizers are stepped as usual.
+    closure, which is an update without SAM. Other optimizers are stepped as usual. MomentumSAM's weights are displaced
+    within optimizer_step() alone, so that validation, averages and checkpoints get the clean ones.
 
     Raises:
         MisconfigurationException: accumulate_grad_batches is not 1, and Lightning keeps no batch for a second pass. Use
             manual optimization, and two_pass_step() with a closure that goes through all micro-batches.
+        TypeError: MicrobatchSAM.
+        ValueError: ESAM with gamma below 1.
     """
 
     _in_second_pass = False
@@ -82,12 +87,19 @@ def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closur
         The result of the first run. With a gradient scaler, None, as from Lightning's own step.
 
     Raises:
-        TypeError: the optimizer does not wrap a fused_sam optimizer.
+        TypeError: the optimizer does not wrap a fused_sam optimizer, or is MicrobatchSAM.
+        ValueError: ESAM with gamma below 1.
     """
     sam = optimizer.optimizer
     if not isinstance(sam, SAM):
         raise TypeError(f"two_pass_step() needs a fused_sam optimizer, not {type(sam).__name__}: use its own step()")
+    refuse_method(sam, "Lightning")
     closure = paired_closure(closure, module, sam)
+    with momentum_displaced(sam):
+        return _both_passes(module, optimizer, sam, closure)
+
+
+def _both_passes(module: LightningModule, optimizer: LightningOptimizer, sam: SAM, closure: Callable[[], Any]) -> Any:
     scaler = getattr(module.trainer.precision_plugin, "scaler", None)
     if scaler is None:
         return optimizer.step(closure=closure)

@@ -16,6 +16,7 @@ try:
     from transformers import Trainer
 
     from .accelerate import wrapped_sam
+    from .methods import momentum_displaced, refuse_method
 except ImportError as error:
     raise ImportError(
         "fused_sam.integrations.transformers needs transformers and accelerate: pip install 'fused_sam[transformers]'"
@@ -30,10 +31,11 @@ class SAMTrainerMixin:
     The last training_step() of an update perturbs the weights and goes through the update's micro-batches again.
     Trainer's own clipping, optimizer.step() and scheduling then use the second gradient. The reported loss is the first
     pass's. In the second pass batch norm is frozen and dropout masks are replayed. A skipped update does not step the
-    scheduler.
+    scheduler. MomentumSAM's weights are clean between updates, for evaluating and saving.
 
     Raises:
-        TypeError: the Trainer's optimizer is not a fused_sam optimizer.
+        TypeError: the Trainer's optimizer is not a fused_sam optimizer, or is MicrobatchSAM.
+        ValueError: ESAM with gamma below 1.
     """
 
     _micro_batches: list[tuple[Any, ReplayedRNG]]  # those of this update, each with its random numbers
@@ -47,12 +49,14 @@ class SAMTrainerMixin:
         """Run a micro-batch, and after the last one of an update the second pass. Trainer calls it."""
         trainer: Any = self
         sam = wrapped_sam(trainer.optimizer)
+        refuse_method(sam, "Trainer")
 
         def one_pass(inputs: dict[str, Any]) -> Tensor:
             return super(SAMTrainerMixin, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
 
         self._micro_batches.append((inputs, ReplayedRNG.of(model)))
-        loss = one_pass(inputs)
+        with momentum_displaced(sam):
+            loss = one_pass(inputs)
         if not trainer.accelerator.sync_gradients:
             return loss
         micro_batches, self._micro_batches = self._micro_batches, []

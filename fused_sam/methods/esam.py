@@ -15,6 +15,7 @@ from torch.optim.optimizer import ParamsT
 
 from fused_sam.backends.contract import MASK
 from fused_sam.backends.rng import random_words, stream_key
+from fused_sam.engine.user_warnings import warn_of_missing_selection
 from fused_sam.sam import SAM
 from fused_sam.step import Number, Step, option
 
@@ -57,6 +58,12 @@ class ESAM(SAM):
     }
     beta: float
     gamma: float
+    selections = 0
+    """How often select_sharp() has selected samples, for any optimizer."""
+    selections_before: int | None = None
+    """`selections` at first_step(), to find a step by hand in which nothing was selected."""
+    warned: bool = False
+    """True after the warning of such a step, which comes once."""
     mask: str
     needs_grad_scale = False
 
@@ -94,6 +101,9 @@ class ESAM(SAM):
                 f"step(closure) cannot select samples (gamma is {self.gamma:g}): a closure gives their mean alone; "
                 "use fused_sam.training.sam_step with a loss for each sample, or gamma=1"
             )
+        if closure is None and self.gamma < 1 and self.perturbed and self.selections_before == ESAM.selections:
+            self.warned = True
+            warn_of_missing_selection(self.gamma)
         return super().run_step(closure)
 
     # ---- whole tensors --------------------------------------------------------------------------------------
@@ -109,9 +119,9 @@ class ESAM(SAM):
         chosen = self.choose() if known else None
         params = [p for group in self.param_groups for p in group["params"]]
         off = [] if chosen is None else [p for p in params if p.requires_grad and id(p) not in chosen]
-        for p in off:
-            p.requires_grad_(False)
         try:
+            for p in off:
+                p.requires_grad_(False)
             yield
         except RuntimeError as error:
             if off and "does not require grad" in str(error):
@@ -155,6 +165,7 @@ class ESAM(SAM):
                     if group["perturb"] and id(p) not in chosen:
                         p.grad = None
         super().first_step(zero_grad, grad_scale=grad_scale)
+        self.selections_before = None if self.warned else ESAM.selections
 
     def updated(self, step: Step) -> None:
         if self.mask == "tensors":

@@ -96,6 +96,11 @@ class MicrobatchSAM(SAM):
                 f"next_microbatch() was called after the last of {self.num_microbatches} micro-batches: "
                 "finish the step with second_step() or step()"
             )
+        if self.stepper.grads_unscaled:
+            raise RuntimeError(
+                "scaler.unscale_() was called between two micro-batches, so that the sum would have gradients of two "
+                "scales: call restore(), and unscale_() after the last backward() alone"
+            )
         self.microbatches_done += 1
         if not self.perturbed:  # one pass per micro-batch: backward() adds to the gradients
             return
@@ -115,6 +120,12 @@ class MicrobatchSAM(SAM):
         if self.num_microbatches == 1:
             return super().run_step((lambda: closure(0)) if _takes_a_number(closure) else closure)
         self.refuse_scaled_closure()
+        if not _takes_a_number(closure, optional=True):
+            raise TypeError(
+                f"MicrobatchSAM (num_microbatches={self.num_microbatches}) calls closure(i) for each micro-batch, and "
+                "this closure takes no argument. A framework's own closure cannot cut its batch: use "
+                "fused_sam.training.sam_step in a loop, or another method"
+            )
         if self.perturbed or self.microbatches_done:
             raise RuntimeError("step(closure) was called within a step: finish it with step(), or restore() to undo it")
         self.sums_in_closure = True
@@ -123,7 +134,7 @@ class MicrobatchSAM(SAM):
             self.update()
         finally:
             self.sums_in_closure = False
-        return total / self.num_microbatches
+        return None if total is None else total / self.num_microbatches
 
     def evaluate(self, closure: Callable[[int], Any]) -> Any:
         """Run both passes of all micro-batches; return the sum of their losses."""
@@ -207,7 +218,11 @@ class MicrobatchSAM(SAM):
         super().refuse_perturbed(what)
 
 
-def _takes_a_number(closure: Callable[..., Any]) -> bool:
-    """Return True if the closure has an argument without a default."""
+def _takes_a_number(closure: Callable[..., Any], optional: bool = False) -> bool:
+    """Return True if the closure has an argument without a default; optional: or one that may be left out."""
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return any(p.kind in positional and p.default is p.empty for p in inspect.signature(closure).parameters.values())
+    given = inspect.signature(closure).parameters.values()
+    return any(
+        (p.kind in positional and (optional or p.default is p.empty)) or (optional and p.kind is p.VAR_POSITIONAL)
+        for p in given
+    )

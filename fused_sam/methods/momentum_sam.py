@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
-from torch.utils.hooks import RemovableHandle
 
 from fused_sam.sam import SAM
 from fused_sam.step import Number, Step
@@ -34,7 +33,7 @@ class MomentumSAM(SAM):
     An ordinary loop trains it: backward(), step(); `needs_second_pass` is always False. Between steps the stored
     weights are w~. eval() restores w, bit for bit, before evaluating, saving or copying, and train() displaces them
     again; `with optimizer.unperturbed():` does both. state_dict(), copying and pickling raise an error while the
-    weights are displaced. After loading, call train(). guard(model) makes a forward pass in eval mode raise an error.
+    weights are displaced. After loading, call train(). guard(model) makes evaluating and saving the model raise one.
 
     Raises:
         ValueError: a perturbed group without momentum; a schedule that reads gradients; as SAM.
@@ -51,6 +50,10 @@ class MomentumSAM(SAM):
 
     training: bool = True
     """True between train() and eval()."""
+
+    clean_between_steps: bool = False
+    """True: a step leaves the clean weights, and train() displaces them before each forward pass. For frameworks that
+    evaluate, average or save between any two steps; it costs nothing."""
 
     def __init__(
         self, params: ParamsT, base_optimizer: Callable[..., Optimizer] = torch.optim.SGD, *args: Any, **options: Any
@@ -120,7 +123,9 @@ class MomentumSAM(SAM):
         """Displace the weights, if there is momentum: for training."""
         self.refuse_suspended("train()")
         self.training = True
-        if not self.displaced:
+        if self.displaced:
+            self.stepper.displacement.ready = True
+        else:
             self.displace()
 
     def restore(self) -> None:
@@ -133,18 +138,6 @@ class MomentumSAM(SAM):
     def displace(self) -> None:
         """Displace clean weights, unless the schedule leaves the coming step out."""
         self.stepper.displacement.displace(wanted=self.stepper.wants_perturbation())
-
-    def guard(self, model: nn.Module) -> RemovableHandle:
-        """Make model's forward raise RuntimeError in eval mode while the weights are displaced; .remove() ends that."""
-
-        def check(module: nn.Module, _: Any) -> None:
-            if not module.training and self.displaced:
-                raise RuntimeError(
-                    "the model is in eval mode and its weights are displaced: call optimizer.eval() before "
-                    "evaluating and optimizer.train() afterwards, or evaluate within `with optimizer.unperturbed():`"
-                )
-
-        return model.register_forward_pre_hook(check)
 
     # ---- the step -------------------------------------------------------------------------------------------
 
@@ -172,12 +165,14 @@ class MomentumSAM(SAM):
         return loss
 
     def updated(self, step: Step) -> None:
-        if self.training:
+        if self.training and not self.clean_between_steps:
             self.displace()
+        else:
+            self.stepper.displacement.ready = False
 
     def refuse_perturbed(self, what: str) -> None:
         if self.displaced:
             raise RuntimeError(
                 f"{what} while the weights are displaced along the momentum: call optimizer.eval() first, and "
-                "optimizer.train() afterwards"
+                "optimizer.train() afterwards, or do this inside `with optimizer.unperturbed():`"
             )

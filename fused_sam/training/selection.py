@@ -11,6 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fused_sam.methods import ESAM
+
 
 def select_sharp(before: Tensor, after: Tensor, gamma: float) -> Tensor:
     """Return the indices of the samples with the largest `after - before`, in ascending order.
@@ -32,6 +34,7 @@ def select_sharp(before: Tensor, after: Tensor, gamma: float) -> Tensor:
             "select_sharp() needs one loss per sample before and after the perturbation, both of shape [B]; "
             f"got {list(before.shape)} and {list(after.shape)}"
         )
+    ESAM.selections += 1
     keep = max(1, round(gamma * len(before)))
     rise = (after.detach() - before.detach()).float()
     return torch.topk(rise, keep).indices.sort().values

@@ -34,7 +34,7 @@ class StepResult:
     """Holds what sam_step() returns: 0-dim tensors on the model's device. Reading their values waits for it."""
 
     loss: Tensor  # mean of the first pass, at the weights, detached
-    perturbed_loss: Tensor | None  # mean of the second pass, detached; None if the step needed no second pass
+    perturbed_loss: Tensor | None  # mean of the second pass, detached; None after a step of one pass
     skipped: Tensor  # True if a gradient was not finite, so that the update changed nothing
 
 
@@ -88,11 +88,11 @@ def sam_step(
     elsewhere (batch-norm statistics, random generators).
 
     Raises:
-        TypeError: the optimizer is not SAM, or is wrapped.
+        TypeError: the optimizer is not SAM, or is wrapped; loss_fn returns no tensor; the scheduler needs a metric.
         RuntimeError: the weights are perturbed already.
         ValueError: an option is out of range, a batch cannot be cut, or a loss has another shape than [] or [B].
     """
-    _check_options(optimizer, ascent_fraction)
+    _check_options(optimizer, ascent_fraction, scheduler)
     if isinstance(microbatches, Integral):  # NumPy's integers too
         microbatches = int(microbatches)
     gamma: float | None = getattr(optimizer, "selected_fraction", None)
@@ -196,12 +196,17 @@ def _msam_passes(
     return torch.stack(losses).mean(), torch.stack(perturbed_losses).mean() if perturbed_losses else None
 
 
-def _check_options(optimizer: Any, ascent_fraction: float) -> None:
+def _check_options(optimizer: Any, ascent_fraction: float, scheduler: Any) -> None:
     # Lightning's wrapper is an instance of the class that it wraps, but has no attributes of its own.
     if not isinstance(optimizer, SAM) or "param_groups" not in vars(optimizer):
         inner = getattr(optimizer, "optimizer", None)
         hint = "pass its .optimizer" if isinstance(inner, SAM) else "for a step without SAM, use SAM with rho=0"
         raise TypeError(f"sam_step() needs a fused_sam optimizer, not {type(optimizer).__name__}: {hint}")
+    if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise TypeError(
+            "ReduceLROnPlateau steps by a metric, which sam_step() does not have: leave out `scheduler`, and call its "
+            "step(metric) in the loop"
+        )
     if optimizer.perturbed:
         raise RuntimeError(
             "sam_step() was called with perturbed weights: call second_step() to finish the step that first_step() "
@@ -266,6 +271,11 @@ class _Evaluator:
     def _forward(self, part: MicroBatch) -> Tensor:
         with self._autocast_context():
             losses = self._loss_fn(self._model, part.batch)
+        if not isinstance(losses, Tensor):
+            raise TypeError(
+                f"loss_fn must return a tensor, the batch's mean loss or its samples' losses, not "
+                f"{type(losses).__name__}: return the loss alone, and keep other outputs in a variable outside"
+            )
         # An autocast region around the whole step caches casts of the weights, which are about to change.
         torch.clear_autocast_cache()
         shape = list(losses.shape)

@@ -161,7 +161,7 @@ def test_non_finite_gradient_changes_nothing(
     assert_same_bits(table.backups, params)
     for w in table.params:
         w.fill_(3)  # as the perturbation of an earlier, finite gradient may have left them
-    getattr(backend, rule)(table, case.groups, status, None, INF)
+    backend.update(table, case.groups, status, None, INF)
     assert_same_bits(table.params, params)
     for name, column in table.state.items():
         pairs = zip(column, state[name], strict=True)
@@ -233,7 +233,7 @@ def test_dampened_momentum_is_never_minus_zero() -> None:
     case, backend = draw_case([40], DTYPES[0], [SGDGroup(0.1, momentum=0.9, dampening=0.5)]), Triton()
     for g in case.table.grads:
         g.fill_(-0.0)
-    backend.sgd(case.table, case.groups, case.status, None, INF)  # type: ignore[arg-type]
+    backend.update(case.table, case.groups, case.status, None, INF)  # type: ignore[arg-type]
     (m,) = case.table.state["momentum_buffer"]
     assert m is not None and not m.signbit().any() and not m.any()
 
@@ -243,7 +243,7 @@ def test_adam_counts_the_steps_of_many_tensors_once_per_call() -> None:
     case, backend = draw_case([3] * 130, DTYPES[0], GROUPS["adam"]), Triton()
     for skip in (0, 1):
         case.status.values[SKIP] = skip
-        backend.adam(case.table, case.groups, case.status, None, INF)  # type: ignore[arg-type]
+        backend.update(case.table, case.groups, case.status, None, INF)  # type: ignore[arg-type]
         assert [float(t) for t in case.table.state["step"] if t is not None] == [float(i + 1) for i in range(130)]
     assert not case.table.native._memory.tensor("ticket").any()
 
@@ -256,7 +256,7 @@ def test_the_sign_of_zero_is_zero_and_that_of_nan_is_nan() -> None:
     case.attach([gradient])
     case.table.state["exp_avg"][0].zero_()  # type: ignore[union-attr]
     case.table.backups[0].fill_(1.0)
-    backend.lion(case.table, [group], case.status, None, INF)
+    backend.update(case.table, [group], case.status, None, INF)
     wanted = torch.tensor([1.0, 1.0, NAN, 0.75, 1.25, 0.75, 1.25, 0.75]).repeat(64)
     torch.testing.assert_close(case.table.params[0], wanted, rtol=0, atol=0, equal_nan=True)
 
@@ -343,7 +343,7 @@ def test_updates_round_stochastically(dtype: torch.dtype, group: SGDGroup | Adam
     before = [b.clone() for b in case.table.backups]
     case.set_status(RNG_OFFSET, 9)
     assert case.table.rule is not None
-    getattr(backend, case.table.rule.name)(case.table, [group], case.status, None, INF)
+    backend.update(case.table, [group], case.status, None, INF)
     for i, (w, b) in enumerate(zip(case.table.params, before, strict=True)):
         lr, decay = torch.tensor(0.5), torch.tensor(0.001)
         exact = b.float() - lr * (decay * b.float()) if isinstance(group, SGDGroup) else b.float() * (1 - lr * decay)

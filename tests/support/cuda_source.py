@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +26,7 @@ from torch import Tensor
 from fused_sam import backends
 from fused_sam.backends.contract import (
     LOW_PRECISION,
-    AdamGroup,
-    LionGroup,
     PerturbGroup,
-    SGDGroup,
     Status,
     Table,
     VectorPair,
@@ -98,20 +96,10 @@ class CudaSource(Cuda):
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         super().perturb(table, groups, _Fp32Status(status))
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        super().sgd(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        super().adam(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        super().lion(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
+        super().update(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
 
     def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
         if self._pair(pair) is None:

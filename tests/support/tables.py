@@ -16,12 +16,10 @@ from torch import Tensor
 
 from fused_sam.backends import BACKENDS
 from fused_sam.backends.contract import (
-    ADAM,
     ASCENT_NORM,
     INVERSE_NORM,
-    LION,
     RNG_OFFSET,
-    SGD,
+    RULES,
     UPDATE_NORM,
     AdamGroup,
     Backend,
@@ -45,7 +43,7 @@ SHAPES = tuple((n,) for n in SIZES)
 SEED = 0xF123456789ABCDEF  # all 64 bits count
 
 Group = SGDGroup | AdamGroup | LionGroup
-RULES: dict[type, UpdateRule] = {SGDGroup: SGD, AdamGroup: ADAM, LionGroup: LION}
+RULE_OF: dict[type, UpdateRule] = {rule.group: rule for rule in RULES}
 
 PERTURB_GROUPS = [
     PerturbGroup(0.5),
@@ -134,7 +132,7 @@ def draw_table(
 ) -> Table:
     """Return a table whose row i belongs to group i % len(groups). Equal arguments give equal bits."""
     ids = [i % len(groups) for i in range(len(shapes))]
-    rule = RULES[type(groups[0])]
+    rule = RULE_OF[type(groups[0])]
 
     def column(number: int, dtype: torch.dtype) -> list[Tensor]:
         return [values(s, seed + 1000 * number + i, dtype) for i, s in enumerate(shapes)]
@@ -221,8 +219,8 @@ class Pair:
         scale = None if grad_scale is None else torch.tensor(grad_scale)
         if rule == "lion" and not self.twin_status.skip:
             self._check_signs(scale, max_norm)
-        getattr(self.backend, rule)(self.table, self.groups, self.status, scale, max_norm)
-        getattr(self.reference, rule)(self.twin, self.groups, self.twin_status, scale, max_norm)
+        self.backend.update(self.table, self.groups, self.status, scale, max_norm)
+        self.reference.update(self.twin, self.groups, self.twin_status, scale, max_norm)
 
     def restore(self) -> None:
         self.backend.restore(self.table)

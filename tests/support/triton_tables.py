@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.contract import (
-    ADAM,
     LION,
-    SGD,
+    RULES,
     AdamGroup,
     Backend,
     LionGroup,
@@ -46,7 +45,7 @@ PERTURB_GROUPS = [
 ]
 
 Group = SGDGroup | AdamGroup | LionGroup
-RULES: dict[type, UpdateRule] = {SGDGroup: SGD, AdamGroup: ADAM, LionGroup: LION}
+RULE_OF: dict[type, UpdateRule] = {rule.group: rule for rule in RULES}
 
 # Groups for each update rule, with all of its options.
 GROUPS: dict[str, Sequence[Group]] = {
@@ -113,7 +112,7 @@ class Case:
         undecided = self._undecided_signs(grad_scale, max_norm)
         for b, table, status in self.sides(backend):
             assert table.rule is not None
-            getattr(b, table.rule.name)(table, self.groups, status, grad_scale, max_norm)
+            b.update(table, self.groups, status, grad_scale, max_norm)
         for i, mask in enumerate(undecided):
             assert int(mask.sum()) <= 2 + mask.numel() // 10_000
             for column, twin in ((self.table.params, self.twin.params), (self.table.masters, self.twin.masters)):
@@ -169,7 +168,7 @@ def draw_case(
     device = torch.device(device)
     ids = [i % len(groups) for i in range(len(sizes))]
     drawn = [[values((n,), 10 * i + c).to(torch.float32) for i, n in enumerate(sizes)] for c in range(3)]
-    rule = RULES[type(groups[0])]
+    rule = RULE_OF[type(groups[0])]
 
     def state_of(name: str, i: int) -> Tensor | None:
         group, x = groups[ids[i]], drawn[2][i]

@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from fused_sam.backends.contract import (
+    ADAM,
     LOW_PRECISION,
-    AdamGroup,
     Backend,
-    LionGroup,
     PerturbGroup,
-    SGDGroup,
     Status,
     Table,
     VectorPair,
@@ -29,9 +27,9 @@ from fused_sam.backends.reference import Reference
 
 from . import layout, requirements
 from .device import device_of
-from .launch import Argument, Launchers, launch, launch_once
+from .launch import Launchers, launch, launch_once
 from .memory import Reserve
-from .tables import NativePair, NativeTable, UpdateGroup, copy_lrs
+from .tables import NativePair, NativeTable, copy_lrs
 
 _DTYPES = (torch.float32, *LOW_PRECISION)
 
@@ -117,42 +115,21 @@ class Triton(Backend):
 
     # ---- updates --------------------------------------------------------------------------------------------------
 
-    def sgd(
-        self, table: Table, groups: Sequence[SGDGroup], status: Status, grad_scale: Tensor | None, max_norm: float
+    def update(
+        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
     ) -> None:
-        self._update("sgd", table, groups, status, grad_scale, max_norm)
-
-    def adam(
-        self, table: Table, groups: Sequence[AdamGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        more = ("ticket", len(table.params))
-        self._update("adam", table, groups, status, grad_scale, max_norm, more, (_native(table).amsgrad,))
-
-    def lion(
-        self, table: Table, groups: Sequence[LionGroup], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        self._update("lion", table, groups, status, grad_scale, max_norm)
-
-    def _update(
-        self,
-        name: str,
-        table: Table,
-        groups: Sequence[UpdateGroup],
-        status: Status,
-        grad_scale: Tensor | None,
-        max_norm: float,
-        more: tuple[Argument, ...] = (),
-        more_constants: tuple[Any, ...] = (),
-    ) -> None:
-        """Run the kernel of an update rule, with what it takes beyond the arguments that all rules have."""
-        native = _native(table)
+        native, rule = _native(table), table.rule
+        assert rule is not None
+        # Adam's kernel counts steps, and is compiled for whether a group has amsgrad.
+        more = ("ticket", len(table.params)) if rule is ADAM else ()
+        more_constants = (native.amsgrad,) if rule is ADAM else ()
         with native.device.current():
             memory = native.after_norm(table, groups, self._reserve)
             copy_lrs(memory, groups)
             scale = "one" if grad_scale is None else grad_scale.to(status.device, torch.float32)
             limit = max_norm if max_norm <= 3e38 else math.inf  # what fp32 holds
             launch(
-                native, memory, name, native.blocks.count,
+                native, memory, rule.name, native.blocks.count,
                 (*_TABLE, "lrs", status.values, scale, limit, *more),
                 (*_dtypes(table, native), _rounds(table), *more_constants, native.blocks.size),
             )  # fmt: skip

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
-from .adam import adam
-from .lion import lion
+from fused_sam.backends.contract import RULES
+
 from .norm import finish_norm, norm
 from .perturb import perturb, restore
-from .sgd import sgd
 from .vectors import axpby, dot
 
 KERNELS: dict[str, Any] = {
     "norm": norm,
     "finish_norm": finish_norm,
     "perturb": perturb,
-    "sgd": sgd,
-    "adam": adam,
-    "lion": lion,
     "restore": restore,
     "dot": dot,
     "axpby": axpby,
 }
+# An update rule has its kernel in a module of its name.
+KERNELS |= {rule.name: getattr(import_module(f"{__package__}.{rule.name}"), rule.name) for rule in RULES}

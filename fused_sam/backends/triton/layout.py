@@ -1,18 +1,19 @@
 """Where the numbers of a table and of a parameter group lie in the memory that the Triton kernels read.
 
-Host code writes the numbers without importing Triton; the kernels read them at the same places. A new update rule adds
-a class next to SGDNumbers and a line in NUMBERS.
+Host code writes the numbers without importing Triton; the kernels read them at the same places. The places of an update
+rule's numbers follow from its group.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fused_sam.backends.contract import AdamGroup, LionGroup, PerturbGroup, SGDGroup, UpdateRule
+from fused_sam.backends.contract import PerturbGroup, UpdateRule
 
 # ---- a row of a table: words of 8 bytes. What every kernel reads stands in the first 64 bytes. ----------------------
 
@@ -59,89 +60,54 @@ class PerturbNumbers(NamedTuple):
         return cls(h.rho / h.mask_prob, h.eta, h.adaptive, h.mask_prob)
 
 
-class SGDNumbers(NamedTuple):
-    """What the sgd kernel reads. Subtractions from 1 are made here in double, as torch does."""
+@cache
+def update_fields(group: Any) -> tuple[str, ...]:
+    """Return the names of the numbers that the kernel of an update rule reads of a group.
 
-    lr: float  # first in every rule: copy_lrs writes it on the device
-    sign: float  # second in every rule: -1 to maximize, else 1
-    weight_decay: float
-    momentum: float
-    one_minus_dampening: float
-    nesterov: bool
-
-    @classmethod
-    def of(cls, h: SGDGroup) -> SGDNumbers:
-        return cls(_host_lr(h.lr), _sign(h.maximize), h.weight_decay, h.momentum, 1 - h.dampening, h.nesterov)
-
-
-class AdamNumbers(NamedTuple):
-    """What the adam kernel reads."""
-
-    lr: float
-    sign: float
-    weight_decay: float
-    beta1: float
-    one_minus_beta1: float
-    log_beta1: float
-    beta2: float
-    one_minus_beta2: float
-    log_beta2: float
-    eps: float
-    decoupled_weight_decay: bool
-    amsgrad: bool
-
-    @classmethod
-    def of(cls, h: AdamGroup) -> AdamNumbers:
-        return cls(
-            _host_lr(h.lr), _sign(h.maximize), h.weight_decay,
-            h.beta1, 1 - h.beta1, _log(h.beta1), h.beta2, 1 - h.beta2, _log(h.beta2),
-            h.eps, h.decoupled_weight_decay, h.amsgrad,
-        )  # fmt: skip
+    `lr` and `sign` come first in every rule: copy_lrs writes lr on the device, and sign is -1 to maximize, else 1. All
+    other fields follow; after a number x, also one_minus_x, and log_x for a decay rate beta.
+    """
+    names = ["lr", "sign"]
+    for name in _own_fields(group):
+        names.append(name)
+        if not isinstance(group._field_defaults.get(name), bool):
+            names.append(f"one_minus_{name}")
+        if name.startswith("beta"):
+            names.append(f"log_{name}")
+    assert UPDATE + len(names) <= SEED, f"a group has no room for the numbers of {group.__name__}"
+    return tuple(names)
 
 
-class LionNumbers(NamedTuple):
-    """What the lion kernel reads."""
-
-    lr: float
-    sign: float
-    weight_decay: float
-    beta1: float
-    one_minus_beta1: float
-    beta2: float
-    one_minus_beta2: float
-
-    @classmethod
-    def of(cls, h: LionGroup) -> LionNumbers:
-        return cls(
-            _host_lr(h.lr), _sign(h.maximize), h.weight_decay, h.beta1, 1 - h.beta1, h.beta2, 1 - h.beta2
-        )  # fmt: skip
+def update_numbers(h: Any) -> list[float]:
+    """Return the numbers that `update_fields` names. Subtractions from 1 are made here in double, as torch does."""
+    group: Any = type(h)
+    numbers = [0.0 if isinstance(h.lr, Tensor) else h.lr, -1.0 if h.maximize else 1.0]
+    for name in _own_fields(group):
+        x = getattr(h, name)
+        numbers.append(x)
+        if not isinstance(x, bool):
+            numbers.append(1 - x)
+        if name.startswith("beta"):
+            numbers.append(math.log(x) if x > 0 else -math.inf)
+    return numbers
 
 
-# For each kind of parameter group, the place of its first number and the function that makes its numbers.
-NUMBERS: dict[type, tuple[int, Callable[[Any], tuple[float, ...]]]] = {
-    PerturbGroup: (0, PerturbNumbers.of),
-    SGDGroup: (UPDATE, SGDNumbers.of),
-    AdamGroup: (UPDATE, AdamNumbers.of),
-    LionGroup: (UPDATE, LionNumbers.of),
-}
+@cache
+def _own_fields(group: Any) -> tuple[str, ...]:
+    return tuple(name for name in group._fields if name not in ("lr", "maximize"))
+
+
+def numbers_of(h: Any) -> tuple[int, Sequence[float]]:
+    """Return the place of a group's first number, and its numbers."""
+    return (0, PerturbNumbers.of(h)) if isinstance(h, PerturbGroup) else (UPDATE, update_numbers(h))
+
 
 LR = UPDATE
 SIGN = UPDATE + 1
 
 
-def place(numbers: Any, name: str) -> int:
-    """Return the place in a group of a field of PerturbNumbers or of an update rule's class."""
-    first = 0 if numbers is PerturbNumbers else UPDATE
-    return first + int(numbers._fields.index(name))
-
-
-def _host_lr(lr: float | Tensor) -> float:
-    return 0.0 if isinstance(lr, Tensor) else lr
-
-
-def _sign(maximize: bool) -> float:
-    return -1.0 if maximize else 1.0
-
-
-def _log(x: float) -> float:
-    return math.log(x) if x > 0 else -math.inf
+def place(group: Any, name: str) -> int:
+    """Return the place in a group of a field of PerturbNumbers, or of a number of an update rule's group."""
+    if group is PerturbNumbers:
+        return PerturbNumbers._fields.index(name)
+    return UPDATE + update_fields(group).index(name)

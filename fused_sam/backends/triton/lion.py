@@ -15,11 +15,11 @@ from .blocks import POINTERS, elements, mask_if
 from .update import begin_update, run_update
 
 EXP_AVG = tl.constexpr(layout.state_place(contract.LION, "exp_avg"))
-WEIGHT_DECAY = tl.constexpr(layout.place(layout.LionNumbers, "weight_decay"))
-BETA1 = tl.constexpr(layout.place(layout.LionNumbers, "beta1"))
-ONE_MINUS_BETA1 = tl.constexpr(layout.place(layout.LionNumbers, "one_minus_beta1"))
-BETA2 = tl.constexpr(layout.place(layout.LionNumbers, "beta2"))
-ONE_MINUS_BETA2 = tl.constexpr(layout.place(layout.LionNumbers, "one_minus_beta2"))
+WEIGHT_DECAY = tl.constexpr(layout.place(contract.LionGroup, "weight_decay"))
+BETA1 = tl.constexpr(layout.place(contract.LionGroup, "beta1"))
+ONE_MINUS_BETA1 = tl.constexpr(layout.place(contract.LionGroup, "one_minus_beta1"))
+BETA2 = tl.constexpr(layout.place(contract.LionGroup, "beta2"))
+ONE_MINUS_BETA2 = tl.constexpr(layout.place(contract.LionGroup, "one_minus_beta2"))
 
 
 class LionStep(NamedTuple):

@@ -15,10 +15,10 @@ from .blocks import POINTERS, address, elements, is_set, mask_if
 from .update import begin_update, run_update
 
 MOMENTUM_BUFFER = tl.constexpr(layout.state_place(contract.SGD, "momentum_buffer"))
-WEIGHT_DECAY = tl.constexpr(layout.place(layout.SGDNumbers, "weight_decay"))
-MOMENTUM = tl.constexpr(layout.place(layout.SGDNumbers, "momentum"))
-ONE_MINUS_DAMPENING = tl.constexpr(layout.place(layout.SGDNumbers, "one_minus_dampening"))
-NESTEROV = tl.constexpr(layout.place(layout.SGDNumbers, "nesterov"))
+WEIGHT_DECAY = tl.constexpr(layout.place(contract.SGDGroup, "weight_decay"))
+MOMENTUM = tl.constexpr(layout.place(contract.SGDGroup, "momentum"))
+ONE_MINUS_DAMPENING = tl.constexpr(layout.place(contract.SGDGroup, "one_minus_dampening"))
+NESTEROV = tl.constexpr(layout.place(contract.SGDGroup, "nesterov"))
 
 
 class SGDStep(NamedTuple):

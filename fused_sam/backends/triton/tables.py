@@ -18,10 +18,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import (
     NO_ADDRESSES,
-    AdamGroup,
-    LionGroup,
     PerturbGroup,
-    SGDGroup,
     Table,
     VectorPair,
     status_dtype,
@@ -34,8 +31,6 @@ from .memory import WORD, Memory, Reserve
 ROW = layout.ROW  # words, as all sizes and offsets below
 GROUP_WORDS = layout.GROUP_SIZE // 2
 
-UpdateGroup = SGDGroup | AdamGroup | LionGroup
-AnyGroup = PerturbGroup | UpdateGroup
 
 
 class Native:
@@ -110,7 +105,7 @@ class NativeTable(Native):
         memory = self._captured = self._for_capture(table, groups, reserve)
         return memory
 
-    def after_norm(self, table: Table, groups: Sequence[AnyGroup], reserve: Reserve) -> Memory:
+    def after_norm(self, table: Table, groups: Sequence[Any], reserve: Reserve) -> Memory:
         """Return the memory with this call's gradients and groups; in a capture, the memory of the norm before it."""
         memory, self._captured = self._captured, None
         if not self.device.capturing():
@@ -131,7 +126,7 @@ class NativeTable(Native):
         reserve.keep(self._memory)
         return self._memory
 
-    def _refreshed(self, table: Table, groups: Sequence[AnyGroup] | None, reserve: Reserve) -> Memory:
+    def _refreshed(self, table: Table, groups: Sequence[Any] | None, reserve: Reserve) -> Memory:
         """Return the memory after sending what has changed; outside captures."""
         # An interrupt may come at any line. `_unsent` is raised before the image changes, and cleared after the copy.
         new = self._memory is None
@@ -146,7 +141,7 @@ class NativeTable(Native):
         table.bound_grads = table.grad_addresses
         if groups is not None:
             kind, groups = type(groups[0]), groups[: self._groups]
-            part = layout.NUMBERS[kind][0]
+            part = 0 if kind is PerturbGroup else layout.UPDATE
             written = (kind, table.seed, _by_value(groups))
             if self._written.get(part) != written:
                 self._unsent = max(self._unsent, memory.changing)
@@ -158,7 +153,7 @@ class NativeTable(Native):
         reserve.stock(memory, new=new)
         return memory
 
-    def _for_capture(self, table: Table, groups: Sequence[AnyGroup] | None, reserve: Reserve) -> Memory:
+    def _for_capture(self, table: Table, groups: Sequence[Any] | None, reserve: Reserve) -> Memory:
         """Return new memory, which a captured copy fills."""
         pinned = reserve.take(self.words_to_send)
         memory = self.new_memory()
@@ -169,11 +164,10 @@ class NativeTable(Native):
         reserve.keep(memory)
         return memory
 
-    def _write_groups(self, memory: Memory, groups: Sequence[AnyGroup], seed: int) -> None:
+    def _write_groups(self, memory: Memory, groups: Sequence[Any], seed: int) -> None:
         """Write the numbers of all groups, at the places in layout.py."""
-        first, numbers_of = layout.NUMBERS[type(groups[0])]
         for k, group in enumerate(groups[: self._groups]):
-            numbers = numbers_of(group)
+            first, numbers = layout.numbers_of(group)
             memory.write_packed("groups", k * GROUP_WORDS + first // 2, f"{len(numbers)}f", *numbers)
             memory.write_packed("groups", k * GROUP_WORDS + layout.SEED // 2, "Q", seed & 0xFFFFFFFFFFFFFFFF)
             if not isinstance(group, PerturbGroup):
@@ -184,7 +178,7 @@ class NativeTable(Native):
             memory.masked = min(probs) < 1
 
 
-def copy_lrs(memory: Memory, groups: Sequence[UpdateGroup]) -> None:
+def copy_lrs(memory: Memory, groups: Sequence[Any]) -> None:
     """Copy learning rates that are not fp32 numbers on the table's device to their places in the groups."""
     if not any(isinstance(group.lr, Tensor) for group in groups):
         return
@@ -199,7 +193,7 @@ def _read_in_place(lr: Any, memory: Memory) -> TypeGuard[Tensor]:
     return isinstance(lr, Tensor) and lr.dtype is torch.float32 and lr.device == memory.words.device
 
 
-def _by_value(groups: Sequence[AnyGroup]) -> list[tuple[Any, ...]]:
+def _by_value(groups: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Return what to compare groups by. A learning rate on the device counts by its address, not by its number."""
     return [(id(g[0]), g[0].data_ptr(), *g[1:]) if isinstance(g[0], Tensor) else g for g in groups]
 
