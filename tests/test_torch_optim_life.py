@@ -1,4 +1,4 @@
-"""The substance of torch's test_optim.py for SAM around every optimizer class of torch: checkpoints, hooks, schedulers."""
+"""The substance of torch's test_optim.py for SAM around every class of torch.optim: checkpoints, hooks, schedulers."""
 
 from __future__ import annotations
 

@@ -285,7 +285,12 @@ def make_base(
         sams.append({name: group.pop(name) for name in own})
         group.update(group.pop(BASE_OPTIONS, {}))
     given = [group.keys() & set(own) for group in optimizer.param_groups]
-    inner = base(optimizer.param_groups, **options)
+    try:
+        inner = base(optimizer.param_groups, **options)
+    except BaseException:
+        for group, sam in zip(optimizer.param_groups, sams, strict=True):
+            group.update(sam)  # a user's dict, which may be used again
+        raise
     if not isinstance(inner, Optimizer):
         raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
     cls = type(inner)
@@ -295,7 +300,7 @@ def make_base(
     ]:
         raise TypeError(f"base_optimizer {base!r} made an optimizer of other parameters than those it was given")
     clashes = tuple(name for name in own if name in inner.defaults)
-    for k, (group, names) in enumerate(zip(inner.param_groups, given, strict=True)):
+    for k, names in enumerate(given):
         check_base_options(names, clashes, cls.__name__, k)
     for group, sam in zip(inner.param_groups, sams, strict=True):
         if clashes:
