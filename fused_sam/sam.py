@@ -667,7 +667,8 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Load a state_dict of SAM or of the bare base optimizer, whose groups keep SAM's options as they are.
 
-        Floating-point state keeps the dtype that it was saved with.
+        Floating-point state keeps the dtype that it was saved with, except for that of torch's optimizers without a
+        fused update, which need the parameter's.
 
         Raises:
             RuntimeError: the weights are perturbed, or will be again after `with unperturbed()`.
@@ -718,7 +719,8 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         if checked := self.__dict__.get("_checked_state"):
             # Before it replaces the optimizer's state, which is one operation.
-            keep_dtypes(state, checked)
+            if self.stepper.base.keeps_dtypes:
+                keep_dtypes(state, checked)
             self.stepper.base.upgrade(state["state"], state["param_groups"])
         super().__setstate__(state)
         self.__dict__.pop("ascent_grad_scale", None)

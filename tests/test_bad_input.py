@@ -180,6 +180,13 @@ def test_base_optimizer_of_the_wrong_kind(base: Callable[[], Any], message: str)
         SAM([weight()], base(), lr=0.1)
 
 
+def integers_with_a_gradient() -> torch.Tensor:
+    """Without a gradient they are frozen weights, which no step concerns."""
+    t = torch.ones(3, dtype=torch.int64)
+    t.grad = torch.ones(3, dtype=torch.int64)
+    return t
+
+
 PARAMETERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (list, ValueError, "empty parameter list"),
     (lambda: weight(), TypeError, "iterable of Tensors or dicts"),
@@ -192,6 +199,8 @@ PARAMETERS: list[tuple[Callable[[], Any], type[Exception], str]] = [
      r"parameter 'w' \(shape \(3,\)\) is torch\.complex128, .*view_as_complex"),
     (lambda: [nn.Parameter(torch.ones(3).to(torch.float8_e4m3fn))], TypeError,
      r"parameter 0 of group 0 .* is torch\.float8_e4m3fn, .* leave it out, as in .* if p\.requires_grad"),
+    (lambda: [integers_with_a_gradient()], TypeError,
+     r"parameter 0 of group 0 .* is torch\.int64, .* leave it out"),
     (lambda: [weight(), weight(device="meta")], ValueError,
      r"parameters of one device, but got parameter 0 .* on cpu, parameter 1 .* on meta: use one optimizer per device"),
 ]  # fmt: skip

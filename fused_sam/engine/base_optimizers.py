@@ -45,6 +45,7 @@ class Base(Protocol):
     cls: type[Optimizer]
     defaults: dict[str, Any]
     rule: UpdateRule | None  # None if it is not fused
+    keeps_dtypes: bool  # True if loaded state keeps the dtype that it was saved with, instead of the parameter's
     clashes: tuple[str, ...]  # its options that are named as SAM's own are; a group has them in BASE_OPTIONS
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
@@ -137,6 +138,7 @@ FUSED = (
 class FusedBase:
     """A base optimizer whose update is one primitive: it undoes the perturbation and takes the step."""
 
+    keeps_dtypes = True
     clashes: tuple[str, ...] = ()
 
     def __init__(self, fused: Fused, inner: Optimizer) -> None:
@@ -205,6 +207,9 @@ class WrappedBase:
         self.clashes = clashes
         self.cls = type(inner)
         self.defaults = inner.defaults
+        # torch's own optimizers need state in the dtype of the parameter. Others may keep it in another one.
+        torchs = [cls for cls in type(inner).__mro__ if cls.__module__.split(".")[:2] == ["torch", "optim"]]
+        self.keeps_dtypes = torchs == [Optimizer]
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         return [], tuple(() for _ in groups)
@@ -280,7 +285,12 @@ def make_base(
         sams.append({name: group.pop(name) for name in own})
         group.update(group.pop(BASE_OPTIONS, {}))
     given = [group.keys() & set(own) for group in optimizer.param_groups]
-    inner = base(optimizer.param_groups, **options)
+    try:
+        inner = base(optimizer.param_groups, **options)
+    except BaseException:
+        for group, sam in zip(optimizer.param_groups, sams, strict=True):
+            group.update(sam)  # a user's dict, which may be used again
+        raise
     if not isinstance(inner, Optimizer):
         raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
     cls = type(inner)

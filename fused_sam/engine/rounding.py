@@ -30,8 +30,8 @@ _TOLERATED = 0.1  # fraction of the weights that may stay unperturbed without a 
 
 def warn_of_rounding(groups: Sequence[dict[str, Any]]) -> None:
     """Warn if rounding to nearest would keep more than a tenth of bf16 or fp16 weights from moving."""
-    perturbing = [group for group in groups if group["perturb"]]
-    perturbed = [(p, float(group["rho"])) for group in perturbing for p in group["params"] if not is_lazy(p)]
+    members = ((p, group) for group in groups for p in group["params"] if not is_lazy(p))
+    perturbed = [(p, float(group["rho"])) for p, group in members if group["perturb"]]
     count = sum(p.numel() for p, _ in perturbed)
     still = low = 0.0
     dtype, largest = None, 0.0

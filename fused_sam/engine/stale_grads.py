@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from .sharding import local
 
@@ -31,7 +32,8 @@ class BackwardWatch:
     def __init__(self, params: Iterable[Tensor]) -> None:
         self.ran = False
         self._handles: list[Any] = []
-        trainable = [p for p in params if p.requires_grad and p.is_leaf and not p.is_inference()]
+        ready = (p for p in params if not is_lazy(p))
+        trainable = [p for p in ready if p.requires_grad and p.is_leaf and not p.is_inference()]
         self._params = trainable[:: len(trainable) // WATCHED + 1]
         watch = weakref.ref(self)
 
@@ -48,8 +50,8 @@ class BackwardWatch:
             handle.remove()
 
     def is_for(self, params: Iterable[Tensor]) -> bool:
-        """Return True if the watched parameters are among these."""
-        return {id(p) for p in self._params} <= {id(p) for p in params}
+        """Return True if there are watched parameters and they are among these."""
+        return bool(self._params) and {id(p) for p in self._params} <= {id(p) for p in params}
 
 
 def any_grads(params: Iterable[Tensor]) -> bool:
