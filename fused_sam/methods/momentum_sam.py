@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 from torch.utils.hooks import RemovableHandle
 
+from fused_sam.engine.base_optimizers import fused_names
 from fused_sam.sam import SAM
 from fused_sam.step import Number, Step
 
@@ -62,7 +63,7 @@ class MomentumSAM(SAM):
         super().__init__(params, base_optimizer, *args, **options)
         if self.stepper.base.rule is None:
             base = self.stepper.base.cls.__name__
-            raise TypeError(f"MomentumSAM needs torch.optim.SGD, Adam, AdamW or Lion, not {base}")
+            raise TypeError(f"MomentumSAM needs {fused_names()}, not {base}")
         for k in range(len(self.param_groups)):
             self.check_momentum(k)
 
