@@ -29,10 +29,11 @@ SIZES = {"f": 4, "4bf16": 2, "3f16": 2}  # mangled names of storage types, and t
 
 FILES = ("norm", "vectors", "perturb", "element", "sgd", "adam")  # of csrc/cuda; table.cu and device.cu have no kernels
 
+ELEMENT_RULES = {rule.name for rule in RULES if rule not in (SGD, ADAM)}  # of core/rules.h: one buffer each
+
 # The most registers that a kernel may use. With up to 128, an SM runs two blocks of 256 threads, and by docs/gpu.md
 # that is enough bytes in flight. With up to 80, it runs three. Adam needs more than 96 for its divisions and roots.
-ELEMENT_RULES = {rule.name for rule in RULES if rule not in (SGD, ADAM)}  # of core/rules.h: one buffer each
-MOST_REGISTERS = {"adam": 128, **dict.fromkeys(ELEMENT_RULES, 80)}
+MOST_REGISTERS = {"adam": 128, "lion": 80}
 MOST_REGISTERS_OF_OTHERS = 96
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fused_sam.engine.base_optimizers import fused_names
 from fused_sam.sam import SAM
 from fused_sam.step import Number, Step
 
@@ -65,7 +66,7 @@ class MomentumSAM(SAM):
         super().__init__(params, base_optimizer, *args, **options)
         if self.stepper.base.rule is None:
             base = self.stepper.base.cls.__name__
-            raise TypeError(f"MomentumSAM needs torch.optim.SGD, Adam, AdamW or Lion, not {base}")
+            raise TypeError(f"MomentumSAM needs {fused_names()}, not {base}")
         for k in range(len(self.param_groups)):
             self.check_momentum(k)
 
