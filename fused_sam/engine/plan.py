@@ -116,7 +116,7 @@ class Plan:
         self.none_perturbed: list[KernelCall] = []  # what an update undoes if nothing was perturbed
         self._packed = b""  # the gradients' addresses as the reader gave them last ...
         self._addresses = NO_ADDRESSES  # ... and as an array
-        self._separated: tuple[bytes, list[int]] = (b"", [])  # codes and addresses of gradients that share nothing
+        self._separated: Any = None  # where the last gradients that share nothing lie, see _separate()
         self._checked = False  # True once gradients were checked against parameters, shape by shape
         self._backups: dict[int, Tensor] = {}
         self.pairs: dict[Any, Any] = {}  # rows of pairs of vectors, see pairs.py
@@ -192,12 +192,16 @@ class Plan:
         What writes to a gradient (a method, clipping, unscaling) would otherwise write to it twice.
         """
         addresses = [0 if g is None else g.data_ptr() for g in grads]
-        if (codes, addresses) == self._separated:
+        # A gradient of its parameter's layout has the parameter's strides, and its dtype is in the code.
+        unlike = (g for g, code in zip(grads, codes, strict=True) if code == LAYOUT_MISMATCH)
+        others = [(g.stride(), g.dtype) for g in unlike if g is not None]
+        place = codes, addresses, others
+        if place == self._separated:
             return codes
         rows = [i for i, g in enumerate(grads) if g is not None]
         present: list[Tensor] = [grads[i] for i in rows]  # type: ignore[misc]
         n = len(self.local_params)
-        changed = LAYOUT_MISMATCH in codes  # strides are not in the key
+        changed = False
         for k, other in enumerate(sharing([*self.local_params, *present])[n:]):
             if other is None:
                 continue
@@ -205,7 +209,7 @@ class Plan:
             g = torch.empty_like(self.local_params[i], dtype=present[k].dtype, requires_grad=False).copy_(present[k])
             p.grad = like(g, p)
             grads[i], changed = g, True
-        self._separated = (b"", []) if changed else (codes, addresses)
+        self._separated = None if changed else place
         return bytes(self._code(i, g) for i, g in enumerate(grads)) if changed else codes
 
     def _code(self, i: int, g: Tensor | None) -> int:
