@@ -71,6 +71,7 @@ class Step:
         self._vectors: dict[str, TensorVector] = {}
         self._kept: list[Tensor | None] | None = None  # the ascent gradients, taken from the parameters
         self._needed_scale = False  # True if the ascent used the absolute size of a gradient without knowing its scale
+        self._counter_names = tuple(stepper.optimizer.group_state())
         self._counters: list[dict[str, Any]] | None = None  # the groups' before `updated`, while that runs
         self._scheduled = False
         self._was_perturbed = False
@@ -271,8 +272,7 @@ class Step:
         if self._counters is None:
             self._stepper.status.marks[UPDATED] = 0
             self._stepper.status.pending = None
-            names = self._optimizer.group_state()
-            self._counters = [{name: group[name] for name in names} for group in self.groups]
+            self._counters = [{name: group[name] for name in self._counter_names} for group in self.groups]
         else:
             for group, values in zip(self.groups, self._counters, strict=True):
                 group.update(values)

@@ -73,7 +73,7 @@ class Context(Protocol):
         """Run the descent hook, before the finite check and the update."""
 
     def _run_updated(self) -> None:
-        """Count the step and run the updated hook, after the update. Drop everything that belongs to the step."""
+        """Count the step and run the updated hook, after the update."""
 
     def _ask(self) -> bool:
         """Ask the schedule and the method whether this step perturbs."""

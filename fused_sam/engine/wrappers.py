@@ -19,13 +19,13 @@ def wrapper_class(cls: type) -> type | None:
 
 
 def forward_to_wrapped(cls: Any, wrapper: Any, sam: type) -> None:
-    """Forward what SAM and its methods add to torch's Optimizer. step() stays the framework's, which second_step() calls.
+    """Forward what SAM and its methods add to torch's Optimizer. step() stays the framework's; second_step() calls it.
 
     Args:
         cls: the class of the wrapped optimizer, a subclass of both others.
         wrapper: the framework's class.
         sam: the class SAM.
-    """  # noqa: E501
+    """
     own = {name for base in cls.__mro__ if issubclass(base, sam) and base is not cls for name in vars(base)}
     for name in own:
         if name == "_grad_norm" or not (name.startswith("_") or name in vars(wrapper) or name in vars(Optimizer)):
