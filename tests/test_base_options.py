@@ -122,6 +122,26 @@ def test_groups_have_their_own(later: bool) -> None:
     assert optimizer.defaults["base_options"]["rho"] == 0.6
 
 
+def test_adadelta_with_a_rho_per_group_trains_as_plain_torch_and_resumes(backend: str) -> None:
+    def groups(model: nn.Module, key: str) -> list[dict[str, object]]:
+        first, *rest = model.parameters()
+        return [{"params": [first], **({"rho": 0.5} if key == "rho" else {key: {"rho": 0.5}})}, {"params": rest}]
+
+    model, other = nets.net(), nets.net()
+    plain_optimizer = torch.optim.Adadelta(groups(model, "rho"), rho=0.8)  # type: ignore[arg-type]
+    ours = SAM(groups(other, "base_options"), torch.optim.Adadelta, rho=0.0, base_options={"rho": 0.8}, backend=backend)
+    nets.train_plain(model, plain_optimizer, range(4))
+    nets.train_plain(other, ours, range(4))
+    saved = ours.state_dict()
+    ours = SAM(groups(other, "base_options"), torch.optim.Adadelta, rho=0.0, backend=backend)
+    ours.load_state_dict(saved)
+    assert [group["base_options"]["rho"] for group in ours.param_groups] == [0.5, 0.8]
+    nets.train_plain(model, plain_optimizer, range(4, 7))
+    nets.train_plain(other, ours, range(4, 7))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def test_a_partial_and_a_function() -> None:
     for base in (functools.partial(Clashing, rho=0.3), lambda groups: Clashing(groups, rho=0.3)):
         group = SAM([weight()], base, rho=0.5).param_groups[0]

@@ -103,7 +103,7 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
         else:
             resume(optimizer)
             loop(model, optimizer, step)
-            if not method.startswith("ESAM") and not same(held(optimizer), new):  # which draws anew
+            if not method.startswith("ESAM") and not same(held(optimizer), new):  # which draws other elements then
                 lost.append(f"the step again gives other weights, {where}")
     assert not lost, "\n".join(lost)
 

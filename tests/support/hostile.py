@@ -1,11 +1,10 @@
-"""Parameters, gradients and state in memory that no kernel may read. As a program, it trains with one of them.
+"""Parameters, gradients and state in memory that no kernel may read, and training with one of them.
 
 A wrong address ends the process, so tests run each case in a process of its own.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -241,18 +240,14 @@ def share(kind: str, *, shared: bool) -> Callable[[Params, list[Tensor]], None]:
 SHARED = ["same", "overlap", "weight itself", "other weight", "inside a row", "GSAM", "WSAM", "LookSAM", "FriendlySAM"]
 
 
-def main() -> None:
-    """Compare every kind of one case, and print which differ."""
-    backend, case, settings, *kinds = sys.argv[1:]
+def run(results: Any, backend: str, case: str, settings: str, kinds: list[str]) -> None:
+    """Compare every kind of one case, and send (kind, "right" or by how much it differs) over a connection."""
+    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     for kind in kinds:
-        print(f"{kind}: ", end="", flush=True)
         got, want = compare(case, kind, backend, settings)
         worst = max(((g - w).abs().max().item() for g, w in zip(got, want, strict=False)), default=0.0)
         finite = all(bool(w.isfinite().all()) for w in want)
         # The two runs may sum the norm in another order: kernels on one side, whole tensors on the other.
-        print("right" if worst < 1e-5 and finite else f"off by {worst:.3g}", flush=True)
-
-
-if __name__ == "__main__":
-    main()
+        results.send((kind, "right" if worst < 1e-5 and finite else f"off by {worst:.3g}"))
+    results.close()
