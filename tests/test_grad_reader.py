@@ -31,7 +31,8 @@ def params_of(*shapes: Sequence[int], dtype: torch.dtype = torch.float32) -> lis
 
 
 def assert_read(reader: Any, groups: list[list[Any]]) -> None:
-    grads, packed = reader.read(groups)
+    grads, packed, some_absent = reader.read(groups)
+    assert not some_absent
     params = [p for group in groups for p in group]
     assert len(grads) == len(params) and all(g is p.grad for g, p in zip(grads, params, strict=True))
     assert array("q", packed).tolist() == [p.grad.data_ptr() for p in params]
@@ -57,7 +58,6 @@ def test_other_parameters(reader_of: Any) -> None:
 
 
 GRADS: dict[str, Callable[[], Tensor | None]] = {
-    "absent": lambda: None,
     "transposed": lambda: torch.ones(5, 4).t(),
     "gaps": lambda: torch.ones(4, 10)[:, ::2],
     "expanded": lambda: torch.ones(5).expand(4, 5),
@@ -69,6 +69,20 @@ def test_unusual_gradients(reader_of: Any, grad: Callable[[], Tensor | None]) ->
     params = params_of((3,), (4, 5))
     reader = reader_of(params)
     params[1].grad = grad()
+    assert reader.read([params]) is None
+
+
+def test_absent_gradients(reader_of: Any) -> None:
+    params = params_of((3,), (4, 5), (2,))
+    reader = reader_of(params)
+    params[1].grad = None
+    grads, packed, some_absent = reader.read([params])
+    assert [g is p.grad for g, p in zip(grads, params, strict=True)] == [True, True, True]
+    addresses = array("q", packed).tolist()
+    assert some_absent and addresses == [params[0].grad.data_ptr(), 0, params[2].grad.data_ptr()]
+    params[1].data = torch._neg_view(params[1].data)  # an undo would write the wrong sign
+    assert reader.read([params]) is None
+    params[1].data = torch.ones(4, 5)
     assert reader.read([params]) is None
 
 

@@ -40,25 +40,32 @@ class Reader {
     std::sort(param_spans_.begin(), param_spans_.end());
   }
 
-  // Returns (gradients, their addresses as packed int64 for Table.set_grads), or None unless the usual case holds: the
-  // parameters of `groups` are those given, in order, where they were and as they were, and every one has a gradient of
-  // its own dtype and layout, in memory that no other gradient and no parameter shares. The packed addresses are the same object while no address changes.
+  // Returns (gradients, their addresses as packed int64 for Table.set_grads, true if some have none), or None unless the
+  // usual case holds: the parameters of `groups` are those given, in order, where they were and as they were. Gradients
+  // have the dtype and layout of their parameters, and memory that no other gradient and no parameter shares. Where there
+  // is none, it is None and its address 0. The packed addresses are the same object while no address changes.
   py::object read(const py::list& groups) {
     if (!has_params_of(groups)) return py::none();
     const py::ssize_t count = PyList_GET_SIZE(params_.ptr());
     py::list grads(count);
+    bool some_absent = false;
     for (py::ssize_t i = 0; i < count; ++i) {
       const py::handle p = PyList_GET_ITEM(params_.ptr(), i);
       const bool plain = is_plain(p);
       py::object g = grad_.get(p, plain);
-      if (g.is_none()) return py::none();
-      const uintptr_t address = plain && view_.usable() ? viewed(i, p, g) : asked(i, p, g, plain);
-      if (address == kNotUsual) return py::none();
-      addresses_[size_t(i)] = address;
+      if (g.is_none()) {
+        if (!in_place(i, p, plain)) return py::none();
+        addresses_[size_t(i)] = 0;
+        some_absent = true;
+      } else {
+        const uintptr_t address = plain && view_.usable() ? viewed(i, p, g) : asked(i, p, g, plain);
+        if (address == kNotUsual) return py::none();
+        addresses_[size_t(i)] = address;
+      }
       PyList_SET_ITEM(grads.ptr(), i, g.release().ptr());
     }
     if (!packed()) return py::none();
-    return py::make_tuple(grads, packed_);
+    return py::make_tuple(grads, packed_, some_absent);
   }
 
   // Returns true if the state has exactly these entries, in order, and entries[i][keys[k]] is values[k][i]. None as a
@@ -107,6 +114,14 @@ class Reader {
         if (i >= count || PyList_GET_ITEM(members.ptr(), k) != PyList_GET_ITEM(params_.ptr(), i)) return false;
     }
     return i == count;
+  }
+
+  // Returns true if parameter i, which has no gradient, is where it was and as it was.
+  bool in_place(py::ssize_t i, py::handle p, bool plain) const {
+    if (!(place(p, plain) == places_[size_t(i)])) return false;
+    const bool viewable = plain && view_.usable();
+    if (viewable && !view_.in_storage(p, view_(p), bytes_[size_t(i)])) return false;
+    return !(viewable ? view_.is_neg(p, true) && is_true(is_neg_.call(p, true)) : is_true(is_neg_.call(p, plain)));
   }
 
   // Return the gradient's address; kNotUsual unless it has the dtype and layout of parameter i, which is in its place.

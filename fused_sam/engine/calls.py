@@ -17,7 +17,7 @@ class GradSnapshot:
 
     grads: list[Tensor | None]
     codes: bytes  # for each parameter, one of plan.ABSENT .. plan.LAYOUT_MISMATCH
-    addresses: array[int] | None = None  # of the gradients, if they were read already: then none is absent
+    addresses: array[int] | None = None  # of the gradients, if they were read already; 0 where there is none
 
     def present(self) -> list[Tensor]:
         """Return the gradients without the absent ones."""

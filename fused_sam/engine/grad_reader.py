@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .layout import in_storage, is_readable, place_of, sharing
 
-Reading = tuple[list[Tensor], bytes]  # gradients, and their addresses as packed int64
+# Gradients, their addresses as packed int64, and True if some are None, whose addresses are 0.
+Reading = tuple[list[Tensor | None], bytes, bool]
 State = dict[Tensor, dict[str, Any]]
 Entries = list[dict[str, Any]]
 
@@ -22,9 +23,9 @@ class Reader(Protocol):
     def read(self, groups: list[list[Tensor]]) -> Reading | None:
         """Return the gradients and their addresses, or None except in the common case.
 
-        In that case `groups` hold the reader's parameters, in order and at the same addresses. Every parameter has a
-        gradient of its own dtype and layout, in memory that no other gradient and no parameter shares. A reader may
-        recognise contiguous layouts only.
+        In that case `groups` hold the reader's parameters, in order and at the same addresses. Every gradient that is
+        there has its parameter's dtype and layout, in memory that no other gradient and no parameter shares. A reader
+        may recognise contiguous layouts only.
 
         Raises:
             RuntimeError: a gradient has no memory of its own (it is sparse).
@@ -57,20 +58,22 @@ class PythonReader:
         params = [p for group in groups for p in group]
         if len(params) != len(self._params) or not all(map(operator.is_, params, self._params)):
             return None
-        grads = []
+        grads: list[Tensor | None] = []
         for p, place in zip(params, self._places, strict=True):
             g = p.grad
-            if g is None or g.dtype is not p.dtype or g.shape != p.shape or place_of(p) != place:
+            if place_of(p) != place:
                 return None
-            if not (g.is_contiguous() and p.is_contiguous() and is_readable(g) and in_storage(g)):
+            if g is not None and (g.dtype is not p.dtype or g.shape != p.shape):
+                return None
+            if g is not None and not (g.is_contiguous() and p.is_contiguous() and is_readable(g) and in_storage(g)):
                 return None
             grads.append(g)
-        addresses = [g.data_ptr() for g in grads]
+        addresses = [0 if g is None else g.data_ptr() for g in grads]
         if addresses != self._separate:
-            if any(row is not None for row in sharing([*params, *grads])):
+            if any(row is not None for row in sharing([*params, *(g for g in grads if g is not None)])):
                 return None
             self._separate = addresses
-        return grads, array("q", addresses).tobytes()
+        return grads, array("q", addresses).tobytes(), any(g is None for g in grads)
 
     def unchanged(
         self,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fused_sam.backends.contract import UPDATED, YY, Backend, Status, VectorPair, status_dtype
 
-from .layout import is_readable, same_layout
+from .layout import same_layout
 from .plan import Plan, remember
 
 Vector = Sequence[Tensor | None]
@@ -40,7 +40,12 @@ def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPai
         else (
             a.dtype,
             b.dtype,
-            dense and all(same_layout(p, t) and is_readable(t) for t in {id(a): a, id(b): b}.values()),
+            # What a kernel can take, written out because this runs for each parameter.
+            dense
+            and same_layout(p, a)
+            and same_layout(p, b)
+            and a.data_ptr() != 0 != b.data_ptr()
+            and not (a.is_neg() or b.is_neg()),
         )
         for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
     )

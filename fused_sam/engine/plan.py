@@ -160,7 +160,8 @@ class Plan:
             if reading is not None:
                 if reading[1] is not self._packed:  # the same object while no address changes
                     self._packed, self._addresses = reading[1], array("q", reading[1])
-                return GradSnapshot(reading[0], self._all_same_dtype, self._addresses)  # type: ignore[arg-type]
+                codes = bytes([g is not None for g in reading[0]]) if reading[2] else self._all_same_dtype
+                return GradSnapshot(reading[0], codes, self._addresses)
         if not self.matches(groups):
             return None
         grads = [self._grad(p, i) for i, p in enumerate(self.params)]
