@@ -1,0 +1,77 @@
+"""Takes steps, forks, and takes the same steps in the parent and in the child, as a program that may hang.
+
+Arguments: the backend, the number of threads, where the fork comes, and whether the child sets one thread.
+It prints the digests of the parent's and of the child's weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import signal
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fused_sam import GSAM, SAM
+
+SHAPES = [(300_001,), (70, 1000), (33,)]  # large enough for several threads
+STEPS = 2
+LIMIT = 20  # seconds for the child, which needs less than one
+
+
+def gradients() -> list[list[Tensor]]:
+    generator = torch.Generator().manual_seed(1)
+    return [[torch.randn(s, generator=generator) for s in SHAPES] for _ in range(4 * STEPS)]
+
+
+def digest(params: list[nn.Parameter]) -> str:
+    found = hashlib.sha256()
+    for p in params:
+        found.update(p.detach().numpy().tobytes())
+    return found.hexdigest()
+
+
+def steps(optimizer: Any, params: list[nn.Parameter], grads: list[list[Tensor]], rest: bool = False) -> None:
+    """Take steps with these gradients; with `rest`, finish the step that is half done first."""
+    for k, values in enumerate(grads):
+        for p, g in zip(params, values, strict=True):
+            p.grad = g
+        half = optimizer.second_step if (k % 2 == 0) == rest else optimizer.first_step
+        half()
+
+
+def main(backend: str, threads: int, where: str, alone: bool) -> None:
+    torch.set_num_threads(threads)
+    drawn = gradients()
+    params = [nn.Parameter(torch.ones(s)) for s in SHAPES]
+    method = GSAM if where == "combining" else SAM
+    optimizer = method(params, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
+    half = where == "perturbed"
+    before = 2 * STEPS + half
+    steps(optimizer, params, drawn[:before])
+    torch.randn(10**6).exp().sum()  # torch's own parallel region
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        if alone:
+            torch.set_num_threads(1)
+        steps(optimizer, params, drawn[before:], half)
+        os.write(writer, digest(params).encode())
+        os._exit(0)
+    os.close(writer)
+    found = ""
+    if select.select([reader], [], [], LIMIT)[0]:
+        found = os.read(reader, 64).decode()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    print(found or "hung")
+    steps(optimizer, params, drawn[before:], half)
+    print(digest(params))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "alone")
