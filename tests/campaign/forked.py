@@ -1,7 +1,6 @@
 """Takes steps, forks, and takes the same steps in the parent and in the child, as a program that may hang.
 
-Arguments: the backend, the number of threads, where the fork comes, and whether the child sets one thread.
-It prints the digests of the parent's and of the child's weights.
+Arguments: backends. It prints a line per case, which ends with the digests of the child's and of the parent's weights.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import os
 import select
 import signal
 import sys
+import traceback
 from typing import Any
 
 import torch
@@ -44,34 +44,53 @@ def steps(optimizer: Any, params: list[nn.Parameter], grads: list[list[Tensor]],
         half()
 
 
-def main(backend: str, threads: int, where: str, alone: bool) -> None:
-    torch.set_num_threads(threads)
+def fork(backend: str, where: str, alone: bool) -> tuple[str, str]:
+    """Return the digests of the child's and of the parent's weights.
+
+    Args:
+        where: "between steps", "perturbed" in the middle of a step, or "combining" gradients in one.
+        alone: True if the child sets one thread.
+    """
+    torch.set_num_threads(3)
     drawn = gradients()
     params = [nn.Parameter(torch.ones(s)) for s in SHAPES]
     method = GSAM if where == "combining" else SAM
     optimizer = method(params, rho=0.1, lr=0.1, momentum=0.9, backend=backend)
-    half = where == "perturbed"
+    half = where != "between steps"
     before = 2 * STEPS + half
     steps(optimizer, params, drawn[:before])
     torch.randn(10**6).exp().sum()  # torch's own parallel region
     reader, writer = os.pipe()
     child = os.fork()
     if child == 0:
-        if alone:
-            torch.set_num_threads(1)
-        steps(optimizer, params, drawn[before:], half)
-        os.write(writer, digest(params).encode())
-        os._exit(0)
+        try:
+            if alone:
+                torch.set_num_threads(1)
+            steps(optimizer, params, drawn[before:], half)
+            os.write(writer, digest(params).encode())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
     os.close(writer)
     found = ""
     if select.select([reader], [], [], LIMIT)[0]:
         found = os.read(reader, 64).decode()
+    os.close(reader)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    print(found or "hung")
     steps(optimizer, params, drawn[before:], half)
-    print(digest(params))
+    return found or "hung", digest(params)
+
+
+def main(backends: list[str]) -> None:
+    # torch's own parallel regions hang in a forked child, too, unless it sets one thread. The backends that are torch's
+    # operations need that. The kernels of "cpu" do not.
+    for backend in backends:
+        for where in ("between steps", "perturbed", "combining"):
+            for alone in (False, True) if backend == "cpu" and where != "combining" else (True,):
+                print(backend, where, "alone" if alone else "all", *fork(backend, where, alone), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4] == "alone")
+    main(sys.argv[1:])

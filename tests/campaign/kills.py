@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from support import family
 from support.backends import NAMES
-from support.family import METHODS, built, clean, resume
+from support.family import WITH_SAM, built, clean, resume
 
 STEPS = 6
 BACKENDS = [name for name in NAMES if name != "triton"]  # Triton's interpreter is too slow
@@ -77,7 +77,7 @@ def in_a_child(method: str, backend: str, file: Path, kill_after: float | None) 
 def life(seed: int, folder: Path) -> dict[str, Any]:
     """Return how often one run was killed, and whether it ended as the run that nothing interrupted."""
     draw = random.Random(seed)
-    method, backend = draw.choice(list(METHODS)), draw.choice(BACKENDS)
+    method, backend = draw.choice(list(WITH_SAM)), draw.choice(BACKENDS)
     _, expected, duration = in_a_child(method, backend, folder / f"{seed}-whole", None)
     file, kills, killed, found = folder / f"{seed}-killed", 0, True, ""
     while killed:

@@ -1,7 +1,6 @@
 """Takes steps beside a second OpenMP runtime in the same process, as a program that may crash or hang.
 
-Arguments: "none" or the path of the runtime's library, and when it is loaded: before torch, after it, or between the
-halves of a step. It prints a digest of the weights and the number of threads that ran in the second runtime.
+Arguments: "none" or the path of the runtime's library, and whether it is loaded before torch or after it. It prints a digest of the weights and the number of threads that ran in the second runtime.
 """
 
 from __future__ import annotations
@@ -27,17 +26,14 @@ class Runtime:
         self.library.GOMP_parallel(body, None, 2, 0)
 
 
-def main(path: str, when: str) -> None:
-    runtime = Runtime(path) if when == "before" else None
-    if runtime is not None:
-        runtime.region()
+def train(runtime: Runtime | None) -> str:
+    """Take steps, with a region of the other runtime before each half. Return a digest of the weights."""
     import torch
     from torch import nn
 
     from fused_sam import SAM
 
     torch.set_num_threads(2)
-    runtime = Runtime(path) if runtime is None else runtime
     generator = torch.Generator().manual_seed(1)
     params = [nn.Parameter(torch.ones(s)) for s in [(300_001,), (70, 1000), (33,)]]
     optimizer = SAM(params, rho=0.1, lr=0.1, momentum=0.9, backend="cpu")
@@ -45,12 +41,21 @@ def main(path: str, when: str) -> None:
         for half in (optimizer.first_step, optimizer.second_step):
             for p in params:
                 p.grad = torch.randn(p.shape, generator=generator)
-            runtime.region()
+            if runtime is not None:
+                runtime.region()
             half()
     digest = hashlib.sha256()
     for p in params:
         digest.update(p.detach().numpy().tobytes())
-    print(digest.hexdigest(), len(runtime.seen))
+    return digest.hexdigest()
+
+
+def main(path: str, when: str) -> None:
+    if when == "after":
+        import torch  # noqa: F401
+    runtime = Runtime(path)
+    runtime.region()
+    print(train(runtime), len(runtime.seen))
 
 
 if __name__ == "__main__":

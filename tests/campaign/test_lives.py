@@ -151,7 +151,7 @@ def live(case: str, backend: str, seed: int) -> tuple[int, str]:
                 faults += 1
         if found is None:
             found = fused.optimizer.step(fused.closure(step, parts))
-        if abs(float(expected) - float(found)) > TOLERANCE:
+        if abs(float(expected.detach()) - float(found.detach())) > TOLERANCE:
             return faults, f"step {step}: the loss is {float(found)}, in plain torch {float(expected)}"
         with fused.optimizer.unperturbed():
             for (name, p), q in zip(plain.model.named_parameters(), fused.model.parameters(), strict=True):
@@ -163,7 +163,7 @@ def live(case: str, backend: str, seed: int) -> tuple[int, str]:
 
 @pytest.mark.parametrize("case", plain_methods.CASES)
 def test_random_lives_equal_plain_torch(campaign: Campaign, case: str) -> None:
-    for seed in campaign.rounds(short=2, share=0.2 / len(plain_methods.CASES)):
+    for seed in campaign.rounds(short=1, share=0.2 / len(plain_methods.CASES)):
         for backend in BACKENDS:
             with backend.active():
                 faults, difference = live(case, backend.name, seed)

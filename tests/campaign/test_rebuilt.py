@@ -97,13 +97,15 @@ def assert_untouched(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("place", ["in place", "build folder"])
 def test_a_module_is_replaced_while_a_process_uses_it(campaign: Campaign, tree: Path, place: str) -> None:
+    if place == "in place" and not campaign.long:
+        pytest.skip("a build and a process of its own: make campaign runs it")
     command = ["build_ext", "--inplace"] if place == "in place" else ["build"]
     build(tree, *command)
     folder = tree if place == "in place" else next(tree.glob("build/lib*"))
     (module,) = (folder / "fused_sam").glob("_cpu.*.so")
     with training(folder) as process:
         first = module.stat().st_ino
-        for _ in campaign.rounds(short=2, share=0.01, longest=20):
+        for _ in campaign.rounds(short=1, share=0.01, longest=20):
             build(tree, *command)
             campaign.count(faults=1)
         assert module.stat().st_ino != first

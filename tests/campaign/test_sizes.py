@@ -30,10 +30,11 @@ def test_ten_thousand_tensors(campaign: Campaign, backend: str) -> None:
     w, v = values((total,), 1), torch.zeros(total, dtype=torch.float64)
     params = [nn.Parameter(part.clone()) for part in w.split(sizes)]
     absent = torch.cat([torch.full((size,), i % 7 == 3) for i, size in enumerate(sizes)])
-    rates = torch.cat([torch.full((size,), LR if i < COUNT // 2 else LR / 2) for i, size in enumerate(sizes)]).double()
+    half_rate = torch.arange(COUNT).repeat_interleave(torch.tensor(sizes)) >= COUNT // 2
+    rates = torch.where(half_rate, LR / 2, torch.tensor(LR, dtype=torch.float64))
     groups = [{"params": params[: COUNT // 2]}, {"params": params[COUNT // 2 :], "lr": LR / 2}]
     optimizer = SAM(groups, rho=RHO, lr=LR, momentum=MOMENTUM, backend=backend)
-    for step in range(2):
+    for step in range(campaign.number(1, 2)):
         clean = w
         for half in range(2):
             g = values((total,), 10 + 2 * step + half)
