@@ -74,10 +74,7 @@ PROMISES: dict[str, list[Promise]] = {
     "Processes and threads": [
         Promise(
             "A forked child takes the parent's steps to the bit; on `cpu` without `torch.set_num_threads(1)` too",
-            (
-                "campaign/test_processes.py::test_a_forked_child_takes_the_parents_steps",
-                "campaign/test_processes.py::test_a_child_that_first_loads_the_module_takes_steps",
-            ),
+            ("campaign/test_processes.py::test_a_forked_child_takes_the_parents_steps",),
         ),
         Promise(
             "Optimizers in several threads do not disturb each other, and one optimizer may go from thread to thread",

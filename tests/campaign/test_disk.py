@@ -134,7 +134,7 @@ def save_on_a_full_disk(seed: int, folder: Path) -> str:
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
 def test_a_full_disk_loses_nothing(campaign: Campaign, tmp_path: Path) -> None:
-    for seed in campaign.rounds(short=20, share=0.06):
+    for seed in campaign.rounds(short=12, share=0.06):
         campaign.count(faults=1)
         if lost := save_on_a_full_disk(seed, tmp_path):
             campaign.lose(lost)

@@ -84,7 +84,9 @@ def test_many_steps_do_not_drift_and_memory_stays_flat(campaign: Campaign, backe
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_life_of_changes_keeps_memory_flat(campaign: Campaign, backend: str) -> None:
     """Gradients come and go, weights move, states are loaded, options change, and methods with state of their own run."""
-    steps = campaign.number(SHORT // 5, LONG // 20)
+    if backend != "cpu" and not campaign.long:
+        pytest.skip("what is kept between steps is the same for all backends: make campaign runs them all")
+    steps = campaign.number(SHORT // 2, LONG // 20)
     campaign.count(cases=steps)
     draw = random.Random(5)
     params = start(torch.float32)
@@ -93,7 +95,7 @@ def test_a_life_of_changes_keeps_memory_flat(campaign: Campaign, backend: str) -
         params, torch.optim.AdamW, rho=0.05, k=3, lr=1e-3, backend=backend, schedule=fused_sam.schedule.Random(0.8)
     )
     watch = None
-    for step in range(steps):
+    for step in range(steps + 1):  # memory is measured where the weights have just moved, and the tables are new
         if step % 20 == 0:
             for p in params:
                 p.data = p.data.clone()
@@ -121,7 +123,7 @@ def test_a_life_of_changes_keeps_memory_flat(campaign: Campaign, backend: str) -
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_an_undo_loses_no_bit_however_often(campaign: Campaign, backend: str, dtype: torch.dtype) -> None:
-    steps = campaign.number(SHORT, LONG // 2)
+    steps = campaign.number(SHORT // 5, LONG // 2)
     campaign.count(cases=steps)
     params = start(dtype)
     before = [p.detach().clone() for p in params]

@@ -29,7 +29,7 @@ def test_a_run_killed_at_random_moments_resumes_bit_equal(campaign: Campaign) ->
             campaign.lose(f"the program ended with {done.returncode} after {len(lines)} of {seeds}: {done.stderr}")
 
     seeds: list[int] = []
-    for seed in campaign.rounds(short=4, share=0.12):
+    for seed in campaign.rounds(short=3, share=0.12):
         seeds.append(seed)
         if len(seeds) == AT_ONCE:
             run(seeds)
