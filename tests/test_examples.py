@@ -13,6 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
+    "flat_lora.py": ["sklearn"],
     "label_noise.py": ["sklearn"],
     "self_distillation.py": ["sklearn"],
     "lightning_digits.py": ["sklearn", "lightning"],
@@ -20,6 +21,8 @@ NEEDS = {
     "transformers_text.py": ["transformers", "accelerate"],
 }
 SAYS = {
+    "flat_lora.py": r"\nLoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step\nFlat-LoRA: accuracy on mirrored "
+    r"images ([\d.]+)%",
     "label_noise.py": r"accuracy on clean test images: SGD ([\d.]+)%, SAM ([\d.]+)%",
     "self_distillation.py": r"SAM with self-distillation: accuracy on clean test images ([\d.]+)%",
     "lightning_digits.py": r"accuracy on test images ([\d.]+)%",
