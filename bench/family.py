@@ -1,7 +1,7 @@
 """The methods that are compared: how each is built, stepped and tried, and what it should cost.
 
-All methods of fused_sam.METHODS are here, except for NOT_COMPARED. A new one needs no entry: it runs with its default options and three values
-of rho. OWN adds what the class does not say.
+All methods of fused_sam.METHODS are here, except for NOT_COMPARED. A new one needs no entry: it runs with its default
+options and three values of rho. OWN adds what the class does not say.
 """
 
 from __future__ import annotations

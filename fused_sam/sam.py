@@ -548,8 +548,7 @@ class SAM(Optimizer):
         compares = self._needs_grad_scale
         if compares is None:
             compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
-        compares = compares or self._settings.decay_in_ascent
-        return compares or (schedule is not None and bool(schedule.needs_grad_scale))
+        return compares or self.decay_in_ascent or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property
     def step_was_skipped(self) -> bool:
@@ -606,6 +605,11 @@ class SAM(Optimizer):
         """Which steps perturb; None: every one."""
         schedule: Schedule | None = self._settings.schedule
         return schedule
+
+    @property
+    def decay_in_ascent(self) -> bool:
+        """True if the perturbation follows g + weight_decay * w."""
+        return self._settings.decay_in_ascent
 
     @property
     def backend(self) -> str:

@@ -21,8 +21,8 @@ NEEDS = {
     "transformers_text.py": ["transformers", "accelerate"],
 }
 SAYS = {
-    "flat_lora.py": r"\nLoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step\nFlat-LoRA: accuracy on mirrored "
-    r"images ([\d.]+)%",
+    "flat_lora.py": r"\nLoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step\n"
+    r"Flat-LoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step",
     "label_noise.py": r"accuracy on clean test images: SGD ([\d.]+)%, SAM ([\d.]+)%",
     "self_distillation.py": r"SAM with self-distillation: accuracy on clean test images ([\d.]+)%",
     "lightning_digits.py": r"accuracy on test images ([\d.]+)%",

@@ -49,7 +49,7 @@ def test_unnormalised_sam(backend: str, dtype: torch.dtype) -> None:
 
 @DTYPES
 def test_le_sam(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max). sigma_t has a warm-up and a cosine, as the program has."""
+    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max). sigma_t has its program's warm-up and cosine."""
     model, groups = model_and_groups(dtype)
     own = {"total": 8, "sigma": 0.03, "rho_max": 0.15, "warmup": 0.25, "decay_start": 0.5}
     sam_steps(model, fused_sam.LESAM(groups, backend=backend, **own, **options()))

@@ -25,8 +25,8 @@ from torch.autograd.graph import increment_version
 SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED = range(8)
 STATUS_SIZE = 8
 
-# What random numbers are drawn for: part of the number of their stream, see rng.py and csrc/core/rng.h. Kernels draw all
-# but the last, which are normal numbers of methods (engine/noise.py).
+# What random numbers are drawn for: part of the number of their stream, see rng.py and csrc/core/rng.h. Kernels draw
+# all but the last, which are normal numbers of methods (engine/noise.py).
 MASK, ROUND_PERTURBED, ROUND_UPDATED, NOISE = range(4)
 
 # Places of the results of `dot`.

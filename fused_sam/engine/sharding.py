@@ -45,7 +45,7 @@ def like(part: Tensor, p: Tensor) -> Tensor:
 
 
 def positions_of(p: Tensor) -> Tensor:
-    """Return where the elements of this process's part of a DTensor lie in the whole one: int64, of the part's shape."""
+    """Return where the elements of this process's part of a DTensor lie in the whole: int64, of the part's shape."""
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     _, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]

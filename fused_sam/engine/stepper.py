@@ -647,8 +647,8 @@ class Stepper:
         for k, group in enumerate(groups, first):
             if "weight_decay" not in group or group.get("decoupled_weight_decay") or self.base.rule is LION:
                 raise ValueError(
-                    f"decay_in_ascent=True adds weight_decay * w to the ascent gradient, but {name} has no weight decay "
-                    "that is a part of the gradient: leave it out, or use SGD or Adam"
+                    f"decay_in_ascent=True adds weight_decay * w to the ascent gradient, but {name} has no weight "
+                    "decay that is a part of the gradient: leave it out, or use SGD or Adam"
                 )
             if group.get("maximize"):
                 raise ValueError(

@@ -24,8 +24,8 @@ from .displaced import DisplacedSAM
 class FlatLoRA(DisplacedSAM):
     """Li et al., "Flat-LoRA: Low-Rank Adaptation over a Flat Loss Landscape", ICML 2025, arXiv 2409.14396.
 
-    Use it for LoRA, and for other adapters of frozen weights, at the price of one pass. Published: above LoRA in and out
-    of domain, on language and image models.
+    Use it for LoRA, and for other adapters of frozen weights, at the price of one pass. Published: above LoRA in and
+    out of domain, on language and image models.
 
         optimizer = fused_sam.FlatLoRA(model.parameters(), torch.optim.AdamW, total=steps, rho=0.05, lr=1e-3)
 
@@ -42,12 +42,12 @@ class FlatLoRA(DisplacedSAM):
     weights are restored bit for bit by the update. Used as MomentumSAM is: backward(), step(), eval() before evaluating
     and saving, train() afterwards and after loading.
 
-    Differs from the authors' program: rows are those of W alone, there of the merged W + s B A. There the noise is drawn
-    again to be subtracted, which saves the copy of W and restores it but for rounding.
+    Differs from the authors' method: rows are those of W alone, there of the merged W + s B A. There the noise is drawn
+    again from its seed and subtracted, which saves the copy of W and restores it but for rounding.
 
     Raises:
-        ValueError: no frozen weight could get noise, adaptive=True, a schedule that reads gradients, decay_in_ascent; as
-            SAM.
+        ValueError: no frozen weight could get noise, adaptive=True, a schedule that reads gradients, decay_in_ascent;
+            as SAM.
         TypeError: total is missing, a base optimizer with train() or eval(); as SAM.
         RuntimeError: first_step(), second_step(), step() with clean weights after the first step, or without any frozen
             weight left.

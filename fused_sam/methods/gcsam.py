@@ -23,8 +23,8 @@ class GCSAM(SAM):
     Args:
         norm: "centralised": ||c(g)||, so that ||e|| = rho, as in the paper's equation. "gradient": ||g||, so that e is
             shorter, as in the authors' program. Not with adaptive=True.
-        centralise_descent: True: the update takes c(g_s), as in the paper's equation, in steps that perturb. False: g_s,
-            as in the authors' program.
+        centralise_descent: True: the update takes c(g_s), as in the paper's equation, in steps that perturb. False:
+            g_s, as in the authors' program.
         Others: as SAM.
 
     The first gradients are changed in place, and with centralise_descent the second ones too. With norm="gradient" a
@@ -53,7 +53,8 @@ class GCSAM(SAM):
     @property
     def needs_grad_scale(self) -> bool:
         """True if `ascent_grad_scale` must be set under a GradScaler: with norm="gradient", or for the schedule."""
-        return self.norm == "gradient" or (self.schedule is not None and self.schedule.needs_grad_scale)
+        by_schedule = self.schedule is not None and self.schedule.needs_grad_scale
+        return self.norm == "gradient" or self.decay_in_ascent or by_schedule
 
     def ascent(self, step: Step) -> None:
         for k, group in enumerate(step.groups):

@@ -21,9 +21,9 @@ class GSAM(SAM):
     Args:
         alpha: 0 (SAM) to 1, weight of the part of g that is at right angles to g_s; 0.4 is pytorch-optimizer's default,
             0.6 that of the authors' ViTs.
-        minimize_fp: True: reduce the perturbed loss and the gap. False: the loss at w and the gap; alpha then weighs the
-            part of g_s that is at right angles to g, and 0 is the base optimizer. The second switch of the authors' JAX
-            program, which calls it closer to conventional training, and often more stable.
+        minimize_fp: True: reduce the perturbed loss and the gap. False: the loss at w and the gap; alpha then weighs
+            the part of g_s that is at right angles to g, and 0 is the base optimizer. The second switch of the authors'
+            JAX program, which calls it closer to conventional training, and often more stable.
         Others: as SAM. The paper ties rho to the learning rate: fused_sam.schedule.RhoProportionalToLR.
 
     first_step() takes the gradients from the parameters. A weight that has a gradient in the second pass only is

@@ -16,8 +16,8 @@ class RandomSAM(DisplacedSAM):
     """A random perturbation of SAM's length: the baseline that shows what SAM's direction is worth.
 
     "RandSAM" in the program of Vani et al., "Forget Sharpness: Perturbed Forgetting of Model Biases Within SAM
-    Dynamics", ICML 2024, arXiv 2406.06700, where it takes two passes. Use it to compare SAM with, or for a smoothed loss
-    at the price of one pass.
+    Dynamics", ICML 2024, arXiv 2406.06700, where it takes two passes. Use it to compare SAM with, or for a smoothed
+    loss at the price of one pass.
 
     Options: SAM's, with any base optimizer but those that have train() and eval(). n is drawn for all trainable weights
     of perturbed groups. It is a function of `seed` and the number of the step, the same on every backend and on every

@@ -14,12 +14,13 @@ from fused_sam.step import Step
 class StableSAM(SAM):
     """Zhou et al., "Stable-SAM", arXiv 2401.07250: SAM's direction with the step length of the base optimizer.
 
-    Use it with plain SGD if SAM is unstable at learning rates that the base optimizer bears. Base optimizers that divide
-    by the gradient's size, such as Adam, hardly differ from SAM with it.
+    Use it with plain SGD if SAM is unstable at learning rates that the base optimizer bears. Base optimizers that
+    divide by the gradient's size, such as Adam, hardly differ from SAM with it.
 
-    Options: SAM's, without adaptive. Both norms are over the gradients of perturbed groups; those of groups with perturb=False are
-    rescaled by the same factor. A second gradient of 0 is left as it is. Under a GradScaler the rescaled gradient is
-    checked too, and scaler.unscale_() between the passes needs first_step(grad_scale=scaler.get_scale()).
+    Options: SAM's, without adaptive. Both norms are over the gradients of perturbed groups; those of groups with
+    perturb=False are rescaled by the same factor. A second gradient of 0 is left as it is. Under a GradScaler the
+    rescaled gradient is checked too, and scaler.unscale_() between the passes needs
+    first_step(grad_scale=scaler.get_scale()).
 
     Raises:
         ValueError: a group with adaptive=True, whose norm is that of T g; as SAM.
