@@ -23,7 +23,7 @@ namespace fused_sam {
 template <class R>
 struct PerturbGroupOf {
   R rho;        // length of the perturbation
-  R eta;        // ASAM's offset, used if adaptive
+  R eta;        // ASAM's offset, used if adaptive; Adam's eps for Precond-SAM
   R mask_prob;  // share of the elements that perturb moves; 1: all
   bool adaptive;
 };
@@ -116,6 +116,13 @@ FUSED_SAM_FN R perturbed(R w, R g, R s, R eta) {
     return w + s * (t * (t * g));
   }
   return w + s * g;
+}
+
+// T_w^2 of Precond-SAM (arXiv 2502.02407): 1 / (sqrt(v_hat) + eps). v is Adam's second moment, and `unbias` is
+// 1 / sqrt(1 - beta2^t).
+template <class R>
+FUSED_SAM_FN R preconditioner(R v, R unbias, R eps) {
+  return R(1) / (R(sqrt(v)) * unbias + eps);
 }
 
 // torch.optim.SGD's direction before momentum: factor * g + weight_decay * w, where w is the unperturbed param.

@@ -45,9 +45,20 @@ struct NormCall {
   float eps;
 };
 
+// Numbers per tensor are those of the launch's tensors.
+struct SquaresCall {
+  const float* unbias;     // null, or T_w is made of the second moments, see preconditioner() in core/formulas.h
+  float* sums;             // of T_w g, and `rows` further on of the weights
+  int32_t rows;
+  uint8_t weights_column;  // of params or masters
+  bool weights;            // True if the weights' squares are asked for
+};
+
 struct PerturbCall {
   const StatusOf<float>* status;
   uint64_t seed;
+  const float* factors;  // null, or what multiplies each tensor's length
+  const float* unbias;   // as in SquaresCall
   bool stochastic_rounding;  // True if bf16 and fp16 params are rounded at random, else to nearest
 };
 
@@ -71,10 +82,11 @@ struct Coefficients {
 template <class Table>
 struct NormKernels {
   static void norm(Dtypes, const Table&, int32_t blocks, Slots, StatusOf<float>*, const NormCall&, cudaStream_t);
+  static void squares(Dtypes, const Table&, int32_t blocks, Slots, const SquaresCall&, cudaStream_t);
 };
 template <class Table>
 struct PerturbKernels {
-  // random: True if a group has a mask, or params are rounded stochastically.
+  // random: True if a group has a mask, params are rounded stochastically, or T_w is made of the second moments.
   static void perturb(Dtypes, const Table&, int32_t blocks, const PerturbCall&, bool random, cudaStream_t);
   static void restore(Dtypes, const Table&, int32_t blocks, cudaStream_t);
 };

@@ -157,4 +157,35 @@ FUSED_SAM_DEVICE bool reduce(float (&sums)[kSums], const Slots& slots) {
   return threadIdx.x == 0;
 }
 
+// A deterministic reduction of two sums per tensor, over all blocks of one launch. As `reduce`, except that the last
+// block adds up the slots of each tensor, a warp per tensor, and writes the totals: out[t] and out[rows + t].
+template <class Table>
+FUSED_SAM_DEVICE void reduce_rows(float (&sums)[2], const Slots& slots, const Table& table, float* out, int32_t rows,
+                                  bool both) {
+  __shared__ bool last_block;
+#pragma unroll
+  for (int k = 0; k < 2; ++k) sums[k] = block_sum(sums[k]);
+  if (threadIdx.x == 0) {
+#pragma unroll
+    for (int k = 0; k < 2; ++k) slots.sums[k * slots.count + slots.first + blockIdx.x] = sums[k];
+    __threadfence();  // a block that reads the ticket then reads these slots
+    last_block = atomicAdd(slots.ticket, 1u) == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last_block) return;
+  __threadfence();
+  const int lane = int(threadIdx.x % 32);
+  for (int32_t t = int32_t(threadIdx.x / 32); t < table.count; t += kThreads / 32) {
+    for (int k = 0; k < (both ? 2 : 1); ++k) {
+      const float* of_launch = slots.sums + k * slots.count + slots.first;
+      float total = 0;
+      for (int32_t c = table.prefix[t] + lane; c < table.prefix[t + 1]; c += 32) total += __ldcg(of_launch + c);
+#pragma unroll
+      for (int distance = 16; distance > 0; distance /= 2) total += __shfl_xor_sync(0xffffffffu, total, distance);
+      if (lane == 0) out[int64_t(k) * rows + t] = total;
+    }
+  }
+  if (threadIdx.x == 0) *slots.ticket = 0;
+}
+
 }  // namespace fused_sam

@@ -1,4 +1,5 @@
 // norm: the global norm of the gradients, and what follows from it, in one launch over all tensors of a table.
+// squares: the sums of squares of each tensor, likewise.
 //
 // Arithmetic is fp32; the formulas are those of core/formulas.h. No kernel includes pybind11 or torch.
 #include "cuda/launch.cuh"
@@ -74,6 +75,63 @@ __global__ void __launch_bounds__(kThreads) norm_kernel(const Table __grid_const
   }
 }
 
+// The same with T_w of Precond-SAM, whose second moments v are fp32.
+template <class G>
+struct SumPreconditioned {
+  static constexpr int kPack = 16 / int(sizeof(G));
+  static constexpr int kElements = kElementsInFlight / 2;  // the second moments take registers
+  static constexpr int kSums = 4;
+
+  const float* second_moment;
+  const G* grad;
+  float unbias, eps;
+  float sums[kSums];
+
+  template <int N>
+  struct Registers {
+    Pack<float, N> v;
+    Pack<G, N> g;
+  };
+  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(grad) | uintptr_t(second_moment); }
+  template <int N>
+  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
+    return {fused_sam::load<N, Use::again>(second_moment + int64_t(i) * N),
+            fused_sam::load<N, Use::again>(grad + int64_t(i) * N)};
+  }
+  template <int N>
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t, int u) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float g = widen(values.g.at[k]);
+      sums[u % kSums] += g * (preconditioner<float>(values.v.at[k], unbias, eps) * g);
+    }
+  }
+  FUSED_SAM_METHOD float sum() const { return (sums[0] + sums[1]) + (sums[2] + sums[3]); }
+};
+
+// The sums of squares of T_w g, and of the weights if they are asked for, of every tensor.
+template <class W, class G, class Table>
+__global__ void __launch_bounds__(kThreads) squares_kernel(const Table __grid_constant__ table, Slots slots,
+                                                           SquaresCall call) {
+  const Span span = span_of(table, int32_t(blockIdx.x));
+  const PerturbGroupOf<float>& group = table.group[table.group_of[span.tensor]].perturb;
+  const void* weight = table.data[call.weights_column][span.tensor];
+  const void* grad = table.data[kGrad][span.tensor];
+  float sums[2] = {0, 0};
+  if (call.unbias != nullptr) {
+    SumPreconditioned<G> operation{static_cast<const float*>(table.data[kState0][span.tensor]) + span.begin,
+                                   static_cast<const G*>(grad) + span.begin, call.unbias[span.tensor], group.eta, {}};
+    run(operation, span.length);
+    sums[0] = operation.sum();
+  } else if (group.adaptive) {
+    sums[0] = sum_squares<W, G, true>(weight, grad, group.eta, span);
+  } else {
+    sums[0] = sum_squares<W, G, false>(nullptr, grad, 0, span);
+  }
+  if (call.weights) sums[1] = sum_squares<W, W, false>(nullptr, weight, 0, span);
+  reduce_rows(sums, slots, table, call.sums, call.rows, call.weights);
+}
+
 __global__ void finish_norm_kernel(StatusOf<float>* status, float eps, FinishNorm how) {
   finish_norm<float>(*status, eps, how);
 }
@@ -87,6 +145,14 @@ void NormKernels<Table>::norm(Dtypes d, const Table& table, int32_t blocks, Slot
   with_types(d, [&](auto, auto g, auto m) {
     launch("norm", d, blocks, stream, norm_kernel<of<decltype(m)>, of<decltype(g)>, Table>, table, slots, status, call,
            weights);
+  });
+}
+
+template <class Table>
+void NormKernels<Table>::squares(Dtypes d, const Table& table, int32_t blocks, Slots slots, const SquaresCall& call,
+                                 cudaStream_t stream) {
+  with_types(d, [&](auto, auto g, auto m) {
+    launch("squares", d, blocks, stream, squares_kernel<of<decltype(m)>, of<decltype(g)>, Table>, table, slots, call);
   });
 }
 FUSED_SAM_LAUNCHERS(NormKernels, SmallTable, LargeTable);

@@ -102,6 +102,54 @@ struct PerturbAtRandom : PerturbArrays<P, G, M> {
   }
 };
 
+// Precond-SAM: T_w is made of Adam's second moments v, which are fp32.
+template <class P, class G, class M>
+struct PerturbPreconditioned : PerturbArrays<P, G, M> {
+  using Base = PerturbArrays<P, G, M>;
+  static constexpr int kElements = kElementsInFlight / 2;  // the second moments and random numbers take registers
+
+  const float* second_moment;
+  float step, unbias, eps;
+  bool stochastic_rounding;
+  RngStream words;
+
+  FUSED_SAM_METHOD PerturbPreconditioned(const Base& arrays, const float* second_moment, float step, float unbias,
+                                         float eps, bool stochastic_rounding, const RngStream& words)
+      : Base(arrays),
+        second_moment(second_moment),
+        step(step),
+        unbias(unbias),
+        eps(eps),
+        stochastic_rounding(stochastic_rounding),
+        words(words) {}
+
+  template <int N>
+  struct Registers {
+    typename Base::template Registers<N> of_base;
+    Pack<float, N> v;
+  };
+  FUSED_SAM_METHOD uintptr_t addresses() const { return Base::addresses() | uintptr_t(second_moment); }
+  template <int N>
+  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
+    return {Base::template load<N>(i), fused_sam::load<N, Use::once>(second_moment + int64_t(i) * N)};
+  }
+  template <int N>
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t i, int) const {
+    const int64_t at = int64_t(i) * N;
+    Pack<P, N> result;
+#pragma unroll
+    for (int k = 0; k < N; ++k) {
+      const float g = widen(values.of_base.g.at[k]);
+      const float w = widen(values.of_base.w.at[k]) + step * (preconditioner<float>(values.v.at[k], unbias, eps) * g);
+      if (!Base::kMasters && sizeof(P) == 2 && stochastic_rounding)
+        result.at[k] = AtRandom<P>::of(w, words(at + k));
+      else
+        result.at[k] = Narrow<P, float>::of(w);
+    }
+    this->template write<N>(values.of_base, result, at);
+  }
+};
+
 template <class P, class G, class M, bool kRandom, class Table>
 __global__ void __launch_bounds__(kThreads) perturb_kernel(const Table __grid_constant__ table, PerturbCall call) {
   const Span span = span_of(table, chunk_from_the_end());
@@ -117,10 +165,17 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Table __grid_co
                                 static_cast<P*>(param) + span.begin,
                                 kMasters ? nullptr : static_cast<M*>(clean) + span.begin,
                                 static_cast<const G*>(table.data[kGrad][span.tensor]) + span.begin};
-  const float step = group.rho * call.status->inverse_norm;
+  float step = group.rho * call.status->inverse_norm;
+  if (call.factors != nullptr) step *= call.factors[span.tensor];
   if constexpr (kRandom) {
     const RngStream mask = rng_stream(table, span, call.seed, call.status->rng_offset, Draw::mask);
     const RngStream words = rng_stream(table, span, call.seed, call.status->rng_offset, Draw::round_perturbed);
+    if (call.unbias != nullptr) {
+      PerturbPreconditioned<P, G, M> operation(arrays, state_of(table, kState0, span), step, call.unbias[span.tensor],
+                                               group.eta, call.stochastic_rounding, words);
+      run(operation, span.length);
+      return;
+    }
     const float masked_step = step / group.mask_prob;
     if (group.adaptive) {
       PerturbAtRandom<P, G, M, true> operation(arrays, masked_step, group.eta, group.mask_prob,

@@ -201,7 +201,7 @@ void CudaTable::make_adam_launches() {
   }
 }
 
-int64_t CudaTable::workspace_bytes() const { return kTicketBytes + chunks() * int64_t(sizeof(float)); }
+int64_t CudaTable::workspace_bytes() const { return kTicketBytes + 2 * chunks() * int64_t(sizeof(float)); }
 
 // ---- a table's primitives ---------------------------------------------------------------------------------
 
@@ -229,16 +229,58 @@ void CudaTable::norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_
   });
 }
 
-void CudaTable::perturb(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t status, uint64_t seed,
-                        bool stochastic_rounding, uintptr_t stream) {
+void CudaTable::check_numbers(uintptr_t numbers, const char* what) const {
+  check_aligned(numbers, 4, what);
+  if (numbers == 0) return;
+  for (int64_t size : sizes_)
+    if (size == 0) throw std::invalid_argument(std::string("a table with a number per tensor (") + what +
+                                               ") has no empty tensors");
+}
+
+void CudaTable::check_second_moments(uintptr_t unbias) {
+  check_numbers(unbias, "unbias");
+  if (unbias == 0) return;
+  launches_.each([](const auto& table, const LaunchPlan& plan) {
+    for (size_t i = 0; i < plan.tensors.size(); ++i)
+      if (table.data[kState0][i] == nullptr)
+        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Adam's second moment");
+  });
+}
+
+void CudaTable::squares(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t unbias, uintptr_t sums,
+                        bool weights, uintptr_t workspace, uintptr_t stream) {
   check_groups(groups.size());
-  bool random = stochastic_rounding;
-  for (const LaunchPlan& plan : launches_.plans)
-    for (int32_t id : plan.group_ids) random = random || groups[size_t(id)].mask_prob < 1;
-  check_rng_streams(random);
+  float* to = at<float>(sums, "sums");
+  check_numbers(sums, "sums");
+  check_second_moments(unbias);
   set_perturb_groups(launches_, groups);
-  const PerturbCall call{at<const StatusOf<float>>(status, "status"), seed, stochastic_rounding};
+  const auto column = uint8_t(dtypes_.has_masters() ? kMaster : kParam);
+  run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
+    const float* of_launch = unbias == 0 ? nullptr : reinterpret_cast<const float*>(unbias) + plan.tensors.front();
+    const SquaresCall call{of_launch, to + plan.tensors.front(), int32_t(sizes_.size()), column, weights};
+    NormKernels<TableOf<decltype(table)>>::squares(dtypes_, table, plan.chunks(), slots(workspace, plan), call,
+                                                   stream_of(stream));
+  });
+}
+
+void CudaTable::perturb(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t status, uint64_t seed,
+                        bool stochastic_rounding, uintptr_t stream, uintptr_t factors, uintptr_t unbias) {
+  check_groups(groups.size());
+  check_numbers(factors, "factors");
+  check_second_moments(unbias);
+  bool masked = false;
+  for (const LaunchPlan& plan : launches_.plans)
+    for (int32_t id : plan.group_ids) masked = masked || groups[size_t(id)].mask_prob < 1;
+  if (masked && unbias != 0) throw std::invalid_argument("a table with second moments has no mask");
+  check_rng_streams(masked || stochastic_rounding);
+  set_perturb_groups(launches_, groups);
+  const auto* numbers = at<const StatusOf<float>>(status, "status");
+  const bool random = masked || stochastic_rounding || unbias != 0;
   run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {
+    const auto of_launch = [&](uintptr_t all) {
+      return all == 0 ? nullptr : reinterpret_cast<const float*>(all) + plan.tensors.front();
+    };
+    const PerturbCall call{numbers, seed, of_launch(factors), of_launch(unbias), stochastic_rounding};
     PerturbKernels<TableOf<decltype(table)>>::perturb(dtypes_, table, plan.chunks(), call, random, stream_of(stream));
   });
 }

@@ -106,8 +106,11 @@ class CudaTable : public Columns {
   // groups: null for the norm of g itself.
   void norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_t status, const NormCall&, uintptr_t workspace,
             uintptr_t stream);
+  // unbias, factors: addresses of a number per tensor, or 0. With `unbias`, state buffer 0 has the second moments.
+  void squares(const std::vector<PerturbGroupOf<double>>&, uintptr_t unbias, uintptr_t sums, bool weights,
+               uintptr_t workspace, uintptr_t stream);
   void perturb(const std::vector<PerturbGroupOf<double>>&, uintptr_t status, uint64_t seed, bool stochastic_rounding,
-               uintptr_t stream);
+               uintptr_t stream, uintptr_t factors = 0, uintptr_t unbias = 0);
   void sgd(const std::vector<SgdGroupOf<double>>&, const UpdateArguments&);
   void adam(const std::vector<AdamGroupOf<double>>&, const UpdateArguments&);
   // A rule of core/rules.h.
@@ -122,6 +125,9 @@ class CudaTable : public Columns {
   void set_rng_streams(L& launches) const;
   void check_groups(size_t groups) const;
   void check_rng_streams(bool random) const;
+  // Checks numbers per tensor, which need every tensor of the table in a launch, and the second moments.
+  void check_numbers(uintptr_t numbers, const char* what) const;
+  void check_second_moments(uintptr_t unbias);
   // Checks the arguments, fills in the groups by set(group of the launch, group), and calls launch(table, blocks, call)
   // for each launch.
   template <class L, class Group, class Set, class Launch>

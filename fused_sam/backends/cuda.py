@@ -105,11 +105,25 @@ class Cuda(Backend):
             groups, _status(status, device), reset, finish, keep_skip, eps, workspace.data_ptr(), self._stream(device)
         )
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        native, workspace = self._table(table)
+        device = table.params[0].device
+        native.squares(
+            groups, _numbers(table.unbias, device, "unbias"), _address(sums, device, "sums"), weights,
+            workspace.data_ptr(), self._stream(device),
+        )  # fmt: skip
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         native, _ = self._table(table)
         device = table.params[0].device
         native.perturb(
-            groups, _status(status, device), table.seed & _WORD64, table.stochastic_rounding, self._stream(device)
+            groups,
+            _status(status, device),
+            table.seed & _WORD64,
+            table.stochastic_rounding,
+            self._stream(device),
+            _numbers(table.factors, device, "factors"),
+            _numbers(table.unbias, device, "unbias"),
         )
         bump_versions(table.params)
 
@@ -195,7 +209,9 @@ class Cuda(Backend):
                 table.native[0].set_grads(grads)
                 table.bound_grads = grads
             return table.native
-        device = _one_device(table.params, table.backups, table.masters, *table.state.values())
+        device = _one_device(
+            table.params, table.backups, table.masters, table.second_moments, *table.state.values()
+        )
         native = self._build(table, device)
         if grads:
             native.set_grads(grads)
@@ -252,6 +268,11 @@ def _address(numbers: Tensor, device: torch.device, what: str) -> int:
     if numbers.device != device or numbers.dtype is not torch.float32:
         raise ValueError(f"the {what} must be torch.float32 on {device}, not {numbers.dtype} on {numbers.device}")
     return numbers.data_ptr()
+
+
+def _numbers(numbers: Tensor | None, device: torch.device, what: str) -> int:
+    """Return the address of a number per row, or 0 for None."""
+    return 0 if numbers is None else _address(numbers, device, what)
 
 
 def _status(status: Status, device: torch.device) -> int:

@@ -13,8 +13,9 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -51,6 +52,17 @@ class _Fp32Status(Status):
     def __init__(self, wide: Status) -> None:
         self.device, self.host, self.values = wide.device, None, wide.values.float()
         self.address = self.values.data_ptr()
+
+
+@contextmanager
+def _narrow_numbers(table: Table) -> Iterator[None]:
+    """Give a table fp32 copies of its numbers per row inside `with`."""
+    wide = table.factors, table.unbias
+    table.factors, table.unbias = map(_fp32, wide)
+    try:
+        yield
+    finally:
+        table.factors, table.unbias = wide
 
 
 class CudaSource(Cuda):
@@ -93,8 +105,15 @@ class CudaSource(Cuda):
         super().norm(tables, groups, narrow, keep_skip=keep_skip, eps=eps)
         status.values.copy_(narrow.values)
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        with _narrow_numbers(table):
+            narrow = sums.float()
+            super().squares(table, groups, narrow, weights=weights)
+            sums.copy_(narrow)
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        super().perturb(table, groups, _Fp32Status(status))
+        with _narrow_numbers(table):
+            super().perturb(table, groups, _Fp32Status(status))
 
     def update(
         self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
