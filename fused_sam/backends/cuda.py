@@ -109,8 +109,8 @@ class Cuda(Backend):
         native, workspace = self._table(table)
         device = table.params[0].device
         native.squares(
-            groups, _numbers(table.unbias, device, "unbias"), _address(sums, device, "sums"), weights,
-            workspace.data_ptr(), self._stream(device),
+            groups, 0 if table.unbias is None else _address(table.unbias, device, "unbias"),
+            _address(sums, device, "sums"), weights, workspace.data_ptr(), self._stream(device),
         )  # fmt: skip
 
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
@@ -122,8 +122,8 @@ class Cuda(Backend):
             table.seed & _WORD64,
             table.stochastic_rounding,
             self._stream(device),
-            _numbers(table.factors, device, "factors"),
-            _numbers(table.unbias, device, "unbias"),
+            0 if table.factors is None else _address(table.factors, device, "factors"),
+            0 if table.unbias is None else _address(table.unbias, device, "unbias"),
         )
         bump_versions(table.params)
 
@@ -268,11 +268,6 @@ def _address(numbers: Tensor, device: torch.device, what: str) -> int:
     if numbers.device != device or numbers.dtype is not torch.float32:
         raise ValueError(f"the {what} must be torch.float32 on {device}, not {numbers.dtype} on {numbers.device}")
     return numbers.data_ptr()
-
-
-def _numbers(numbers: Tensor | None, device: torch.device, what: str) -> int:
-    """Return the address of a number per row, or 0 for None."""
-    return 0 if numbers is None else _address(numbers, device, what)
 
 
 def _status(status: Status, device: torch.device) -> int:

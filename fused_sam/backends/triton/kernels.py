@@ -7,13 +7,15 @@ from typing import Any
 
 from fused_sam.backends.contract import RULES
 
-from .norm import finish_norm, norm
+from .norm import finish_norm, norm, row_sums, squares
 from .perturb import perturb, restore
 from .vectors import axpby, dot
 
 KERNELS: dict[str, Any] = {
     "norm": norm,
     "finish_norm": finish_norm,
+    "squares": squares,
+    "row_sums": row_sums,
     "perturb": perturb,
     "restore": restore,
     "dot": dot,

@@ -86,6 +86,8 @@ class NativeTable(Native):
         if table.rule is not None:
             for name, column in table.state.items():
                 self._fill(layout.state_place(table.rule, name), column)
+        elif table.second_moments:
+            self._fill(layout.STATE, table.second_moments)
         if table.rng_streams:
             self._rows[layout.RNG_STREAM :: ROW] = array("q", table.rng_streams)
         self.masters = bool(table.masters)
