@@ -109,7 +109,7 @@ class ASAM(SAM):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.5, eta: float = 0.01, *, scale: str = "weights"
+        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.5, eta: float = 0.01, *, scale: str = "matrices"
     ) -> None:
         super().__init__(params, base, rho)
         self.eta, self.scale = eta, scale

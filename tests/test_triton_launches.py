@@ -132,6 +132,34 @@ def test_a_variant_for_each_use_and_no_more(driver: RecordingDriver) -> None:
     assert len(KERNELS["perturb"].device_caches[0][0]) == 6
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_squares_are_two_launches_for_any_number_of_tensors(weights: bool, driver: RecordingDriver) -> None:
+    """The sums of the blocks, and of each row's blocks; later launches repeat the first ones."""
+    for count in (3, 161):
+        driver.launches.clear()
+        case, backend = draw_case([40] * count, DTYPES[0]), Triton()
+        case.table.rule, case.table.state = None, {}
+        sums = torch.zeros(2, count)
+        for _ in range(2):
+            backend.squares(case.table, PERTURB_GROUPS, sums, weights=weights)
+        assert [launch.kernel for launch in driver.launches] == ["squares", "row_sums"] * 2
+        assert [launch.programs for launch in driver.launches] == [count] * 4
+
+
+def test_perturb_with_numbers_per_row_is_a_variant_of_its_own(driver: RecordingDriver) -> None:
+    from fused_sam.backends.triton.kernels import KERNELS
+
+    for factors, moments in ((False, False), (True, False), (True, True)):
+        case = draw_case(SIZES, DTYPES[0])
+        case.table.rule, case.table.state = None, {}
+        case.table.factors = torch.ones(3) if factors else None
+        if moments:
+            case.table.second_moments, case.table.unbias = [torch.ones(n) for n in SIZES], torch.ones(3)
+        Triton().perturb(case.table, PERTURB_GROUPS, STATUS)
+    assert len(KERNELS["perturb"].device_caches[0][0]) == 3
+    assert [launch.kernel for launch in driver.launches] == ["perturb"] * 3
+
+
 @pytest.mark.parametrize("rule", GROUPS)
 def test_a_whole_step_of_many_tensors_is_four_launches(rule: str, driver: RecordingDriver) -> None:
     """Norm and perturbation, norm and update; three under a GradScaler, which has checked the second gradient."""

@@ -41,8 +41,8 @@ class ESAM(SAM):
         Others: as SAM. Draws are a function of `seed` and their number, which a state_dict carries.
 
     Raises:
-        TypeError, ValueError: beta, gamma or mask out of range, or mask="tensors" with a schedule that decides by the
-            gradients; as SAM.
+        TypeError, ValueError: beta, gamma or mask out of range, mask="tensors" with a schedule that decides by the
+            gradients, or a norm that is not "global": the masks are made for that one; as SAM.
         RuntimeError: step(closure) with gamma below 1; a loss that does not use any of the tensors chosen.
 
     | per parameter, fp32 | bytes moved | launches | passes |
@@ -74,6 +74,11 @@ class ESAM(SAM):
         if options.get("mask") == "tensors" and getattr(schedule, "needs_gradients", False):
             raise ValueError(
                 f'mask="tensors" leaves gradients out before {type(schedule).__name__} decides: use mask="elements"'
+            )
+        if options.get("norm", "global") != "global":
+            raise ValueError(
+                f"norm={options['norm']!r} cannot be combined with ESAM's masks, whose length rho / beta is that of the "
+                'global norm: leave norm="global", or use SAM or LayerSAM'
             )
         super().__init__(params, base_optimizer, *args, **options)
 
