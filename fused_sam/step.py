@@ -158,7 +158,9 @@ class Step:
         Otherwise as `ascent_norms`.
         """
         if not self._optimizer.reads_weight_norms:
-            raise RuntimeError(f"{self._where()}: step.weight_norms are taken if the class sets reads_weight_norms = True")
+            raise RuntimeError(
+                f"{self._where()}: step.weight_norms are taken if the class sets reads_weight_norms = True"
+            )
         return self._per_parameter("weight_norms", "weight_norms").clone()
 
     def _per_parameter(self, name: str, attribute: str) -> Tensor:

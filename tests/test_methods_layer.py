@@ -26,16 +26,18 @@ def members(p: Problem, norm: str, i: int) -> list[int]:
 
 
 def length(x: Vector, rows: list[int]) -> Tensor:
-    return torch.stack([x[j].square().sum() for j in rows]).sum().sqrt()
+    return sum((x[j].square().sum() for j in rows), torch.zeros((), dtype=torch.float64)).sqrt()
 
 
 def perturbed(p: Problem, g: Vector, norm: str, *, layers: bool) -> Vector:
     """Return w + rho g / ||g||, times ||w|| if `layers`, with the norms that the option asks for."""
     moved = []
     for i, (w, d) in enumerate(zip(p.w, g, strict=True)):
+        if not p.perturbed[i]:
+            moved.append(w)
+            continue
         rows = members(p, norm, i)
-        factor = p.rho[i] / length(g, rows) * (length(p.w, rows) if layers else 1.0)
-        moved.append(w + factor * d if p.perturbed[i] else w)
+        moved.append(w + p.rho[i] / length(g, rows) * (length(p.w, rows) if layers else 1.0) * d)
     return moved
 
 
@@ -84,8 +86,8 @@ def test_adaptive_norms(backend: str, norm: str) -> None:
         t = [w.abs() + 0.1 for w in p.w]
         scaled = [a * b for a, b in zip(t, g, strict=True)]
         for i, w in enumerate(p.w):
-            e = p.rho[i] * t[i] * scaled[i] / length(scaled, members(p, norm, i))
-            moved.append(w + e if p.perturbed[i] else w)
+            rows = members(p, norm, i)
+            moved.append(w + p.rho[i] * t[i] * scaled[i] / length(scaled, rows) if p.perturbed[i] else w)
         p.update(p.gradient(moved, step))
     assert_weights(model, p.w)
 
@@ -312,6 +314,8 @@ def test_lengths_of_another_number_than_parameters_are_refused() -> None:
     for norm in ("tensor", "global"):
         optimizer = Own([p := nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))], norm=norm, lr=0.1)
         p.grad = torch.ones(2)
-        with pytest.raises(TypeError, match=r'Own.radius\(\) must return .* one number per parameter with norm="tensor"'):
+        with pytest.raises(
+            TypeError, match=r'Own.radius\(\) must return .* one number per parameter with norm="tensor"'
+        ):
             optimizer.first_step()
         assert torch.equal(p, torch.ones(2))

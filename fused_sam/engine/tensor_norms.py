@@ -193,7 +193,9 @@ class SecondMoments:
 
     def _unbias(self, plan: Plan, call: KernelCall, adam: list[Any], state: Any) -> Tensor:
         """Return 1 / sqrt(1 - beta2^step) of each row; 0 where Adam has not taken a step."""
-        steps = torch.stack([match_scalar(local(state[plan.params[i]]["step"]), call.table.params[0]) for i in call.rows])
+        steps = torch.stack(
+            [match_scalar(local(state[plan.params[i]]["step"]), call.table.params[0]) for i in call.rows]
+        )
         steps = steps.to(status_dtype(steps.device))
         betas = [float(adam[plan.group_ids[i] % len(adam)].beta2) for i in call.rows]
         key = (plan, call, betas)

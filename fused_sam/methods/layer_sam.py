@@ -1,6 +1,6 @@
 """LayerSAM: each tensor is perturbed in proportion to its own norm, along its own gradient. Look-LayerSAM: with LookSAM.
 
-    e_l = rho ||w_l|| g_l / ||g_l||  for every tensor l;  g_s = grad L(w + e);  w = BASE(w, g_s)
+e_l = rho ||w_l|| g_l / ||g_l||  for every tensor l;  g_s = grad L(w + e);  w = BASE(w, g_s)
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LayerSAM(SAM):
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
-    | every step | 48: norms 8, perturb 16, check 4, update 20 | 4, and about 20 over one number per tensor | 2 |
+    | every step | 48: norms 8, perturb 16, check 4, update 20 | 5, and about 20 over one number per tensor | 2 |
     """
 
     DEFAULTS = {"norm": "tensor"}
@@ -58,6 +58,6 @@ class LookLayerSAM(LayerSAM, LookSAM):
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
-    | every k-th step | 68: norms 8, perturb 16, check 4, update 20, dot 8, axpby 12 | 6, and small ones | 2 |
+    | every k-th step | 68: norms 8, perturb 16, check 4, update 20, dot 8, axpby 12 | 7, and the small ones | 2 |
     | between | 44: dot 8, axpby 12, check 4, update 20 | 4 | 1 |
     """

@@ -1,6 +1,6 @@
 """Precond-SAM: the perturbation is preconditioned by Adam's second moment.
 
-    T = (sqrt(v_hat) + eps)^(-1/2);  e = rho T^2 g / ||T g||;  w = ADAM(w, grad L(w + e))
+T = (sqrt(v_hat) + eps)^(-1/2);  e = rho T^2 g / ||T g||;  w = ADAM(w, grad L(w + e))
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PrecondSAM(SAM):
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
-    | every step | 60: norm 8, perturb 20, check 4, update 28 | 4, and about 20 over one number per tensor | 2 |
+    | every step | 60: norm 8, perturb 20, check 4, update 28 | 5, and about 20 over one number per tensor | 2 |
     """
 
     preconditions = True

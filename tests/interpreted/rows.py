@@ -15,13 +15,20 @@ from torch import Tensor
 from fused_sam.backends.contract import INVERSE_NORM, SKIP, PerturbGroup
 from fused_sam.backends.triton.backend import Triton
 
-EPS = [PerturbGroup(0.05, eta=1e-2), PerturbGroup(0.5, eta=0.1), PerturbGroup(0.3, eta=1e-3), PerturbGroup(0.2, eta=1.0)]
+EPS = [
+    PerturbGroup(0.05, eta=1e-2),
+    PerturbGroup(0.5, eta=0.1),
+    PerturbGroup(0.3, eta=1e-3),
+    PerturbGroup(0.2, eta=1.0),
+]
 LONG = [*SIZES, 150_000]  # of more blocks than `row_sums` adds up at a time
 
 moments_or_not = pytest.mark.parametrize("moments", [False, True], ids=["", "second moments"])
 
 
-def drawn(sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype], *, moments: bool, shift: int = 0, **options: bool) -> Case:
+def drawn(
+    sizes: list[int], dtypes: tuple[torch.dtype, torch.dtype], *, moments: bool, shift: int = 0, **options: bool
+) -> Case:
     case = draw_case(sizes, dtypes, perturb_groups=EPS if moments else PERTURB_GROUPS, shift=shift, **options)  # type: ignore[arg-type]
     n = len(sizes)
     for table in (case.table, case.twin):
