@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import fused_sam
 from bench.errors import BenchError
@@ -86,7 +86,7 @@ def of(cls: type[SAM], **fixed: Any) -> Build:
 
 def on_adam(params: Iterable[Tensor], total: int, *, lr: float, rho: float = 0.05) -> Optimizer:
     """Build PrecondSAM, which needs Adam's second moment, at a learning rate that suits Adam."""
-    return fused_sam.PrecondSAM(params, torch.optim.AdamW, rho=rho, lr=lr / 20)
+    return fused_sam.PrecondSAM(params, AdamW, rho=rho, lr=lr / 20)
 
 
 def tail(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:

@@ -12,7 +12,7 @@ from support.family import GROUP_OF, STEPS, Problem, Vector, assert_weights, dot
 from torch import Tensor, nn
 
 import fused_sam
-from fused_sam import SAM, ESAM, LayerSAM, LookLayerSAM, Step
+from fused_sam import ESAM, SAM, LayerSAM, LookLayerSAM, Step
 
 dtypes = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 norms = pytest.mark.parametrize("norm", ["tensor", "group", "global"])

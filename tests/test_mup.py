@@ -132,7 +132,7 @@ def test_a_step_with_norms_per_tensor_takes_five_launches(norm: str) -> None:
 
 
 def test_networks_with_other_parameters_are_refused() -> None:
-    with pytest.raises(ValueError, match="only one of model and base has the parameter '0.bias'"):
+    with pytest.raises(ValueError, match=r"only one of model and base has the parameter '0\.bias'"):
         mup_rho_groups(nn.Sequential(nn.Linear(2, 2)), nn.Linear(2, 2))
     with pytest.raises(ValueError, match=r"parameter 'weight' is \(4, 2\) in the model and \(4, 2, 3\) in the base"):
         mup_rho_groups(nn.Linear(2, 4), nn.Conv1d(2, 4, 3))

@@ -115,7 +115,7 @@ def test_squares_that_are_not_finite_stay_in_their_row(variant: Variant) -> None
     assert found.isfinite().tolist() == [True, False, False, True, True]
 
 
-# ---- the CUDA kernels' source alone ---------------------------------------------------------------------------------------
+# ---- the CUDA kernels' source alone ----------------------------------------------------------------------------------
 
 on_cuda_source = pytest.mark.skipif(cuda_source.register() is not None, reason="the kernels' source was not built")
 

@@ -44,9 +44,9 @@ def widen(x: Tensor) -> Tensor:
 
 
 def weight_scale(table: Table, i: int, group: PerturbGroup) -> Tensor | float:
-    """Return T_w of row i: 1 for SAM, |w| + eta for ASAM (arXiv 2102.11600), (sqrt(v_hat) + eps)^(-1/2) for Precond-SAM.
+    """Return T_w of row i: 1 for SAM, |w| + eta for ASAM (arXiv 2102.11600).
 
-    Precond-SAM is of arXiv 2502.02407; v_hat is Adam's second moment without its bias.
+    For Precond-SAM (arXiv 2502.02407) (sqrt(v_hat) + eps)^(-1/2), v_hat being Adam's second moment without its bias.
     """
     if table.unbias is not None:
         return (table.second_moments[i].sqrt() * table.unbias[i] + group.eta).rsqrt()

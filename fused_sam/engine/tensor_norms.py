@@ -6,6 +6,7 @@ the device. The lengths go to the tables as a factor per row, which `perturb` re
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -185,7 +186,7 @@ class SecondMoments:
         calls = plan.perturb_calls(masked, flags, state)
         for call in calls:
             table, own = call.table, [moments[i] for i in call.rows]
-            if len(own) != len(table.second_moments) or any(a is not b for a, b in zip(own, table.second_moments)):
+            if len(own) != len(table.second_moments) or not all(map(operator.is_, own, table.second_moments)):
                 table.second_moments = own  # type: ignore[assignment]
                 table.native = None  # its form has the addresses of those that were replaced
             table.unbias = self._unbias(plan, call, adam, state)

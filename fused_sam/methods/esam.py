@@ -77,7 +77,7 @@ class ESAM(SAM):
             )
         if options.get("norm", "global") != "global":
             raise ValueError(
-                f"norm={options['norm']!r} cannot be combined with ESAM's masks, whose length rho / beta is that of the "
+                f"norm={options['norm']!r} cannot be combined with ESAM's masks, whose length rho / beta is of the "
                 'global norm: leave norm="global", or use SAM or LayerSAM'
             )
         super().__init__(params, base_optimizer, *args, **options)

@@ -1,6 +1,6 @@
-"""LayerSAM: each tensor is perturbed in proportion to its own norm, along its own gradient. Look-LayerSAM: with LookSAM.
+"""LayerSAM: each tensor is perturbed in proportion to its norm, along its gradient. Look-LayerSAM: with LookSAM.
 
-e_l = rho ||w_l|| g_l / ||g_l||  for every tensor l;  g_s = grad L(w + e);  w = BASE(w, g_s)
+    e_l = rho ||w_l|| g_l / ||g_l|| for every tensor l;  g_s = grad L(w + e);  w = BASE(w, g_s)
 """
 
 from __future__ import annotations

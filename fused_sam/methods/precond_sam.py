@@ -1,6 +1,6 @@
 """Precond-SAM: the perturbation is preconditioned by Adam's second moment.
 
-T = (sqrt(v_hat) + eps)^(-1/2);  e = rho T^2 g / ||T g||;  w = ADAM(w, grad L(w + e))
+    T = (sqrt(v_hat) + eps)^(-1/2);  e = rho T^2 g / ||T g||;  w = ADAM(w, grad L(w + e))
 """
 
 from __future__ import annotations

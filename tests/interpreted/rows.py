@@ -9,7 +9,7 @@ import pytest
 import support.triton_rounding  # noqa: F401  # rounds as GPUs do
 import torch
 from support.draws import values
-from support.triton_tables import DTYPES, GROUPS, PERTURB_GROUPS, SIZES, Case, draw_case, place
+from support.triton_tables import DTYPES, PERTURB_GROUPS, SIZES, Case, draw_case, place
 from torch import Tensor
 
 from fused_sam.backends.contract import INVERSE_NORM, SKIP, PerturbGroup
