@@ -14,7 +14,7 @@ using namespace fused_sam;
 
 namespace {
 
-const std::vector<int64_t> kSizes = {0, 7, 1023, 1025, 16385, 1, 70001};
+const std::vector<int64_t> kSizes = {3, 7, 1023, 1025, 16385, 1, 70001};
 const std::vector<int32_t> kGroups = {0, 1, 0, 1, 0, 1, 0};
 const std::vector<PerturbGroup> kPerturb = {{0.5, 0.25, 1, false}, {2.0, 0.5, 1, true}};
 
