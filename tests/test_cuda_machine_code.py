@@ -200,7 +200,7 @@ def test_every_kernel_is_compiled(kernels: list[Kernel]) -> None:
             def types(primitive: str, random: bool = False, here: list[Kernel] = here) -> set[tuple[int, ...]]:
                 return {k.types for k in here if k.primitive == primitive and k.random is random}
 
-            assert types("norm") == pairs | {(4, 2)}
+            assert types("norm") == types("squares") == pairs | {(4, 2)}
             assert types("perturb") == types("perturb", True) == plain | masters
             for primitive in (rule.name for rule in RULES):
                 assert [types(primitive, r) for r in (False, True)] == [updates[r] for r in (False, True)]
