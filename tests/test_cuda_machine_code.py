@@ -233,6 +233,7 @@ def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) ->
         # Bytes per element, without amsgrad's max_exp_avg_sq.
         read = {
             "norm": lambda k: k.types[1],
+            "squares": lambda k: k.types[1],
             "perturb": lambda k: k.types[2] + k.types[1],
             "sgd": lambda k: k.types[2] + k.types[1] + 4,
             **{name: lambda k: k.types[2] + k.types[1] + 4 for name in ELEMENT_RULES},
@@ -248,7 +249,7 @@ def test_loads_are_16_bytes_wide_and_several_in_flight(kernels: list[Kernel]) ->
 
 def test_stores_are_16_bytes_wide(kernels: list[Kernel]) -> None:
     for kernel in kernels:
-        if kernel.primitive in ("norm", "dot", "finish_norm"):
+        if kernel.primitive in ("norm", "squares", "dot", "finish_norm"):
             continue
         # Bytes per element of the params (axpby: the result), the state, and perturb's backup or an update's master.
         written = kernel.types[-1 if kernel.primitive == "axpby" else 0]
