@@ -67,7 +67,7 @@ class Kernel:
     def elements(self) -> int:
         """Return the elements of each array that a thread has in flight (kElements in csrc/cuda)."""
         fewer = self.random or self.primitive == "adam" or (self.primitive in {"sgd", *ELEMENT_RULES} and self.masters)
-        fewer = fewer or (self.primitive in ELEMENT_RULES and self.types[0] < self.types[1])
+        fewer = fewer or (self.primitive in ELEMENT_RULES and self.types[1] == 4)
         return 8 if fewer else 16
 
 
@@ -252,12 +252,17 @@ def bytes_read(kernel: Kernel) -> int:
     }[kernel.primitive]()
 
 
-def instructions_per_element(kernel: Kernel) -> float:
-    """Return the instructions per element of the longest loop that reads what the primitive reads."""
+def instructions_per_element(kernel: Kernel) -> tuple[float, float]:
+    """Return the least and the most instructions per element of the loops that read what the primitive reads.
+
+    They are those of groups with different options, such as SAM's and ASAM's perturbation. Copies, which a skipped step
+    makes, are left out by their length.
+    """
     wanted = bytes_read(kernel) * kernel.elements // 16
-    found = [loop for loop in loops(kernel) if loop.loads == wanted]
+    found = [loop.instructions for loop in loops(kernel) if loop.loads == wanted]
     assert found, f"{kernel}: no loop has {wanted} loads, only {loops(kernel)}"
-    return max(loop.instructions for loop in found) / kernel.elements
+    kept = [count for count in found if 3 * count >= max(found)]
+    return min(kept) / kernel.elements, max(kept) / kernel.elements
 
 
 # ---- figures of docs/gpu.md -------------------------------------------------------------------------------------
@@ -300,13 +305,13 @@ def figures(kernels: list[Kernel]) -> str:
         first, grad = kernel.names[0], kernel.names[1]
         if first != grad:  # bf16 or fp16 params with fp32 gradients lie between
             continue
-        blocks, count = blocks_per_processor(kernel.usage["REG"]), instructions_per_element(kernel)
+        blocks, (least, count) = blocks_per_processor(kernel.usage["REG"]), instructions_per_element(kernel)
         flight = blocks * THREADS * kernel.elements * bytes_read(kernel) // 1024
         share = count / (PROCESSORS * 4 * 32 * CLOCK) / (moved(kernel) / COPY_RATE)
         title = f"{kernel.primitive}, {TITLES[first]}" + (", fp32 masters" if kernel.masters else "")
         title += ", random" if kernel.random else ""
         order = (SHOWN.index(kernel.primitive), list(TITLES).index(first), kernel.masters, kernel.random)
-        rows.append((order, f"| {title} | {kernel.usage['REG']} | {blocks} | {flight} | {moved(kernel)} | {count:.1f} |"
+        rows.append((order, f"| {title} | {kernel.usage['REG']} | {blocks} | {flight} | {moved(kernel)} | {least:.1f} to {count:.1f} |"
                             f" {share:.0%} |"))  # fmt: skip
     return "\n".join([*lines, *(row for _, row in sorted(rows))])
 

@@ -11,7 +11,7 @@ struct Element : UpdateArrays<P, G, M> {
   using Group = typename Rule::template GroupOf<float>;
   static constexpr int kPack = 16 / int(sizeof(P));
   // Half as many if an element has many bytes: else the compiler waits for the first loads before it issues the last.
-  static constexpr bool kFewer = kRandom || Arrays::kMasters || sizeof(P) < sizeof(G);
+  static constexpr bool kFewer = kRandom || Arrays::kMasters || sizeof(G) == 4;
   static constexpr int kElements = kFewer ? kElementsInFlight / 2 : kElementsInFlight;
 
   float* buffer;
