@@ -311,8 +311,9 @@ def figures(kernels: list[Kernel]) -> str:
         title = f"{kernel.primitive}, {TITLES[first]}" + (", fp32 masters" if kernel.masters else "")
         title += ", random" if kernel.random else ""
         order = (SHOWN.index(kernel.primitive), list(TITLES).index(first), kernel.masters, kernel.random)
-        rows.append((order, f"| {title} | {kernel.usage['REG']} | {blocks} | {flight} | {moved(kernel)} | {least:.1f} to {count:.1f} |"
-                            f" {share:.0%} |"))  # fmt: skip
+        counts = f"{least:.1f} to {count:.1f}"
+        numbers = (title, kernel.usage["REG"], blocks, flight, moved(kernel), counts, f"{share:.0%}")
+        rows.append((order, f"| {' | '.join(map(str, numbers))} |"))
     return "\n".join([*lines, *(row for _, row in sorted(rows))])
 
 

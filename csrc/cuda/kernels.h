@@ -7,7 +7,8 @@
 #include "core/storage.h"
 #include "cuda/launch_table.h"
 
-// 1 if middle and large tables are compiled: the toolkit must pass them, and FUSED_SAM_SMALL_TABLES halves the time of a build.
+// 1 if middle and large tables are compiled: the toolkit must pass them, and FUSED_SAM_SMALL_TABLES halves the time of
+// a build.
 #if CUDART_VERSION >= 12010 && !defined(FUSED_SAM_SMALL_TABLES)
 #define FUSED_SAM_LARGE_TABLES 1
 #else

@@ -60,7 +60,7 @@ using Plain = std::remove_cv_t<std::remove_reference_t<T>>;
 template <class... Parameters, class... Arguments>
 static cudaError_t launch_kernel(const cudaLaunchConfig_t& config, void (*kernel)(Parameters...),
                                  const Arguments&... arguments) {
-  static_assert((std::is_same_v<Plain<Parameters>, Arguments> && ...), "an argument has another type than its parameter");
+  static_assert((std::is_same_v<Plain<Parameters>, Arguments> && ...), "an argument is not of its parameter's type");
 #if defined(__CUDACC__)
   const void* addresses[] = {static_cast<const void*>(&arguments)...};
   return cudaLaunchKernelExC(&config, reinterpret_cast<const void*>(kernel), const_cast<void**>(addresses));

@@ -5,9 +5,9 @@
 //   kElements                    elements of each array that a thread loads before it uses the first
 //   kLean                        true to have one load in flight at a span's end: fewer registers, and so more blocks
 //   Registers<N>                 the values of N elements of each array that it reads
-//   head()                       elements before the first that begins a 16-byte vector of the array written or read most
+//   head()                       elements before the first that begins a 16-byte vector of its main array
 //   addresses(at)                the pointers to element `at` of all arrays but one, or-ed together
-//   other(at)                    the pointer to element `at` of that one, whose vectors may begin elsewhere: the gradient
+//   other(at)                    the pointer to element `at` of that one, whose vectors may begin elsewhere: a gradient
 //                                is often a view of a communication bucket
 //   load<N, kSplit>(at)          reads N elements from `at` on; with kSplit those of the other array one by one
 //   finish<N>(values, at, u)     computes and stores them; u counts the loads in flight

@@ -18,7 +18,7 @@ namespace fused_sam {
 constexpr int kThreads = FUSED_SAM_THREADS;
 
 // For __launch_bounds__: the least blocks per SM that the compiler must leave registers for, given for 256 threads.
-constexpr int blocks_of(int blocks_of_256) { return blocks_of_256 * 256 / kThreads > 0 ? blocks_of_256 * 256 / kThreads : 1; }
+constexpr int blocks_of(int blocks_of_256) { return std::max(blocks_of_256 * 256 / kThreads, 1); }
 
 // Elements that a thread loads from each array before it uses the first: 4 accesses of 16 bytes in fp32. A block of the
 // SGD update then has 3 x 16 KB in flight, and an SM with its 3 blocks (79 registers per thread) 144 KB. By Little's

@@ -1,7 +1,7 @@
 // A replacement of CUDA's header, with which g++ compiles csrc/cuda for a machine without a GPU. Tests only.
 //
-// A kernel's blocks run one after another, in another order at every launch; the threads of a block are fibers (fibers.h), switched at barriers and
-// shuffles. Shared memory is static storage. Tests set the state of the machine in cuda_shim::machine().
+// A kernel's blocks run one after another, in a new order at every launch; the threads of a block are fibers
+// (fibers.h), switched at barriers and shuffles. Shared memory is static storage. Tests set the state of the machine in cuda_shim::machine().
 #pragma once
 
 #include <algorithm>
