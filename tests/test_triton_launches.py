@@ -172,6 +172,24 @@ def test_a_whole_step_of_many_tensors_is_four_launches(rule: str, driver: Record
     assert [launch.programs for launch in driver.launches] == [case.table.native.programs, 161] * 2
 
 
+@pytest.mark.parametrize(("registers", "fitting"), [(32, 8), (33, 6), (39, 6), (48, 5), (64, 4), (255, 1)])
+def test_a_reduction_has_as_many_programs_as_the_device_holds(
+    registers: int, fitting: int, driver: RecordingDriver
+) -> None:
+    """One more would wait for the first to end. The limits are those of NVIDIA's occupancy calculator."""
+    driver.registers = registers
+    case, backend = draw_case([2048] * 100, DTYPES[0], GROUPS["sgd"]), Triton()
+    pair, _ = draw_pairs([2048] * 100, torch.float32, torch.float32)
+    for _ in range(2):
+        backend.norm([case.table], PERTURB_GROUPS, STATUS, **HOW)  # type: ignore[arg-type]
+        backend.dot(pair, NUMBERS, reset=True)
+        backend.perturb(case.table, PERTURB_GROUPS, STATUS)
+    processors = case.table.native.device.processors
+    assert [launch.programs for launch in driver.launches] == [fitting * processors] * 2 + [100] + [
+        fitting * processors
+    ] * 2 + [100]
+
+
 def test_the_norm_of_several_tables_is_one_launch_for_each(driver: RecordingDriver) -> None:
     """The first launch resets the sum, and the last one finishes the norm."""
     from fused_sam.backends.triton import layout

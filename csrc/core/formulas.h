@@ -95,10 +95,13 @@ FUSED_SAM_FN bool is_negative_zero(double x) {
   return bits == 0x8000000000000000u;
 }
 
+FUSED_SAM_FN float magnitude(float x) { return fabsf(x); }
+FUSED_SAM_FN double magnitude(double x) { return fabs(x); }
+
 // T_w of ASAM (arXiv 2102.11600): |w| + eta. Plain SAM has T_w = 1.
 template <bool kAdaptive, class R>
 FUSED_SAM_FN R weight_scale(R w, R eta) {
-  return kAdaptive ? (w < R(0) ? -w : w) + eta : R(1);
+  return kAdaptive ? magnitude(w) + eta : R(1);
 }
 
 // T_w g, the vector whose global norm divides the perturbation.

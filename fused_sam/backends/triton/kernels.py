@@ -23,3 +23,6 @@ KERNELS: dict[str, Any] = {
 }
 # An update rule has its kernel in a module of its name.
 KERNELS |= {rule.name: getattr(import_module(f"{__package__}.{rule.name}"), rule.name) for rule in RULES}
+
+# Those whose programs each take many blocks. Their grid follows from the compiled kernel.
+REDUCTIONS = ("norm", "dot")

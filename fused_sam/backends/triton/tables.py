@@ -46,7 +46,7 @@ class Native:
         self.device = device_of(tensors[0].device)
         sizes = [t.numel() for t in tensors]
         self.blocks = Blocks.cut(sizes, self.device)
-        self.programs = min(self.blocks.count, self.device.programs)  # of a reduction
+        self.programs = min(self.blocks.count, self.device.programs)  # of a reduction, at most
         self.launchers: dict[Any, Any] = {}
         self._changing = changing
         self._slots = sums * self.device.slots * status_dtype(tensors[0].device).itemsize // WORD
