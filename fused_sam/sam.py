@@ -71,7 +71,8 @@ class SAM(Optimizer):
             functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
             is wrapped: fused perturbation and undo, and its own step, train() and eval().
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
-        adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
+        adaptive: scale the perturbation by the magnitudes of the weights, as the public SAM package does, which then
+            recommends rho 2. fused_sam.ASAM has the defaults of ASAM's authors.
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
         eps: added to the gradient norm before dividing by it; None: 1e-12. If the base optimizer has an `eps` of its
             own (Adam), that one is set, and SAM's stays 1e-12; unless base_options sets the base optimizer's.
