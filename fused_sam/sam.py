@@ -72,7 +72,8 @@ class SAM(Optimizer):
             functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
             is wrapped: fused perturbation and undo, and its own step, train() and eval().
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
-        adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
+        adaptive: scale the perturbation by the magnitudes of the weights, as the public SAM package does, which then
+            recommends rho 2. fused_sam.ASAM has the defaults of ASAM's authors.
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
         norm: what ||g|| is the norm of: "global", all perturbed parameters; "group", those of the parameter group;
             "tensor", the tensor alone. e then has the length rho in every group, or in every tensor (docs/methods.md).

@@ -124,6 +124,7 @@ class Stepper:
         self.perturbed: list[KernelCall] | None = None
         self.marks = self.status.marks
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
+        self.steps_ended = 0  # by an update, by restore() or by a load
         self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
         self.warned_of_abandoned_step = False
         self.in_closure = False  # True while step(closure) evaluates the closure
@@ -377,6 +378,7 @@ class Stepper:
                 stage = 2
                 self.context._end()
             self.decision, self.grads_unscaled = None, False
+            self.steps_ended += 1
         except BaseException:
             written = status.marks[UPDATED] or (update is not None and any(c.table.pending for c in update.calls))
             if stage or written:
@@ -422,6 +424,7 @@ class Stepper:
             self.perturbed = None
             plan.masters.record_versions()
         self.decision, self.grads_unscaled = None, False
+        self.steps_ended += 1
         try:
             if self._has_hooks and stage < 2:
                 self.context._run_updated()
@@ -485,6 +488,7 @@ class Stepper:
         if self._watch is not None:
             self._watch.ran = False
         self.decision, self.suspended, self.in_closure = None, False, False
+        self.steps_ended += 1
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -606,6 +610,7 @@ class Stepper:
         self.status = Status(self.device())
         self._load_rng_offset()
         self.decision = None
+        self.steps_ended += 1
 
     # ---- numbers that stay on the device --------------------------------------------------------------------
 

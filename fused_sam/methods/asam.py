@@ -17,13 +17,15 @@ class ASAM(SAM):
     Use it if layers differ much in scale, or if one rho is to serve several networks.
 
     Args:
-        rho: 0.5 (CIFAR-10) and 1.0 (CIFAR-100) in the paper; 0.5 to 2 is usual.
-        eta: T's offset, in the weights' unit; 0.01 in the paper.
+        rho: 0.5 (CIFAR-10) and 1.0 (CIFAR-100) in the paper; 0.5 is the default of the authors' class.
+        eta: T's offset, in the weights' unit; 0.01 in the paper and in the authors' class.
         scale: "matrices": tensors of fewer than two dimensions (biases, norm layers' scales) have T = 1. "all": every
             tensor is scaled; with eta=0 that is the public SAM package's adaptive=True. Or names: tensors of these
             names, whole or last parts, are scaled, and the optimizer needs model.named_parameters(). ("weight",) is
             what ASAM's authors scale, which is norm layers' scales too. "weights" is an older name of "matrices".
-        Others: as SAM. A group's `adaptive=False` switches the scaling off for that group.
+        Others: as SAM. SAM(adaptive=True) has other defaults: those of the public SAM package, eta 0, every tensor
+            scaled, and SAM's rho, where that package recommends 2. A group's `adaptive=False` switches the scaling off
+            for that group.
 
     Raises:
         ValueError: scale is none of these, or names parameters and the optimizer has no names; as SAM.
