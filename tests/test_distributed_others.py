@@ -40,5 +40,5 @@ def test_muon_of_sharded_matrices_is_that_of_whole_ones(two: Processes, way: str
     for found, theirs in two.run(spread_others.muon, way):
         assert theirs[0] == pytest.approx(norms[0], rel=1e-12)  # one norm over all processes and both optimizers
         for p, q in zip(found, expected, strict=True):
-            # Muon rounds to bf16, and sums of shards have another order. A Newton-Schulz step makes it 3.4 times larger.
+            # Muon rounds to bf16; sums of shards have another order. A Newton-Schulz step makes that 3.4 times larger.
             torch.testing.assert_close(p, q, rtol=0, atol=3 * 0.02 * 2**-5 if p.ndim == 2 else 1e-3)

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
     "label_noise.py": ["sklearn"],
     "self_distillation.py": ["sklearn"],
+    "muon_digits.py": ["sklearn"],
     "lightning_digits.py": ["sklearn", "lightning"],
     "accelerate_digits.py": ["sklearn", "accelerate"],
     "transformers_text.py": ["transformers", "accelerate"],
@@ -22,6 +23,8 @@ NEEDS = {
 SAYS = {
     "label_noise.py": r"accuracy on clean test images: SGD ([\d.]+)%, SAM ([\d.]+)%",
     "self_distillation.py": r"SAM with self-distillation: accuracy on clean test images ([\d.]+)%",
+    "muon_digits.py": r"AdamW: accuracy on test images ([\d.]+)%.*\nMuon: accuracy on test images ([\d.]+)%.*\n"
+    r"SAM and Muon: accuracy on test images ([\d.]+)%, [\d.]+ ms per step \([\d.]+x AdamW\), [\d.]+ bytes of state",
     "lightning_digits.py": r"accuracy on test images ([\d.]+)%",
     "accelerate_digits.py": r"accuracy on test images ([\d.]+)%",
     "transformers_text.py": r"([\d.]+) before training, ([\d.]+) after",

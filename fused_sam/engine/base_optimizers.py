@@ -256,7 +256,7 @@ class WrappedBase:
         """
         groups = self._optimizer.param_groups
         before = len(groups)
-        self._inner.state, self._inner.param_groups = self._optimizer.state, groups  # type: ignore[assignment]
+        self._inner.state, self._inner.param_groups = self._optimizer.state, groups
         own = {name: value for name, value in group.items() if name not in sam and name != BASE_OPTIONS}
         try:
             self._inner.add_param_group({**own, **group.get(BASE_OPTIONS, {})})

@@ -24,8 +24,8 @@ _OLD_KEYS = {
     "idle": "idle_params",
 }
 
-# State of torch's other optimizers that has its parameter's shape. Adafactor's rows and columns do not have it, and those
-# of other packages may keep less under these names too.
+# State of torch's other optimizers that has its parameter's shape. Adafactor's rows and columns do not have it, and
+# optimizers of other packages may keep less under these names too.
 _OF_PARAM_SHAPE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Options that distinguish the classes; newer ones (maximize, foreach, ...) may be absent from an old checkpoint.

@@ -146,7 +146,8 @@ class MuonWithAdamW(Optimizer):
             u = g.lerp(m, momentum) if group["nesterov"] else m
             direction = orthogonalised(u, group["ns_coefficients"], group["ns_steps"], group["eps"])
             p.mul_(1 - lr * group["weight_decay"])
-            p.add_(direction, alpha=-(lr * _adjustment(p, group["adjust_lr_fn"])))
+            rate: Any = lr * _adjustment(p, group["adjust_lr_fn"])
+            p.add_(direction, alpha=-rate)
 
     def _step_adamw(self, params: list[Tensor], group: dict[str, Any]) -> None:
         columns: dict[str, list[Tensor]] = {"step": [], "exp_avg": [], "exp_avg_sq": []}
