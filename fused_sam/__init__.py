@@ -9,13 +9,14 @@ from .engine.user_warnings import AbandonedStepWarning, PlainStepWarning, Select
 from .info import __version__
 from .methods import *  # noqa: F403  # every method of the registry
 from .methods import METHODS
-from .optimizers import Lion
+from .optimizers import Lion, MuonWithAdamW
 from .step import Step, TensorVector, option
 
 __all__ = [
     "METHODS",
     "AbandonedStepWarning",
     "Lion",
+    "MuonWithAdamW",
     "PlainStepWarning",
     "RoundingWarning",
     "SelectionWarning",

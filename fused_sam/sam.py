@@ -70,7 +70,8 @@ class SAM(Optimizer):
             the base optimizer's options. All other arguments are the same for all groups.
         base_optimizer: an optimizer class, or a callable that makes an optimizer of parameter groups, such as a
             functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
-            is wrapped: fused perturbation and undo, and its own step, train() and eval().
+            is wrapped: fused perturbation and undo, and its own step, train() and eval(). fused_sam.MuonWithAdamW takes
+            Muon for matrices (docs/bases.md).
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
         adaptive: scale the perturbation by the magnitudes of the weights, as the public SAM package does, which then
             recommends rho 2. fused_sam.ASAM has the defaults of ASAM's authors.
@@ -620,18 +621,23 @@ class SAM(Optimizer):
     # ---- torch.optim.Optimizer's own ------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not set are the constructor's."""
+        """Add a group; options that it does not set are the constructor's. A base optimizer may split it."""
         before = len(self.param_groups)
         param_group = self._with_base_options(param_group, before)
-        super().add_param_group(param_group)
+        stepper = self._stepper
+        if stepper is not None and isinstance(stepper.base, WrappedBase) and isinstance(param_group, dict):
+            own = {name: param_group.get(name, self.defaults[name]) for name in self._settings.own_options}
+            stepper.base.add_group(param_group, own)
+        else:
+            super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            drop_duplicates(group)  # torch has warned
-            check_group(group, before)
+            for group in self.param_groups[before:]:
+                drop_duplicates(group)  # torch has warned
+                check_group(group, before)
             self._refuse_common_options(param_group, before)
-            if self._stepper is not None:
-                self._stepper.base.numbers([group])
-                self._stepper.new_plan()
+            if stepper is not None:
+                stepper.base.numbers(self.param_groups[before:])
+                stepper.new_plan()
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -698,12 +704,14 @@ class SAM(Optimizer):
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
             renamed = rename_old_keys(adapted)
-            fused = base.rule is not None
-            checked.update(check_state_dict(renamed, self.param_groups, own, base.clashes, fused=fused))
+            fused, torchs = base.rule is not None, not base.keeps_dtypes
+            groups = self.param_groups
+            checked.update(check_state_dict(renamed, groups, own, base.clashes, fused=fused, torchs=torchs))
             base.upgrade({}, checked["param_groups"])
-            for group in checked["param_groups"]:  # options that a checkpoint of an older version lacks
+            for group, own_group in zip(checked["param_groups"], groups, strict=True):
                 for name, value in self.defaults.items():
-                    group.setdefault(name, value)
+                    if name in own_group:  # an option that a checkpoint of an older version lacks
+                        group.setdefault(name, value)
                 if issubclass(base.cls, torch.optim.AdamW) and "decoupled_weight_decay" in group:
                     group["decoupled_weight_decay"] = True
             for k, group in enumerate(checked["param_groups"]):

@@ -15,6 +15,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
     "label_noise.py": ["sklearn"],
     "losses.py": ["sklearn"],
+    "muon_digits.py": ["sklearn"],
     "lightning_digits.py": ["sklearn", "lightning"],
     "accelerate_digits.py": ["sklearn", "accelerate"],
     "transformers_text.py": ["transformers", "accelerate"],
@@ -26,6 +27,8 @@ SAYS = {
         rf"{name}: accuracy on clean test images ([\d.]+)%, [\d.]+ ms per step"
         for name in ("SGD", "SAM", "OutputBiasForgetting", "Functional", "SelfDistillation", "ReleasedSADT")
     ),
+    "muon_digits.py": r"AdamW: accuracy on test images ([\d.]+)%.*\nMuon: accuracy on test images ([\d.]+)%.*\n"
+    r"SAM and Muon: accuracy on test images ([\d.]+)%, [\d.]+ ms per step \([\d.]+x AdamW\), [\d.]+ bytes of state",
     "lightning_digits.py": r"accuracy on test images ([\d.]+)%",
     "accelerate_digits.py": r"accuracy on test images ([\d.]+)%",
     "transformers_text.py": r"([\d.]+) before training, ([\d.]+) after",
