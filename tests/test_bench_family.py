@@ -20,9 +20,9 @@ import fused_sam
 from bench import accuracy, family, methods, optimizer_work
 from bench.__main__ import main
 from bench.family import METHODS
+from bench.tuning import Outcome
 from fused_sam import SAM
 from fused_sam.demo.data import Part, Task
-from fused_sam.demo.tuning import Outcome
 
 SMALL = replace(accuracy.DIGITS, noise=0.4, epochs=2)
 # Passes per step over ten steps, for methods without two. A pass without its backward pass counts as a third.
