@@ -109,8 +109,9 @@ class Cuda(Backend):
         native, _ = self._table(table)
         device = table.params[0].device
         native.perturb(
-            groups, _status(status, device), table.seed & _WORD64, table.stochastic_rounding, self._stream(device)
-        )
+            groups, _status(status, device), table.seed & _WORD64, table.stochastic_rounding, self._stream(device),
+            status.marks_address,
+        )  # fmt: skip
         bump_versions(table.params)
 
     def update(
@@ -130,6 +131,7 @@ class Cuda(Backend):
             table.seed & _WORD64,
             table.stochastic_rounding,
             self._stream(device),
+            status.marks_address,
         )
         bump_versions(table.params)
         bump_versions(table.masters)
@@ -169,9 +171,9 @@ class Cuda(Backend):
             address = _address(coefficients, device, "coefficients")
         else:
             a, b = coefficients
-        skip = 0 if status is None else _status(status, device)
+        skip, marks = (0, 0) if status is None else (_status(status, device), status.marks_address)
         x, y, code = addresses(pair.x), addresses(pair.y), _CODES[out[0].dtype]
-        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device))
+        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device), marks)
         bump_versions(out)
         return None
 
