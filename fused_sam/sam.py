@@ -631,13 +631,14 @@ class SAM(Optimizer):
         """Add a group; options that it does not set are the constructor's."""
         before = len(self.param_groups)
         param_group = self._with_base_options(param_group, before)
+        has_rho = isinstance(param_group, dict) and "rho" in param_group  # torch adds the default to the dict
         super().add_param_group(param_group)
         try:
             group = self.param_groups[-1]
             drop_duplicates(group)  # torch has warned
             check_group(group, before)
             self._refuse_common_options(param_group, before)
-            if self._rho_is_default and "rho" not in param_group:
+            if self._rho_is_default and not has_rho:
                 self._rho_is_default = not warn_of_small_rho(group)
             if self._stepper is not None:
                 self._stepper.base.numbers([group])

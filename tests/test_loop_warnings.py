@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.family import METHODS, built, train
-from support.nets import closure_for, loss_of, net, two_steps
+from support.nets import closure_for, loss_of, net
 from torch import Tensor, nn
 from torch.amp import GradScaler
 
@@ -93,12 +93,10 @@ def test_a_run_of_skipped_steps_ends_with_a_step_that_is_none(backend: str) -> N
     bad = [SKIPPED_IN_A_ROW - 1, 1, 2, SKIPPED_IN_A_ROW - 1]
 
     def run() -> None:
-        step = 0
-        for count in bad:
+        for step, count in enumerate(bad):
             for _ in range(count):
                 by_hand(model, optimizer, step, math.nan)
             by_hand(model, optimizer, step, 1.0)
-            step += 1
 
     assert not own_warnings(run)
 
@@ -135,7 +133,7 @@ def test_the_search_of_a_scaler_for_its_scale_gets_no_warning(backend: str, case
 def test_three_steps_without_any_gradient_get_a_warning(backend: str) -> None:
     model, other = net(), net()
     optimizer = SAM(model.parameters(), lr=0.1, backend=backend)
-    caught = own_warnings(lambda: [two_steps(other, optimizer, step) for step in range(20)])  # type: ignore[func-returns-value]
+    caught = own_warnings(lambda: [by_hand(other, optimizer, step, 1.0) for step in range(20)])  # type: ignore[func-returns-value]
     assert_one(caught, fused_sam.NoGradientWarning, "backward()", "parameters of the model")
     optimizer = SAM(model.parameters(), lr=0.1, backend=backend)
     caught = own_warnings(lambda: [optimizer.step(lambda: loss_of(model, 0)) for _ in range(5)])
@@ -303,7 +301,8 @@ class Steep(nn.Module):
 
     def forward(self) -> Tensor:
         moved = bool((self.weight.detach() != 0).any())
-        return self.level + self.rise * moved + (self.weight * 1.0).sum() * 0.0 + self.weight.sum() - self.weight.sum().detach()
+        along = self.weight.sum()
+        return self.level + self.rise * moved + along - along.detach()
 
 
 @pytest.mark.parametrize("by", ["closure", "sam_step"])
@@ -358,7 +357,7 @@ def test_losses_that_are_no_numbers_end_the_check(backend: str) -> None:
 
 MISSPELT = {"weigth_decay": "weight_decay", "Rho": "rho", "adaptve": "adaptive", "weight-decay": "weight_decay",
             "learning_rate": "lr", "pertub": "perturb", "momentun": "momentum", "alhpa": "alpha"}  # fmt: skip
-NOTES = ["name", "initial_lr", "max_momentum", "lr_scale", "weight_decay_mult", "layer", "base_momentum", "lr_mult", "id"]
+NOTES = ["name", "initial_lr", "max_momentum", "lr_scale", "weight_decay_mult", "layer", "base_momentum", "lr_mult"]
 
 
 @pytest.mark.parametrize("later", [False, True], ids=["constructor", "add_param_group"])

@@ -13,7 +13,6 @@ from typing import Any
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-
 _optimizers: weakref.WeakSet[Any] = weakref.WeakSet()  # all SAM optimizers
 _REFUSES = "_refuses_perturbed_weights"
 

@@ -93,7 +93,8 @@ class PassCheck:
         self.done = False
         self._watch: BackwardWatch | None = None
         self._watched = False  # True once the second backward pass was seen, or cannot be
-        self._suspect = False  # True after a step in which it was not
+        self._suspect = False  # True after a step in which it was not seen ...
+        self._empty = 0  # ... and how many steps had no gradients at all then
         self._had_gradients = False  # True if the first pass of this step has made some
         self._steps = 0
         self._wrong = {"long": 0, "short": 0}  # steps in a row whose update is too long or too short
@@ -109,8 +110,8 @@ class PassCheck:
             return
         if self._watch is None:
             self._watch = BackwardWatch(self._stepper.plan.params, every=True)
-        elif self._suspect and not self._watch.ran:  # gradients that something else than backward() makes
-            self._watched = True
+        elif self._suspect and not self._empty and not self._watch.ran:
+            self._watched = True  # something else than backward() makes the gradients
         self._watch.ran = False
 
     def second_pass(self, snapshot: GradSnapshot, scale: Tensor | None, divisor: int) -> None:
@@ -139,6 +140,9 @@ class PassCheck:
         if self._watch.ran or not self._had_gradients:
             self._watched = self._watch.ran
         elif not any(snapshot.codes):
+            self._empty += 1
+            if self._empty == 1:  # a way to undo the perturbation
+                return
             self._watched = True
             warn(
                 "no parameter has a gradient in the second half of the step, after first_step(): the weights were "
@@ -153,7 +157,7 @@ class PassCheck:
                 "before second_step(), with first_step(zero_grad=True)",
                 SecondBackwardWarning,
             )
-        self._suspect = True
+        self._suspect = not self._watched
 
     def _check_scale(self, snapshot: GradSnapshot, divided: bool, divisor: int) -> None:
         """Compare the norms of both gradients, as they came, with GradScaler's scale."""
@@ -175,8 +179,8 @@ class PassCheck:
         self._wrong = {"long": (self._wrong["long"] + 1) * long, "short": (self._wrong["short"] + 1) * short}
         if self._wrong["long"] == SCALED_STEPS:
             self._warn_of_scale(
-                f"the gradients of the update have GradScaler's scale of {scale:g}, and nothing divides them by it: the "
-                "update is too long by that factor. Step by scaler.step(optimizer) instead of second_step(), or call "
+                f"the gradients of the update have GradScaler's scale of {scale:g}, and nothing divides them by it: "
+                "the update is too long by that factor. Step by scaler.step(optimizer) instead of second_step(), or call "
                 "scaler.unscale_(optimizer) after the second backward()"
             )
         elif self._wrong["short"] == SCALED_STEPS:
@@ -210,8 +214,8 @@ class LossCheck:
     def note(self, loss: Any, perturbed_loss: Any) -> bool:
         """Note a perturbing step's losses; return True if the check is over."""
         try:
-            pair = [x.detach().float().reshape(()) if isinstance(x, Tensor) else float(x) for x in (loss, perturbed_loss)]
-            self._pairs.append(torch.stack([torch.as_tensor(x) for x in pair]))
+            both = (torch.as_tensor(x).detach().float().reshape(()) for x in (loss, perturbed_loss))
+            self._pairs.append(torch.stack(list(both)))
         except (TypeError, ValueError, RuntimeError):  # a closure may return anything
             return True
         if len(self._pairs) < LOSSES:
@@ -225,7 +229,7 @@ class LossCheck:
 
 
 def warn_if_rho_is_large(losses: Tensor, perturbed: Tensor) -> None:
-    """Warn if the loss of the last half has not fallen, and the perturbed loss was far above it in most of its steps."""
+    """Warn if the loss has not fallen in the last half, and the perturbed loss was far above it in most of its steps."""
     half = LOSSES // 2
     start, end = float(losses[:10].mean()), float(losses[half:].mean())
     rise = float(((perturbed - losses) / losses.abs())[half:].median())

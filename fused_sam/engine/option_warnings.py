@@ -46,7 +46,8 @@ def warn_of_misspelt_options(optimizer: Any, first: int = 0) -> None:
     ]
     if found:
         stepper.warned_of_options = True
-        warn(f"neither SAM nor {base.cls.__name__} reads {', '.join(found)}: correct the name, or drop it", OptionWarning)
+        text = f"neither SAM nor {base.cls.__name__} reads {', '.join(found)}: correct the name, or drop it"
+        warn(text, OptionWarning)
 
 
 def likely_key(key: Any, known: set[str]) -> str | None:

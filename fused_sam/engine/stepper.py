@@ -388,7 +388,8 @@ class Stepper:
         """
         for k in range(_ATTEMPTS):
             try:
-                return self._finish_update()
+                self._finish_update()
+                return
             except Exception:
                 if self.stage:  # the `updated` hook itself fails, and would again
                     self.context._end()
