@@ -26,7 +26,8 @@ from torch.optim.optimizer import ParamsT
 from .engine.base_optimizers import BASE_OPTIONS, WrappedBase, check_base, check_base_options, option_names
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
 from .engine.grad_scaler import report_unscaling
-from .engine.guard import Guard
+from .engine.guard import Guard, refuse_averages_of_perturbed
+from .engine.option_warnings import warn_of_misspelt_options, warn_of_small_rho
 from .engine.options import (
     Option,
     check_count,
@@ -202,6 +203,7 @@ class SAM(Optimizer):
     _step_supports_amp_scaling = True
     _options: ClassVar[dict[str, Option]] = {}  # OPTIONS of the class and of those that it inherits from
     _needs_grad_scale: ClassVar[bool | None] = None  # as the class declares it
+    _rho_is_default = False  # True while a group without a rho of its own may get a warning, see warn_of_small_rho
 
     ascent_grad_scale: Number | None = None
     """What the first gradients are multiplied by, for methods and schedules that compare gradients of different steps.
@@ -281,10 +283,12 @@ class SAM(Optimizer):
         own = {name: usual[name] if value is _DEFAULT else value for name, value in passed.items()}
         norm = check_norm(usual["norm"] if norm is _DEFAULT else norm)
         own.update(perturb=True, **self.group_state())
+        self._rho_is_default = rho is _DEFAULT
         self._settings = dataclasses.replace(self._settings, own_options=tuple(own), norm=norm)
         super().__init__(params, own)
         self._make_stepper()
         report_unscaling()
+        warn_of_misspelt_options(self)
         base = self.stepper.base
         self.defaults.update({k: v for k, v in base.defaults.items() if k not in self.defaults})
         if base.clashes:
@@ -304,6 +308,7 @@ class SAM(Optimizer):
         stepper = Stepper(self, self._settings)
         stepper.context = Step(stepper)
         self._stepper = stepper
+        refuse_averages_of_perturbed(self)
         if isinstance(stepper.base, WrappedBase):
             for mode in stepper.base.modes():
                 setattr(self, mode, partial(self._set_mode, mode))
@@ -442,7 +447,10 @@ class SAM(Optimizer):
             elif self.needs_second_pass:
                 self.first_step(zero_grad=True)
                 second = evaluate()
-                loss = second if new else loss
+                if new:
+                    loss = second
+                elif stepper.loss_check is not None:
+                    self.note_losses(loss, second)
         except BaseException:
             self.restore()
             raise
@@ -461,6 +469,19 @@ class SAM(Optimizer):
         finally:
             torch._C._set_grad_enabled(with_grad)
         self.__dict__.pop("ascent_grad_scale", None)
+
+    def note_losses(self, loss: Any, perturbed_loss: Any) -> None:
+        """Note a perturbing step's two losses, for a warning if rho is too large for a fresh network."""
+        check = self.stepper.loss_check
+        if check is not None and check.note(loss, perturbed_loss):
+            self.stepper.loss_check = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad() does."""
+        stepper: Stepper | None = self.__dict__.get("_stepper")  # a framework's wrapper has none
+        if stepper is not None and stepper.unfinished is not None:  # an update that reads them
+            stepper.finish_update()
+        super().zero_grad(set_to_none)
 
     def evaluating(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure with gradients enabled, in which steps of its own are refused."""
@@ -526,7 +547,7 @@ class SAM(Optimizer):
     @property
     def perturbed(self) -> bool:
         """True between first_step() and second_step()."""
-        return self.stepper.perturbed is not None
+        return self.stepper.perturbed is not None or self.stepper.unfinished is not None
 
     @property
     def needs_second_pass(self) -> bool:
@@ -624,6 +645,7 @@ class SAM(Optimizer):
         """Add a group; options that it does not set are the constructor's. A base optimizer may split it."""
         before = len(self.param_groups)
         param_group = self._with_base_options(param_group, before)
+        has_rho = isinstance(param_group, dict) and "rho" in param_group  # torch adds the default to the dict
         stepper = self._stepper
         if stepper is not None and isinstance(stepper.base, WrappedBase) and isinstance(param_group, dict):
             own = {name: param_group.get(name, self.defaults[name]) for name in self._settings.own_options}
@@ -635,9 +657,12 @@ class SAM(Optimizer):
                 drop_duplicates(group)  # torch has warned
                 check_group(group, before)
             self._refuse_common_options(param_group, before)
+            if self._rho_is_default and not has_rho:
+                self._rho_is_default = not warn_of_small_rho(self.param_groups[before])
             if stepper is not None:
                 stepper.base.numbers(self.param_groups[before:])
                 stepper.new_plan()
+                warn_of_misspelt_options(self, before)
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -764,6 +789,8 @@ class SAM(Optimizer):
     def _usable(self, what: str) -> Stepper:
         """Return the stepper, unless the weights are restored only temporarily."""
         stepper: Stepper = self.__dict__.get("_stepper") or self.stepper
+        if stepper.unfinished is not None:
+            stepper.finish_update()
         if stepper.suspended:
             raise RuntimeError(
                 f"{what} inside `with optimizer.unperturbed():`, after which the weights are perturbed again: "
@@ -773,6 +800,8 @@ class SAM(Optimizer):
 
     def refuse_perturbed(self, what: str) -> None:
         """Raise RuntimeError if the weights are perturbed, because `what` needs the clean ones."""
+        if self.stepper.unfinished is not None:
+            self.stepper.finish_update()
         if self.stepper.perturbed is not None:
             raise RuntimeError(
                 f"{what} between first_step() and second_step(), where the weights are perturbed: "

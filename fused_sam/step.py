@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .backends.contract import SKIP, UPDATED, XX, PerturbGroup
+from .backends.contract import SKIP, UPDATED, XX, PerturbGroup, count_skipped_step
 from .engine import pairs
 from .engine.calls import GradSnapshot
 from .engine.extra_state import ExtraState
@@ -479,6 +479,7 @@ class Step:
         stepper = self._stepper
         if stepper.settings.check_update:
             if not stepper.keeps_skip and not (self._was_perturbed and self._optimizer.skips_with_ascent):
+                count_skipped_step(stepper.status.values)
                 stepper.status.skip.zero_()  # it is the last step's, or the ascent's, which does not count
             stepper.keeps_skip = True
             stepper.status.skip.add_(~finite)

@@ -204,7 +204,8 @@ def public_grad_norm(groups: list[dict[str, Any]]) -> Tensor:
 def test_grad_norm_of_the_present_gradients_is_the_public_packages(backend: str) -> None:
     model = net()
     first, *others = model.parameters()
-    optimizer = SAM([{"params": [first], "adaptive": True, "eta": 0.1}, {"params": others}], lr=0.1, backend=backend)
+    groups = [{"params": [first], "adaptive": True, "eta": 0.1, "rho": 0.5}, {"params": others}]
+    optimizer = SAM(groups, lr=0.1, backend=backend)
     assert optimizer._grad_norm() == 0
     loss_of(model, 0).backward()
     others[0].grad = None

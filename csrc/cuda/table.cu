@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 
 #include "cuda/device.h"
@@ -102,6 +103,8 @@ int64_t Columns::chunks() const {
 void Columns::check(const char* what, const Addresses& addresses, int64_t element_size, bool check_memory,
                     bool may_miss) const {
   if (addresses.size() != sizes_.size()) throw std::invalid_argument("every tensor of the table needs an address");
+  std::optional<OnDevice> guard;
+  if (check_memory) guard.emplace(device_);  // asking for an address makes a context on the current device
   for (size_t i = 0; i < addresses.size(); ++i) {
     if (sizes_[i] == 0) continue;
     if (addresses[i] == 0 && !may_miss)

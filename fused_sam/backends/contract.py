@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 # Places in the status. csrc/core/status.h holds the same order.
-SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED = range(8)
-STATUS_SIZE = 8
+SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED, SKIPPED_STEPS = range(9)
+STATUS_SIZE = 9
 
 # What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
 MASK, ROUND_PERTURBED, ROUND_UPDATED = range(3)
@@ -182,10 +182,11 @@ class Status:
         marks: on the host, how many tables the perturbation and the update of this step have written, at the places
             PERTURBED and UPDATED; see Backend. UPDATED then counts what the `updated` hook writes. On the CPU it is
             `host`.
+        marks_address: of the first mark.
         pending: a write to a vector that has not been counted yet: marks[UPDATED] before it, tensors, new values.
     """
 
-    __slots__ = ("address", "device", "host", "marks", "pending", "values")
+    __slots__ = ("address", "device", "host", "marks", "marks_address", "pending", "values")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -196,6 +197,7 @@ class Status:
         else:
             self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
         self.marks = array("d", bytes(8 * STATUS_SIZE)) if self.host is None else self.host
+        self.marks_address = self.marks.buffer_info()[0]
         self.pending: tuple[float, list[Tensor], list[Tensor]] | None = None
         self.address = self.values.data_ptr()
 
@@ -228,6 +230,11 @@ class Status:
     def rng_offset(self) -> Tensor:
         """How many primitives have drawn random numbers: a whole number, counted by the engine."""
         return self.values[RNG_OFFSET]
+
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps in a row were skipped, up to the last one that `finish_norm` has begun."""
+        return self.values[SKIPPED_STEPS]
 
 
 @dataclass(eq=False)
@@ -313,6 +320,8 @@ class Backend(ABC):
 
     def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
         """Turn the sum of squares into a norm and a skip flag.
+
+        Without keep_skip a step begins. The flag that is there is then the last step's, and counts in SKIPPED_STEPS.
 
         Args:
             ascent: True writes `ascent_norm` and `inverse_norm`, False `update_norm`.
@@ -410,6 +419,8 @@ class Backend(ABC):
 def finish_norm(status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
     """Compute norms and the skip flag from the sum of squares, see Backend.finish_norm."""
     values = status.values
+    if not keep_skip:
+        count_skipped_step(values)
     norm = values[SUM].sqrt()
     not_finite = ~values[SUM].isfinite()
     if ascent:
@@ -420,3 +431,8 @@ def finish_norm(status: Status, *, ascent: bool, keep_skip: bool, eps: float) ->
     else:
         values[UPDATE_NORM] = norm
     values[SKIP] = (not_finite | (values[SKIP] != 0)) if keep_skip else not_finite
+
+
+def count_skipped_step(values: Tensor) -> None:
+    """Add 1 to a status's skipped steps in a row if the step that ends was skipped, else start again from 0."""
+    values[SKIPPED_STEPS] = (values[SKIPPED_STEPS] + 1) * (values[SKIP] != 0)

@@ -124,6 +124,7 @@ class Cuda(Backend):
             self._stream(device),
             0 if table.factors is None else _address(table.factors, device, "factors"),
             0 if table.unbias is None else _address(table.unbias, device, "unbias"),
+            status.marks_address,
         )
         bump_versions(table.params)
 
@@ -144,6 +145,7 @@ class Cuda(Backend):
             table.seed & _WORD64,
             table.stochastic_rounding,
             self._stream(device),
+            status.marks_address,
         )
         bump_versions(table.params)
         bump_versions(table.masters)
@@ -183,9 +185,9 @@ class Cuda(Backend):
             address = _address(coefficients, device, "coefficients")
         else:
             a, b = coefficients
-        skip = 0 if status is None else _status(status, device)
+        skip, marks = (0, 0) if status is None else (_status(status, device), status.marks_address)
         x, y, code = addresses(pair.x), addresses(pair.y), _CODES[out[0].dtype]
-        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device))
+        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device), marks)
         bump_versions(out)
         return None
 

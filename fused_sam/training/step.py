@@ -149,6 +149,8 @@ def sam_step(
     except BaseException:
         optimizer.restore()
         raise
+    if perturbed_loss is not None and optimizer.stepper.loss_check is not None:
+        optimizer.note_losses(loss, perturbed_loss)
     if scheduler is not None and not optimizer.step_was_skipped:
         scheduler.step()
     return StepResult(loss, perturbed_loss, optimizer.skipped)

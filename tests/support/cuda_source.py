@@ -51,7 +51,7 @@ class _Fp32Status(Status):
 
     def __init__(self, wide: Status) -> None:
         self.device, self.host, self.values = wide.device, None, wide.values.float()
-        self.address = self.values.data_ptr()
+        self.address, self.marks_address = self.values.data_ptr(), wide.marks_address
 
 
 @contextmanager

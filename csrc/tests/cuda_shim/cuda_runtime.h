@@ -11,6 +11,7 @@
 #include <numeric>
 #include <random>
 #include <set>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -70,6 +71,7 @@ struct Machine {
   int driver = 13000;
   int devices = 2;
   int current_device = 0;
+  std::set<int> contexts;  // devices that have a context
   int sm_count = 2;
   int capability = 9;
   cudaError_t device_count_error = cudaSuccess;
@@ -94,6 +96,18 @@ inline std::vector<unsigned> shuffled(unsigned count) {
   std::iota(order.begin(), order.end(), 0u);
   std::shuffle(order.begin(), order.end(), random);
   return order;
+}
+
+}  // namespace cuda_shim
+
+namespace cuda_shim {
+
+// What most calls do on the current device.
+inline void make_context() { machine().contexts.insert(machine().current_device); }
+inline int primary_context_state(int device, unsigned int* flags, int* active) {
+  *flags = 0;
+  *active = machine().contexts.count(device) != 0;
+  return 0;
 }
 
 }  // namespace cuda_shim
@@ -125,6 +139,14 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = cuda_shim::mach
 inline cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= cuda_shim::machine().devices) return cudaErrorInvalidDevice;
   cuda_shim::machine().current_device = device;
+  cuda_shim::make_context();
+  return cudaSuccess;
+}
+constexpr unsigned long long cudaEnableDefault = 0;
+inline cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** found, unsigned int, unsigned long long,
+                                                    void*) {
+  if (symbol != std::string("cuDevicePrimaryCtxGetState")) return cudaErrorInvalidValue;
+  *found = reinterpret_cast<void*>(&cuda_shim::primary_context_state);
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int device) {
@@ -135,6 +157,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int 
   return cudaSuccess;
 }
 inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* address) {
+  cuda_shim::make_context();
   const auto found = cuda_shim::machine().memory.find(reinterpret_cast<uintptr_t>(address));
   *attributes = found != cuda_shim::machine().memory.end()
                     ? found->second
@@ -143,11 +166,13 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
 }
 // A kernel that is asked for counts as loaded.
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
+  cuda_shim::make_context();
   cuda_shim::machine().loaded.insert(kernel);
   return cuda_shim::machine().kernel_image;
 }
 template <class Kernel>
 cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  cuda_shim::make_context();
   return *blocks = cuda_shim::machine().blocks_per_sm, cudaSuccess;
 }
 
@@ -162,6 +187,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (error != cudaSuccess) return error;
   if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
     return cudaErrorInvalidResourceHandle;
+  cuda_shim::make_context();
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const auto body = [&] { kernel(arguments...); };

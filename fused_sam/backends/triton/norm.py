@@ -6,7 +6,7 @@ Besides the table of blocks.py, the kernels of this file, perturb.py and update.
 
     grads    int64 (rows)         addresses of the gradients
     groups   fp32 (groups, 32)    hyper-parameters, at the places in layout.py
-    status   (8)                  the numbers that primitives leave for each other, at the places in contract.py
+    status   (9)                  the numbers that primitives leave for each other, at the places in contract.py
 
 P and G are the dtypes of params and gradients. With MASTERS there are fp32 masters of the params, and no backups.
 """
@@ -56,6 +56,7 @@ ASCENT_NORM = tl.constexpr(contract.ASCENT_NORM)
 INVERSE_NORM = tl.constexpr(contract.INVERSE_NORM)
 SKIP = tl.constexpr(contract.SKIP)
 UPDATE_NORM = tl.constexpr(contract.UPDATE_NORM)
+SKIPPED_STEPS = tl.constexpr(contract.SKIPPED_STEPS)
 
 
 @triton.jit
@@ -88,8 +89,12 @@ def _finish(status_ptr, total, eps, flags, ASCENT: tl.constexpr):
         tl.store(status_ptr + INVERSE_NORM, tl.where((inverse <= 1e30), inverse, 0.0))
     else:
         tl.store(status_ptr + UPDATE_NORM, length)
+    before = tl.load(status_ptr + SKIP) != 0
     if (flags & KEEP_SKIP) != 0:
-        skip = tl.where(tl.load(status_ptr + SKIP) != 0, 1, skip)
+        skip = tl.where(before, 1, skip)
+    else:  # a step begins, and the flag is the last one's
+        in_a_row = tl.load(status_ptr + SKIPPED_STEPS) + 1
+        tl.store(status_ptr + SKIPPED_STEPS, tl.where(before, in_a_row, 0.0).to(status_ptr.dtype.element_ty))
     tl.store(status_ptr + SKIP, skip.to(status_ptr.dtype.element_ty))
 
 
