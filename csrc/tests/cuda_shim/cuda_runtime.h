@@ -6,8 +6,12 @@
 
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
+#include <string>
+#include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "fibers.h"
 
@@ -61,6 +65,9 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_shim {
 
+// A launch as a driver gets it: the address of the kernel, blocks, threads, and the bytes of each argument.
+using OnLaunch = std::function<void(const void*, unsigned, unsigned, const std::vector<std::string>&)>;
+
 struct Machine {
   int driver = 13000;
   int devices = 2;
@@ -72,6 +79,7 @@ struct Machine {
   cudaError_t next_launch = cudaSuccess;  // the result of the next launch, once
   uintptr_t freed_stream = 0;             // a stream on which every launch fails
   int launches = 0;
+  OnLaunch on_launch;                     // runs the launches, if it is set
   std::map<uintptr_t, cudaPointerAttributes> memory;  // addresses that are not memory of device 0
 };
 inline Machine& machine() {
@@ -126,6 +134,16 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
 }
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cuda_shim::machine().kernel_image; }
 
+namespace cuda_shim {
+
+template <class T>
+std::string bytes_of(const T& x) {
+  static_assert(std::is_trivially_copyable<T>::value, "a kernel's argument is copied byte by byte");
+  return std::string(reinterpret_cast<const char*>(&x), sizeof(T));
+}
+
+}  // namespace cuda_shim
+
 // Runs the whole grid before it returns.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -136,6 +154,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (error != cudaSuccess) return error;
   if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
     return cudaErrorInvalidResourceHandle;
+  if (machine.on_launch) {
+    machine.on_launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
+                      {cuda_shim::bytes_of<std::decay_t<Parameters>>(arguments)...});
+    return cudaSuccess;
+  }
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const auto body = [&] { kernel(arguments...); };
