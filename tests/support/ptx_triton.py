@@ -61,7 +61,7 @@ class LaunchingDriver(RecordingDriver):
         change: returns the kernel to run in place of a compiled one.
     """
 
-    options: Options = field(default_factory=Options)
+    options: Options = field(default_factory=lambda: Options(replicas=True))
     regions: Callable[[], list[Region]] = list
     change: Callable[[Kernel], Kernel] = field(default=lambda kernel: kernel)
 

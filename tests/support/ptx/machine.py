@@ -32,6 +32,7 @@ class Options:
     seed: int = 0  # of the order of blocks and warps
     races: bool = True  # True if races are errors
     delays: bool = True  # True if stores wait for a fence, or for the end of the launch
+    replicas: bool = False  # True for Triton's kernels (order.py)
     lanes: int = 4096  # that run together
 
 
@@ -167,7 +168,7 @@ class Machine:
         self.lane_of = self.lanes % 32
         self._warps_of_block = room // 32
         self._thread_of = self.lanes % room
-        self.order = Order(len(self.lanes) // 32)
+        self.order = Order(len(self.lanes) // 32, self._warps_of_block, replicas=options.replicas)
         self.memory = GlobalMemory(regions, self.order, races=options.races, delays=options.delays)
         size = self._program.shared_bytes + (-self._program.shared_bytes % 16 + shared if shared else 0)
         self.shared = SharedMemory(len(blocks), size, self.order, races=options.races)

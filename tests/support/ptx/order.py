@@ -19,7 +19,9 @@ NONE, MANY = -1, -2
 class Order:
     """A clock for each warp, and what each warp has seen of the others' clocks."""
 
-    def __init__(self, warps: int) -> None:
+    def __init__(self, warps: int, warps_of_block: int, *, replicas: bool) -> None:
+        self.replicas = replicas
+        self._warps_of_block = warps_of_block
         self.seen = np.zeros((warps, warps), np.int32)
         np.fill_diagonal(self.seen, 1)
         self._released: dict[int, Array] = {}  # what the last fence of a warp has published
@@ -28,6 +30,9 @@ class Order:
 
     def clocks(self, warps: Array) -> Array:
         return self.seen[warps, warps]
+
+    def one_block(self, a: Array, b: Array) -> Array:
+        return a // self._warps_of_block == b // self._warps_of_block
 
     def before(self, earlier: Array, clocks: Array, now: Array) -> Array:
         """Return True where an access of warp `earlier` at its clock comes before what warp `now` does."""
@@ -58,7 +63,12 @@ class Order:
 
 
 class History:
-    """The last write of every place, and the reads since then. `read` and `write` return races as indices."""
+    """The last write of every place, and the reads since then. `read` and `write` return races as indices.
+
+    Triton loads an element in several warps of a block where its layout has replicas, and scalars in all of them. One
+    warp then stores the new value, and the others drop theirs. With `order.replicas`, such reads are no races: those of
+    the block of a warp that has itself read the place before it wrote.
+    """
 
     def __init__(self, places: int, order: Order) -> None:
         self._order = order
@@ -66,6 +76,7 @@ class History:
         self._written = np.zeros(places, np.int32)  # at this clock of the writer
         self._reader = np.full(places, NONE, np.int32)
         self._read = np.zeros(places, np.int32)
+        self._updated = np.zeros(places, bool)  # True if the writer had read the place before
         self._rows: dict[int, int] = {}  # of places that several warps have read
         self._readers = np.zeros((0, len(order.seen)), np.int32)  # a clock for every warp; 0: it has not read
 
@@ -73,6 +84,8 @@ class History:
         """Note reads. Return the indices of those that race with an earlier write."""
         writer = self.writer[places]
         races = (writer != NONE) & ~self._order.before(writer, self._written[places], warps)
+        if self._order.replicas:
+            races &= ~(self._updated[places] & self._order.one_block(writer, warps))
         clocks = self._order.clocks(warps)
         reader = self._reader[places]
         single = (reader != MANY) & ((reader == NONE) | self._order.before(reader, self._read[places], warps))
@@ -105,18 +118,30 @@ class History:
         """Note writes. Return the indices of those that race with an earlier access, or with each other."""
         writer, reader = self.writer[places], self._reader[places]
         races = (writer != NONE) & ~self._order.before(writer, self._written[places], warps)
-        races |= (reader >= 0) & ~self._order.before(reader, self._read[places], warps)
+        updated = (reader == warps) | ((writer == warps) & self._updated[places])
+        unseen = (reader >= 0) & ~self._order.before(reader, self._read[places], warps)
+        if self._order.replicas:
+            unseen &= ~(updated & self._order.one_block(reader, warps))
+        races |= unseen
         for k in np.flatnonzero(reader == MANY):
-            clocks = self._readers[self._rows[int(places[k])]]
-            unseen = clocks > self._order.seen[warps[k]]
-            unseen[warps[k]] = False
-            races[k] |= unseen.any()
-            clocks[:] = 0
+            races[k] |= self._races_with_many(int(places[k]), int(warps[k]))
+            updated[k] |= self._readers[self._rows[int(places[k])], warps[k]] > 0
+        for k in np.flatnonzero(reader == MANY):
+            self._readers[self._rows[int(places[k])]] = 0
+        self._updated[places] = updated
         self.writer[places] = warps
         self._written[places] = self._order.clocks(warps)
         self._reader[places] = NONE
         races |= self.writer[places] != warps
         return np.flatnonzero(races)
+
+    def _races_with_many(self, place: int, warp: int) -> bool:
+        clocks = self._readers[self._rows[place]]
+        unseen = np.flatnonzero(clocks > self._order.seen[warp])
+        unseen = unseen[unseen != warp]
+        if self._order.replicas and clocks[warp] > 0:
+            unseen = unseen[~self._order.one_block(unseen, np.int32(warp))]
+        return len(unseen) > 0
 
     def unordered_write(self, place: int, warp: int) -> bool:
         """Return True if an earlier plain write of a place is not ordered before what this warp does."""
