@@ -18,7 +18,7 @@ from . import access, arithmetic, conversions
 from .access import Parameters
 from .errors import PtxError, UnknownOpcodeError
 from .memory import GlobalMemory, Region, SharedMemory
-from .operands import UNSIGNED, Operation, Read, Run, mods_of, reader
+from .operands import UNSIGNED, Names, Operation, Read, Run, mods_of, reader
 from .order import Array, Order
 from .parser import Instruction, Kernel, Negated, Symbol
 
@@ -65,16 +65,16 @@ class _Step:
 
 class _Program:
     def __init__(self, kernel: Kernel) -> None:
-        body, external = kernel.body, kernel.external
+        body, names = kernel.body, Names(kernel)
         self.widths = list(body.registers.values())
         self.shared_bytes = body.shared_bytes
-        self.steps = [self._step(kernel, instruction, external) for instruction in body.instructions]
+        self.steps = [self._step(instruction, names) for instruction in body.instructions]
         self._leaders = {*body.labels.values()}
         self._segments: dict[int, tuple[list[Run], int]] = {}
 
     @staticmethod
-    def _step(kernel: Kernel, instruction: Instruction, external: list[str]) -> _Step:
-        op = Operation(instruction, kernel.body, kernel.parameters, external)
+    def _step(instruction: Instruction, names: Names) -> _Step:
+        op = Operation(instruction, names)
         guard = None
         if instruction.guard is not None:
             operand = Negated(instruction.guard) if instruction.unless else instruction.guard
@@ -82,9 +82,9 @@ class _Program:
         base, *mods = mods_of(op)
         if base == "bra" and mods in ([], ["uni"]):
             (label,) = op.operands
-            if not isinstance(label, Symbol) or label.name not in op.labels:
+            if not isinstance(label, Symbol) or label.name not in names.labels:
                 raise PtxError(f"a branch to no label: {op.text!r}")
-            return _Step(op, None, guard, "branch", op.labels[label.name])
+            return _Step(op, None, guard, "branch", names.labels[label.name])
         if base in ("ret", "exit") and not mods:
             return _Step(op, None, guard, "end")
         if op.opcode in ("bar.sync", "barrier.sync", "barrier.sync.aligned", "bar.cta.sync") and len(op.operands) == 1:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import PtxError, UnknownOpcodeError
-from .parser import Body, Immediate, Negated, Operand, Parameter, Register, Symbol
+from .parser import Immediate, Kernel, Negated, Operand, Register, Symbol
 
 if TYPE_CHECKING:
     from .machine import Machine
@@ -25,26 +25,35 @@ DTYPES |= {"f16": np.dtype("f2"), "f32": np.dtype("f4"), "f64": np.dtype("f8"), 
 UNSIGNED = {1: np.dtype("u1"), 2: np.dtype("u2"), 4: np.dtype("u4"), 8: np.dtype("u8")}
 
 
-class Operation:
-    """An instruction of a kernel, and what its names mean."""
+class Names:
+    """What the names of a kernel's instructions mean."""
 
-    def __init__(self, instruction: Instruction, body: Body, parameters: Iterable[Parameter], external: list[str]) -> None:
-        self.opcode, self.operands, self.text = instruction.opcode, instruction.operands, instruction.text
-        self._widths = body.registers
-        self._index = {name: k for k, name in enumerate(body.registers)}
-        self._constants = {p.name: p.offset for p in parameters} | body.shared
-        self._constants |= dict.fromkeys(external, -(-body.shared_bytes // 16) * 16)
+    def __init__(self, kernel: Kernel) -> None:
+        body = kernel.body
         self.labels = body.labels
+        # A register's index and its bytes.
+        self.registers = {name: (k, width) for k, (name, width) in enumerate(body.registers.items())}
+        # Addresses of parameters and of variables in shared memory. Those of external size begin behind the others.
+        self.constants = {p.name: p.offset for p in kernel.parameters} | body.shared
+        self.constants |= dict.fromkeys(kernel.external, -(-body.shared_bytes // 16) * 16)
+
+
+class Operation:
+    """An instruction with its kernel's names."""
+
+    def __init__(self, instruction: Instruction, names: Names) -> None:
+        self.opcode, self.operands, self.text = instruction.opcode, instruction.operands, instruction.text
+        self.names = names
 
     def register(self, operand: Register) -> tuple[int, int]:
         """Return a register's index and its bytes."""
-        return self._index[operand.name], self._widths[operand.name]
+        return self.names.registers[operand.name]
 
     def constant(self, operand: Symbol) -> int:
         """Return the address of a parameter or of a variable in shared memory."""
-        if operand.name not in self._constants:
+        if operand.name not in self.names.constants:
             raise PtxError(f"the name {operand.name!r} is not declared: {self.text!r}")
-        return self._constants[operand.name]
+        return self.names.constants[operand.name]
 
 
 def mods_of(op: Operation) -> list[str]:
