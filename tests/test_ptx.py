@@ -1,3 +1,4 @@
+# ruff: noqa: E501  # instructions are not broken
 """The interpreter of PTX itself (support/ptx): its arithmetic, its order of execution, and what it reports."""
 
 from __future__ import annotations
@@ -161,7 +162,9 @@ def test_integers_of_64_bits(text: str) -> None:
     assert found.tolist() == [WIDE[text](a, b) & (1 << 64) - 1 for a, b in pairs]
 
 
-NUMBERS = np.array([0.0, -0.0, 1.0, -1.5, 3.0, 1e-40, -1e-45, 1e38, -3.4e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 0.1], "f4")
+NUMBERS = np.array(
+    [0.0, -0.0, 1.0, -1.5, 3.0, 1e-40, -1e-45, 1e38, -3.4e38, np.inf, -np.inf, np.nan, 1 + 2**-23, 0.1], "f4"
+)
 FLOATS = {
     "add.f32 %f8, %f6, %f7": np.add,
     "add.rn.f32 %f8, %f6, %f7": np.add,
@@ -240,11 +243,15 @@ def test_16_bit_floats(kind: str, dtype: torch.dtype) -> None:
     torch.testing.assert_close(found, wide, rtol=0, atol=0, equal_nan=True)
     x = wide[wide.isfinite()]
     halves = (x[1:].double() + x[:-1].double()) / 2
-    numbers = torch.cat([halves.float(), torch.nextafter(halves.float(), torch.tensor(9e9)), torch.randn(999).exp(), wide])
+    numbers = torch.cat(
+        [halves.float(), torch.nextafter(halves.float(), torch.tensor(9e9)), torch.randn(999).exp(), wide]
+    )
     narrow = numbers.to(dtype)
     body = f"cvt.rn.{kind}.f32 %rs1, %f6; cvt.rn.{kind}x2.f32 %r7, %f7, %f6; mov.b32 %r8, {{%rs1, %rs1}}; mov.b64 %rd8, {{%r8, %r7}};"
     n = len(numbers)
-    found16 = applied(body, bits(numbers.numpy()), bits(np.roll(numbers.numpy(), 1)), threads=n).view(np.uint16).reshape(n, 4)
+    found16 = (
+        applied(body, bits(numbers.numpy()), bits(np.roll(numbers.numpy(), 1)), threads=n).view(np.uint16).reshape(n, 4)
+    )
     wanted = narrow.view(torch.int16).numpy().view(np.uint16)
     nan = narrow.isnan().numpy()
     wanted[nan] = 0x7FFF
@@ -411,7 +418,7 @@ def test_a_shuffle_waits_for_lanes_on_another_way() -> None:
         cvt.u64.u32 %rd8, %r7;
         st.global.u64 [%rd0], %rd8;
     """
-    with pytest.raises(PtxError, match="threads wait at 'shfl.sync.bfly.b32"):
+    with pytest.raises(PtxError, match=r"threads wait at 'shfl.sync.bfly.b32"):
         run(body.replace("MASK", "0xffffffff"), np.zeros(32, np.uint64))
 
 
@@ -575,7 +582,7 @@ NAMED = r"k, block 0, thread {}, '.*': {}"
         ("ld.shared.u32 %r8, [room+2];", NAMED.format(0, "misaligned: 4 bytes at byte 2 of shared memory")),
         ("ld.param.u64 %rd8, [k_param_2+8];", NAMED.format(0, "8 bytes at byte 24 of the 24 of arguments")),
         ("st.global.u64 [%rd0], %rd8; ld.global.nc.u64 %rd8, [%rd0];", NAMED.format(0, "a load as constant")),
-        ("setp.eq.s32 %p1, %r0, 3; @%p1 ret; bar.sync 0;", "threads wait at 'bar.sync 0', and the others that should come have"),
+        ("setp.eq.s32 %p1, %r0, 3; @%p1 ret; bar.sync 0;", "threads wait at 'bar.sync 0', and others have"),
         ("setp.eq.s32 %p1, %r0, 3; @%p1 ret; shfl.sync.bfly.b32 %r6, %r0, 1, 31, -1;", "threads wait at 'shfl"),
         ("$AGAIN: bra.uni $AGAIN;", "k does not end"),
         ("bra.uni $NOWHERE;", "a branch to no label: 'bra.uni .NOWHERE'"),
@@ -625,8 +632,7 @@ def test_what_a_launch_must_fit() -> None:
 )
 def test_text_that_cannot_be_read(text: str, message: str) -> None:
     with pytest.raises(PtxError, match=message):
-        for kernel in kernels_of(text).values():
-            _ = kernel.body
+        _ = [kernel.body for kernel in kernels_of(text).values()]
 
 
 def test_parameters_and_shared_memory_lie_as_declared() -> None:
@@ -636,9 +642,16 @@ def test_parameters_and_shared_memory_lie_as_declared() -> None:
     .visible .entry k(.param .u32 a, .param .align 8 .b8 b[12], .param .u64 .ptr .global .align 1 c, .param .f32 d)
     {{ .shared .align 8 .b8 sums[20]; ret; }}"""
     (kernel,) = kernels_of(text).values()
-    assert [(p.name, p.offset, p.size) for p in kernel.parameters] == [("a", 0, 4), ("b", 8, 12), ("c", 24, 8), ("d", 32, 4)]
+    assert [(p.name, p.offset, p.size) for p in kernel.parameters] == [
+        ("a", 0, 4),
+        ("b", 8, 12),
+        ("c", 24, 8),
+        ("d", 32, 4),
+    ]
     assert kernel.parameter_bytes == 36
-    assert kernel.body.shared == {"flag": 0, "sums": 8} and kernel.body.shared_bytes == 28 and kernel.external == ["pool"]
+    assert (
+        kernel.body.shared == {"flag": 0, "sums": 8} and kernel.body.shared_bytes == 28 and kernel.external == ["pool"]
+    )
 
 
 def test_regions_that_overlap_are_one() -> None:

@@ -1,4 +1,4 @@
-"""The CUDA backend with the PTX of its kernels, run by the interpreter in support/ptx: table.cu, bindings and kernels."""
+"""The CUDA backend with the PTX of its kernels, run by the interpreter in support/ptx: table.cu and bindings too."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The CUDA backend with PTX in place of a GPU: table.cu and the bindings run on the host, and their launches in support.ptx.
+"""The CUDA backend with PTX in place of a GPU: table.cu and the bindings run on the host, the launches in support.ptx.
 
 nvcc compiles csrc/cuda to PTX, which takes some seconds of one core and is kept under build/ until the sources change.
 """
@@ -66,9 +66,7 @@ def compiled(sources: Path = ROOT / "csrc") -> list[Path]:
         target = folder / f"{name}.ptx"
         if not target.exists():
             unfinished = target.with_suffix(f".{os.getpid()}")
-            cuda_source.run(
-                [nvcc, *FLAGS, f"-I{sources}", str(sources / "cuda" / f"{name}.cu"), "-o", str(unfinished)]
-            )
+            cuda_source.run([nvcc, *FLAGS, f"-I{sources}", str(sources / "cuda" / f"{name}.cu"), "-o", str(unfinished)])
             unfinished.replace(target)
         return target
 

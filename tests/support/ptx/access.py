@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .errors import PtxError, UnknownOpcodeError
-from .memory import Access, Fault
+from .memory import Access, FaultError
 from .operands import DTYPES, UNSIGNED, Operation, Read, Run, mods_of, only, reader, writer
 from .order import Array
 from .parser import Address, Operand, Register, Vector
@@ -32,7 +32,7 @@ def _checked(op: Operation, run: Run) -> Run:
     def checked(m: Machine, at: Any) -> None:
         try:
             run(m, at)
-        except Fault as fault:
+        except FaultError as fault:
             raise PtxError(f"{m.where(at, fault.lane)}, {op.text!r}: {fault}") from None
 
     return checked
@@ -124,7 +124,12 @@ def _atomic(op: Operation, mods: list[str], *, returns: bool) -> Run:
     acquires, releases = next((_SEMANTICS[m] for m in middle if m in _SEMANTICS), (False, False))
     operands = op.operands[1:] if returns else op.operands
     write = writer(op, 0, kind) if returns else None
-    addresses, read, dtype, function = _address(op, operands[0]), reader(op, operands[1], kind), DTYPES[kind], _ATOMICS[name]
+    addresses, read, dtype, function = (
+        _address(op, operands[0]),
+        reader(op, operands[1], kind),
+        DTYPES[kind],
+        _ATOMICS[name],
+    )
 
     def atomic(m: Machine, at: Any) -> None:
         access = _access(m, at, addresses(m, at))
@@ -146,14 +151,14 @@ def _atomic(op: Operation, mods: list[str], *, returns: bool) -> Run:
 
 def _fence(op: Operation, mods: list[str]) -> Run:
     only(op, mods, {"gl", "sys", "gpu", "cta", "sc", "acq_rel"})
-    block_alone = "cta" in mods
+    block_alone, sequential = "cta" in mods, "acq_rel" not in mods
 
     def fence(m: Machine, at: Any) -> None:
         if block_alone:
             return
         for warp in np.unique(m.warp_of[at]):
             m.memory.publish(m.block_of_warp(int(warp)), int(warp))
-            m.order.fence(int(warp))
+            m.order.fence(int(warp), sequential=sequential)
 
     return fence
 
@@ -247,7 +252,9 @@ class Parameters:
         wrong = (addresses < 0) | (addresses + width * count > self._size) | (addresses % (width * count) != 0)
         if wrong.any():
             lane = int(np.flatnonzero(wrong)[0])
-            raise Fault(lane, f"{width * count} bytes at byte {int(addresses[lane])} of the {self._size} of arguments")
+            raise FaultError(
+                lane, f"{width * count} bytes at byte {int(addresses[lane])} of the {self._size} of arguments"
+            )
         return [self._words[width][addresses // width + k] for k in range(count)]
 
 

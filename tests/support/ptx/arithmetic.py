@@ -12,6 +12,7 @@ import numpy as np
 
 from .errors import UnknownOpcodeError
 from .operands import DTYPES, Operation, Run, mods_of, only, reader, writer
+
 F32, F64, U32, U64, I64 = np.float32, np.float64, np.uint32, np.uint64, np.int64
 
 BITWISE: dict[str, Any] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
@@ -307,6 +308,7 @@ def _select(op: Operation, kind: str) -> Run:
 
 
 # ---- all of them ----------------------------------------------------------------------------------------------------
+
 
 def _sign_of_halves(op: Operation, base: str, kind: str) -> Run:
     """abs and neg of 16-bit floats, alone or two in a register."""

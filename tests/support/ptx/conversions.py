@@ -123,7 +123,9 @@ def build(op: Operation) -> Run | None:
         return _move(op, mods[0])
     if base == "cvt":
         return _convert(op, mods)
-    if base == "cvta":  # addresses of global memory are generic ones, and those of parameters and of shared memory are not
+    if (
+        base == "cvta"
+    ):  # addresses of global memory are generic ones, and those of parameters and of shared memory are not
         if mods not in (["to", "global", "u64"], ["global", "u64"]):
             raise UnknownOpcodeError(op.opcode)
         return _move(op, "u64")

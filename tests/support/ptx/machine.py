@@ -122,7 +122,7 @@ def launch(
     regions: Sequence[Region],
     *,
     shared: int = 0,
-    options: Options = Options(),  # noqa: B008  # frozen
+    options: Options = Options(),  # frozen
 ) -> None:
     """Run a kernel of `grid` blocks.
 
@@ -176,7 +176,9 @@ class Machine:
             np.full(len(self.lanes), _JUNK % (1 << 8 * w), UNSIGNED[w]) if w > 1 else np.zeros(len(self.lanes), bool)
             for w in self._program.widths
         ]
-        self.special = {f"%{name}.{axis}": np.zeros(len(self.lanes), np.uint32) for name in ("tid", "ctaid") for axis in "xyz"}
+        self.special = {
+            f"%{name}.{axis}": np.zeros(len(self.lanes), np.uint32) for name in ("tid", "ctaid") for axis in "xyz"
+        }
         self.special |= {f"%{n}.{a}": np.ones(len(self.lanes), np.uint32) for n in ("ntid", "nctaid") for a in "xyz"}
         self.special["%tid.x"], self.special["%ctaid.x"] = self._thread_of, blocks[self.block_of]
         self.special["%ntid.x"][:], self.special["%nctaid.x"][:] = threads, grid
@@ -252,7 +254,7 @@ class Machine:
         waiting = np.flatnonzero((self._state == _AT_BARRIER) | (self._state == _AT_WARP))
         texts = dict.fromkeys(self._program.steps[int(p)].op.text for p in self._place[waiting])
         raise PtxError(
-            f"{self.where(waiting, 0)}: threads wait at {' and at '.join(map(repr, texts))}, and the others that should come "
+            f"{self.where(waiting, 0)}: threads wait at {' and at '.join(map(repr, texts))}, and others "
             "have ended or wait elsewhere"
         )
 

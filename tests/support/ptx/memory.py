@@ -34,7 +34,7 @@ class Access(NamedTuple):
     blocks: Array
 
 
-class Fault(Exception):
+class FaultError(Exception):
     """Raised with the index of the first lane that does something wrong."""
 
     def __init__(self, lane: int, reason: str) -> None:
@@ -77,14 +77,16 @@ class Memory:
             n = places.shape[1]
             races = self.history.write(places.ravel(), np.repeat(access.warps, n))
             if len(races):
-                raise Fault(int(races[0]) // n, "a race: the place is accessed by another warp, and nothing orders the two")
+                raise FaultError(
+                    int(races[0]) // n, "a race: the place is accessed by another warp, and nothing orders the two"
+                )
         return places
 
     def _check_read(self, access: Access, places: Array, read_only: bool) -> None:
         assert self.history is not None
         if read_only and (self.history.writer[places] != NONE).any():
             lane = int(np.flatnonzero((self.history.writer[places] != NONE).any(axis=1))[0])
-            raise Fault(lane, "a load as constant (.nc) of a place that this launch has written")
+            raise FaultError(lane, "a load as constant (.nc) of a place that this launch has written")
         warps = access.warps
         each = 1
         if len(warps) % 32 == 0:  # lanes of a warp that read one place count once
@@ -94,7 +96,9 @@ class Memory:
         n = places.shape[1]
         races = self.history.read(places.ravel(), np.repeat(warps, n))
         if len(races):
-            raise Fault(int(races[0]) // n * each, "a race: another warp has written the place, and nothing orders the two")
+            raise FaultError(
+                int(races[0]) // n * each, "a race: another warp has written the place, and nothing orders the two"
+            )
 
 
 class GlobalMemory(Memory):
@@ -109,7 +113,9 @@ class GlobalMemory(Memory):
         base = int(self._starts[0]) // 16 * 16 if merged else 0
         size = (int(self._ends[-1]) - base + 15) // 16 * 16 if merged else 16
         # The array spans all regions and what lies between them; only checked addresses are used.
-        words = np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8) if merged else np.zeros(16, np.uint8)
+        words = (
+            np.frombuffer((ctypes.c_uint8 * size).from_address(base), np.uint8) if merged else np.zeros(16, np.uint8)
+        )
         super().__init__(words, base, int(counts.sum()), order, races=races)
         self._order = order
         self._delays = delays
@@ -124,11 +130,13 @@ class GlobalMemory(Memory):
         if misaligned.any():
             lane = int(np.flatnonzero(misaligned)[0])
             address = int(addresses[lane])
-            raise Fault(lane, f"misaligned: {size} bytes at {self._describe(address)}, {address % size} past a multiple")
+            raise FaultError(
+                lane, f"misaligned: {size} bytes at {self._describe(address)}, {address % size} past a multiple"
+            )
         outside = (region < 0) | (addresses + size > self._ends[region])
         if outside.any():
             lane = int(np.flatnonzero(outside)[0])
-            raise Fault(lane, f"out of bounds: {size} bytes at {self._describe(int(addresses[lane]))}")
+            raise FaultError(lane, f"out of bounds: {size} bytes at {self._describe(int(addresses[lane]))}")
         return addresses // PLACE + self._shift[region]
 
     def _describe(self, address: int) -> str:
@@ -184,10 +192,12 @@ class GlobalMemory(Memory):
         one = Access(*(x[lane : lane + 1] for x in access))
         try:
             place = int(self.locate(one, width)[0])
-        except Fault as fault:
-            raise Fault(lane, str(fault)) from None
+        except FaultError as fault:
+            raise FaultError(lane, str(fault)) from None
         if self.history is not None and self.history.unordered_write(place, int(one.warps[0])):
-            raise Fault(lane, "a race: another warp has written the place of an atomic, and nothing orders the two")
+            raise FaultError(
+                lane, "a race: another warp has written the place of an atomic, and nothing orders the two"
+            )
         if self._owner[place] == one.blocks[0]:
             self.publish(int(one.blocks[0]))
         return self._words[width], (int(one.addresses[0]) - self.base) // width, place
@@ -212,12 +222,14 @@ class SharedMemory(Memory):
         misaligned = addresses % size != 0
         if misaligned.any():
             lane = int(np.flatnonzero(misaligned)[0])
-            raise Fault(lane, f"misaligned: {size} bytes at byte {int(addresses[lane])} of shared memory")
+            raise FaultError(lane, f"misaligned: {size} bytes at byte {int(addresses[lane])} of shared memory")
         outside = (addresses + size > self._size) | (block != access.blocks)
         if outside.any():
             lane = int(np.flatnonzero(outside)[0])
             own = int(access.addresses[lane]) - int(access.blocks[lane]) * self._room
-            raise Fault(lane, f"out of bounds: {size} bytes at byte {own} of shared memory, which has {self._size}")
+            raise FaultError(
+                lane, f"out of bounds: {size} bytes at byte {own} of shared memory, which has {self._size}"
+            )
         return access.addresses // PLACE
 
 

@@ -101,7 +101,7 @@ def reader(op: Operation, operand: int | Operand, kind: str) -> Read:
 
 
 def _immediate(operand: Immediate, dtype: Any) -> Any:
-    if dtype == bool:
+    if dtype.kind == "b":
         return np.bool_(operand.value & 1)
     if dtype == np.float32 and not operand.is_float:
         raise PtxError(f"the integer {operand.value} as fp32")

@@ -2,7 +2,8 @@
 
 A warp's own accesses are ordered, as its lanes run together. A barrier orders the accesses of a block's warps. Between
 blocks, the writer needs a fence and then an atomic, or an atomic that releases, and the reader an atomic that acquires,
-or an atomic and then a fence.
+or an atomic and then a fence. A barrier may stand between these two, and the fence be another warp's of the block, if
+the fence is sequentially consistent, as membar.gl is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class Order:
         np.fill_diagonal(self.seen, 1)
         self._released: dict[int, Array] = {}  # what the last fence of a warp has published
         self._pending: dict[int, Array] = {}  # what a warp's next fence makes visible to it
+        # The same for a sequentially consistent fence (membar.gl), after another warp's atomic and a barrier.
+        self._passed_on: dict[int, Array] = {}
         self._places: dict[int, Array] = {}  # what an atomic at a place makes visible to later ones
 
     def clocks(self, warps: Array) -> Array:
@@ -42,10 +45,15 @@ class Order:
         """Order the accesses of these warps before the barrier and those after it."""
         self.seen[warps] = self.seen[warps].max(axis=0)
         self.seen[warps, warps] += 1
+        known = [of[w] for w in warps.tolist() for of in (self._pending, self._passed_on) if w in of]
+        if known:
+            self._passed_on |= dict.fromkeys(warps.tolist(), np.max(known, axis=0))
 
-    def fence(self, warp: int) -> None:
+    def fence(self, warp: int, *, sequential: bool) -> None:
         seen = self.seen[warp]
         np.maximum(seen, self._pending.get(warp, 0), out=seen)
+        if sequential:
+            np.maximum(seen, self._passed_on.get(warp, 0), out=seen)
         self._released[warp] = seen.copy()
         seen[warp] += 1
 
@@ -98,9 +106,7 @@ class History:
             self._note_many(places, warps, clocks, np.flatnonzero(np.isin(places, places[others])), before)
         return np.flatnonzero(races)
 
-    def _note_many(
-        self, places: Array, warps: Array, clocks: Array, which: Array, before: tuple[Array, Array]
-    ) -> None:
+    def _note_many(self, places: Array, warps: Array, clocks: Array, which: Array, before: tuple[Array, Array]) -> None:
         unique, first, inverse = np.unique(places[which], return_index=True, return_inverse=True)
         new = [int(p) for p in unique if int(p) not in self._rows]
         if new:

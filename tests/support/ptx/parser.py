@@ -147,7 +147,9 @@ def _closing(text: str, start: int) -> int:
 def _parameters(text: str) -> list[Parameter]:
     found, end = [], 0
     for declaration in filter(None, (part.strip() for part in text.split(","))):
-        words = re.match(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+.*?([\w$]+)(?:\[(\d+)\])?$", declaration, re.DOTALL)
+        words = re.match(
+            r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(\w+)\s+.*?([\w$]+)(?:\[(\d+)\])?$", declaration, re.DOTALL
+        )
         if words is None or words[2] not in WIDTHS:
             raise PtxError(f"a parameter cannot be read: {declaration!r}")
         width = WIDTHS[words[2]]
