@@ -23,6 +23,7 @@ __all__ = [
     "TensorVector",
     "__version__",
     "backends",
+    "mup_rho_groups",  # noqa: F405
     "norm_only_groups",  # noqa: F405
     "option",
     "schedule",

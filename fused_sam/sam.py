@@ -44,6 +44,7 @@ from .engine.options import (
 from .engine.parameters import drop_duplicates
 from .engine.plan import Precision
 from .engine.stepper import Settings, Stepper
+from .engine.tensor_norms import check_norm
 from .engine.user_warnings import warn_of_abandoned_step
 from .engine.wrappers import forward_to_wrapped, wrapper_class
 from .step import Number, Schedule, Step
@@ -51,7 +52,7 @@ from .step import Number, Schedule, Step
 _EPS = 1e-12
 _MODES = ("train", "eval")  # of a wrapped base optimizer, which the instance gets as attributes
 _DEFAULT: Any = object()  # the class's default: see DEFAULTS
-_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0}
+_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0, "norm": "global"}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -71,8 +72,11 @@ class SAM(Optimizer):
             functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
             is wrapped: fused perturbation and undo, and its own step, train() and eval().
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
-        adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
+        adaptive: scale the perturbation by the magnitudes of the weights, as the public SAM package does, which then
+            recommends rho 2. fused_sam.ASAM has the defaults of ASAM's authors.
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
+        norm: what ||g|| is the norm of: "global", all perturbed parameters; "group", those of the parameter group;
+            "tensor", the tensor alone. e then has the length rho in every group, or in every tensor (docs/methods.md).
         eps: added to the gradient norm before dividing by it; None: 1e-12. If the base optimizer has an `eps` of its
             own (Adam), that one is set, and SAM's stays 1e-12; unless base_options sets the base optimizer's.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
@@ -95,7 +99,7 @@ class SAM(Optimizer):
         **options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
 
     A group's own options: `rho`, `adaptive`, `eta`, `perturb` (False: updated, but neither perturbed nor counted in
-    the norm), and `base_options`. The norm is global over all perturbed groups.
+    the norm), and `base_options`.
 
     The perturbation follows the gradients as they are, also if the base optimizer maximizes. To maximize an objective R
     against its worst case, minimize -R instead of setting the base optimizer's `maximize`.
@@ -125,10 +129,17 @@ class SAM(Optimizer):
     """The method's own options, by name: `option(0.4, low=0, high=1, help="...")`. Attributes of the instance."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-    """Other defaults of SAM's rho, adaptive and eta."""
+    """Other defaults of SAM's rho, adaptive, eta and norm."""
 
     GROUP_STATE: ClassVar[Mapping[str, Any]] = {}
     """Counters that every parameter group gets and a state_dict carries, with their first values."""
+
+    reads_weight_norms: ClassVar[bool] = False
+    """True if `radius` reads `step.weight_norms`. The pass over the gradients then reads the weights too."""
+
+    preconditions: ClassVar[bool] = False
+    """True if T_w is made of Adam's second moment, as Precond-SAM's is, and not of `adaptive` and `eta`. Weights that
+    Adam has not updated yet are not perturbed."""
 
     keeps_ascent_grad: ClassVar[bool] = False
     """True if the first gradients are needed after the second pass, as `step.ascent_grad`."""
@@ -217,6 +228,7 @@ class SAM(Optimizer):
         adaptive: bool = _DEFAULT,
         *,
         eta: float = _DEFAULT,
+        norm: str = _DEFAULT,
         eps: float | None = None,
         backend: str = "auto",
         check_update: bool = True,
@@ -266,8 +278,9 @@ class SAM(Optimizer):
         passed = {"rho": rho, "adaptive": adaptive, "eta": eta}
         usual = {**_DEFAULTS, **self.DEFAULTS}
         own = {name: usual[name] if value is _DEFAULT else value for name, value in passed.items()}
+        norm = check_norm(usual["norm"] if norm is _DEFAULT else norm)
         own.update(perturb=True, **self.group_state())
-        self._settings = dataclasses.replace(self._settings, own_options=tuple(own))
+        self._settings = dataclasses.replace(self._settings, own_options=tuple(own), norm=norm)
         super().__init__(params, own)
         self._make_stepper()
         report_unscaling()

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.family import NEED_ADAM
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -25,6 +26,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "ESAM(gamma=1)": {"gamma": 1.0, "beta": 0.5},
     "ESAM(gamma=0.5)": {"gamma": 0.5, "beta": 0.5},
     "LookSAM": {"k": 2},
+    "LookLayerSAM": {"k": 2},
     "MicrobatchSAM(2)": {"num_microbatches": 2},
 }
 Make = Callable[[Any], Any]
@@ -42,6 +44,8 @@ def net() -> nn.Module:
 
 def maker(row: str) -> Make:
     method = fused_sam.METHODS[row.partition("(")[0]]
+    if row in NEED_ADAM:
+        return lambda params: method(params, torch.optim.AdamW, rho=0.1, lr=0.01)
     return lambda params: method(params, torch.optim.SGD, **{**BASE, **OPTIONS.get(row, {})})
 
 

@@ -92,13 +92,22 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
           py::arg("eps"), py::arg("workspace"), py::arg("stream"),
           "Add the sum of squares of T_w g to the status, or of g if groups is None; with finish, also finish_norm.")
       .def(
+          "squares",
+          [](CudaTable& t, const py::sequence& groups, uintptr_t unbias, uintptr_t sums, bool weights,
+             uintptr_t workspace, uintptr_t stream) {
+            t.squares(groups_from(groups, perturb_group), unbias, sums, weights, workspace, stream);
+          },
+          py::arg("groups"), py::arg("unbias"), py::arg("sums"), py::arg("weights"), py::arg("workspace"),
+          py::arg("stream"), "Write the sums of squares of T_w g of each tensor, and then those of the weights.")
+      .def(
           "perturb",
           [](CudaTable& t, const py::sequence& groups, uintptr_t status, uint64_t seed, bool stochastic_rounding,
-             uintptr_t stream) {
-            t.perturb(groups_from(groups, perturb_group), status, seed, stochastic_rounding, stream);
+             uintptr_t stream, uintptr_t factors, uintptr_t unbias) {
+            t.perturb(groups_from(groups, perturb_group), status, seed, stochastic_rounding, stream, factors, unbias);
           },
           py::arg("groups"), py::arg("status"), py::arg("seed"), py::arg("stochastic_rounding"), py::arg("stream"),
-          "Copy params to backups, then params += rho * inverse_norm * T_w^2 g; from the masters if there are any.")
+          py::arg("factors") = 0, py::arg("unbias") = 0,
+          "Copy params to backups, then params += rho * inverse_norm * factor * T_w^2 g; from masters if there are any.")
       .def("restore", &CudaTable::restore, py::arg("stream"), "Copy backups to params, or round masters into them.");
   add_update(table, "sgd", sgd_group, &CudaTable::sgd, "Take one step of SGD from the backups or masters.");
   add_update(table, "adam", adam_group, &CudaTable::adam,

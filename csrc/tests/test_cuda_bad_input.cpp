@@ -48,6 +48,9 @@ void test_bad_input() {
   CHECK_WORDS(table(Dtype::f32, Dtype::f32, Dtype::f32, 7), "cudaErrorInvalidDevice");
   CHECK_WORDS(table(Dtype::f32, Dtype::f32, Dtype::f32, 0, -1), "negative");
   CHECK_WORDS(CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {1, 2}, {0, 0}, {1}, 0), "needs a stream of random");
+  CHECK_WORDS(CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {5, int64_t(1) << 32}, {0, 0}, {}, 12288),
+              "chunk size that is a power of 2");
+  CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {(int64_t(1) << 32) - 1}, {0}, {}, 12288);
   CHECK_WORDS(rig.table.set_masters(addresses(rig.params)), "masters are fp32, and their params bf16 or fp16");
   CHECK_WORDS(Rig({Dtype::bf16, Dtype::f32, {3}, 0, 0, true, Dtype::f32}).table.set_backups({16}), "has no backups");
   CHECK_WORDS(rig.table.set_state(3, addresses(rig.params)), "the state buffers 0, 1 and 2");

@@ -5,6 +5,7 @@ primitive leaves for the next (norm, skip flag) stay in a `Status` on the tensor
 for the device.
 
     SAM step      norm, perturb, second backward pass, norm (the check that the new gradients are finite), update
+    per tensor    squares in place of the first norm, and a factor per row in perturb
     update        undo the perturbation and take one step of the base optimizer's rule, in one pass
     methods       dot, axpby, ema: over two vectors, such as the two gradients of a step
 """
@@ -86,7 +87,7 @@ class PerturbGroup(NamedTuple):
 
     rho: float  # length of the perturbation
     adaptive: bool = False  # True if the perturbation is scaled by the weights (ASAM)
-    eta: float = 0.0  # ASAM's offset
+    eta: float = 0.0  # ASAM's offset; in a table with second moments, Adam's eps
     mask_prob: float = 1.0  # share of the elements that are perturbed, drawn at random (ESAM's beta)
 
 
@@ -250,6 +251,12 @@ class Table:
     # Optimizer state by name, in the arithmetic's dtype. None in a column: the parameter's group does not use it.
     rule: UpdateRule | None = None
     state: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    # What `perturb` multiplies the length of each row's e by: a number per row, of status_dtype; None: 1.
+    factors: Tensor | None = None
+    # Precond-SAM: Adam's second moments v, in the arithmetic's dtype, and `unbias` = 1 / sqrt(1 - beta2^step) of each
+    # row, of status_dtype. They make T_w = (sqrt(v) * unbias + eta)^(-1/2), whether a group is adaptive or not.
+    second_moments: list[Tensor] = field(default_factory=list)
+    unbias: Tensor | None = None
     # Random numbers: element i of row r draws number i of the stream (seed, rng_offset, rng_streams[r], purpose).
     stochastic_rounding: bool = False  # of bf16 and fp16 parameters; never together with masters
     seed: int = 0  # 64 bits
@@ -333,11 +340,21 @@ class Backend(ABC):
         self.finish_norm(status, ascent=groups is not None, keep_skip=keep_skip, eps=eps)
 
     @abstractmethod
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        """Write each row's sum of squares of T_w g to `sums[0]` and, with `weights`, that of the params to `sums[1]`.
+
+        With masters, the params are the masters.
+
+        Args:
+            sums: shape (2, rows), of `status_dtype`, on the tensors' device.
+        """
+
+    @abstractmethod
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        """Copy params to backups; then, unless skip is set, params += rho * inverse_norm * T_w^2 g.
+        """Copy params to backups; then, unless skip is set, params += rho * inverse_norm * factors[row] * T_w^2 g.
 
         Where a group's mask_prob is below 1, only elements drawn at random, by rho / mask_prob (arXiv 2110.03141).
-        With masters, params = masters + rho * ..., and no backup is written.
+        With masters, params = masters + rho * ..., and no backup is written. A table with second moments has no mask.
         """
 
     @abstractmethod

@@ -40,6 +40,7 @@ from .parameters import device_of, is_distributed
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import BackwardWatch, any_grads
+from .tensor_norms import SecondMoments, TensorNorms
 from .user_warnings import warn_of_plain_step
 
 _PERTURB = itemgetter("perturb")
@@ -58,6 +59,7 @@ class Settings:
     precision: Precision
     schedule: Any  # a fused_sam.schedule.Schedule, or None
     own_options: tuple[str, ...] = ()  # names of what SAM has in a parameter group
+    norm: str = "global"  # one of tensor_norms.NORMS
 
 
 class Context(Protocol):
@@ -122,6 +124,7 @@ class Stepper:
         self.perturbed: list[KernelCall] | None = None
         self.marks = self.status.marks
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
+        self.steps_ended = 0  # by an update, by restore() or by a load
         self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
         self.warned_of_abandoned_step = False
         self.in_closure = False  # True while step(closure) evaluates the closure
@@ -144,6 +147,10 @@ class Stepper:
         hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
         self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(overrides(cls, h) for h in hooks)
         self._is_scaled = optimizer.is_scaled if overrides(cls, "is_scaled") else None
+        # Of methods with norms per tensor or group, and of those with T_w from Adam's second moments; else None.
+        self.second_moments = SecondMoments() if cls.preconditions else None
+        per_tensor = settings.norm != "global" or cls.reads_weight_norms or cls.preconditions
+        self.tensor_norms = TensorNorms(settings.norm, weights=cls.reads_weight_norms) if per_tensor else None
         self._check_precision()
         self.plan = self.new_plan()
         self._load_rng_offset()
@@ -160,6 +167,11 @@ class Stepper:
         mask_prob = self.optimizer.mask_prob
         if not 0 < mask_prob <= 1:
             raise ValueError(f"mask_prob must be above 0 and at most 1, not {mask_prob!r}")
+        if mask_prob < 1 and self.tensor_norms is not None:
+            raise ValueError(
+                f"mask_prob={mask_prob:g} perturbs a part of each tensor, by the global norm: "
+                'leave norm="global", with T_w and lengths that do not depend on the tensor, or set mask_prob to 1'
+            )
         for k, group in enumerate(self.optimizer.param_groups):
             try:
                 rho, eta = float(group["rho"]), float(group["eta"])
@@ -170,6 +182,15 @@ class Stepper:
                 check_group(group, k)
             found.append(PerturbGroup(rho, bool(group["adaptive"]), eta, mask_prob))
         return found
+
+    def check_preconditioned(self, groups: list[PerturbGroup] | None = None) -> tuple[list[Any], list[PerturbGroup]]:
+        """Return Adam's numbers of each group, and the groups of a perturbation with T_w from its second moments.
+
+        Raises:
+            ValueError: a group's options do not fit.
+        """
+        adam, _ = self.base.numbers(self.optimizer.param_groups)
+        return adam, SecondMoments.groups(self.perturb_groups() if groups is None else groups, adam)
 
     def any_perturbed(self, groups: Sequence[PerturbGroup]) -> bool:
         """Return True if a group has rho above 0 and takes part in the perturbation."""
@@ -202,7 +223,12 @@ class Stepper:
             return False
         plan, snapshot = self.snapshot()
         optimizer, status = self.optimizer, self.status
-        calls = plan.perturb_calls(snapshot, tuple(map(_PERTURB, optimizer.param_groups)), optimizer.state)
+        flags = tuple(map(_PERTURB, optimizer.param_groups))
+        if self.second_moments is None:
+            calls = plan.perturb_calls(snapshot, flags, optimizer.state)
+        else:
+            adam, groups = self.check_preconditioned(groups)
+            calls = self.second_moments.calls(plan, snapshot, flags, adam, optimizer.state)
         if plan.has_twins:
             groups = with_twins(groups)
         plan.attach(calls, snapshot)
@@ -261,7 +287,11 @@ class Stepper:
             groups: for the norm of T_w g that perturbs; None for that of the update's gradients.
         """
         eps = self.settings.eps
-        if plan.sharding is not None:
+        if self.tensor_norms is not None and groups is not None:
+            self.tensor_norms.take(
+                self.backend, plan, calls, snapshot, groups, status, keep_skip=keep_skip, eps=eps
+            )
+        elif plan.sharding is not None:
             self._sharded_norm(plan, calls, snapshot, groups, status, keep_skip)
         elif len(calls) == 1:
             calls[0].backend.norm((calls[0].table,), groups, status, keep_skip=keep_skip, eps=eps)
@@ -348,6 +378,7 @@ class Stepper:
                 stage = 2
                 self.context._end()
             self.decision, self.grads_unscaled = None, False
+            self.steps_ended += 1
         except BaseException:
             written = status.marks[UPDATED] or (update is not None and any(c.table.pending for c in update.calls))
             if stage or written:
@@ -393,6 +424,7 @@ class Stepper:
             self.perturbed = None
             plan.masters.record_versions()
         self.decision, self.grads_unscaled = None, False
+        self.steps_ended += 1
         try:
             if self._has_hooks and stage < 2:
                 self.context._run_updated()
@@ -456,6 +488,7 @@ class Stepper:
         if self._watch is not None:
             self._watch.ran = False
         self.decision, self.suspended, self.in_closure = None, False, False
+        self.steps_ended += 1
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -577,6 +610,7 @@ class Stepper:
         self.status = Status(self.device())
         self._load_rng_offset()
         self.decision = None
+        self.steps_ended += 1
 
     # ---- numbers that stay on the device --------------------------------------------------------------------
 

@@ -12,10 +12,14 @@ from .esam import ESAM as ESAM
 from .friendly_sam import FriendlySAM as FriendlySAM
 from .gcsam import GCSAM as GCSAM
 from .gsam import GSAM as GSAM
+from .layer_sam import LayerSAM as LayerSAM
+from .layer_sam import LookLayerSAM as LookLayerSAM
 from .looksam import LookSAM as LookSAM
 from .microbatch_sam import MicrobatchSAM as MicrobatchSAM
 from .momentum_sam import MomentumSAM as MomentumSAM
+from .mup import mup_rho_groups as mup_rho_groups
 from .norm_only import norm_only_groups as norm_only_groups
+from .precond_sam import PrecondSAM as PrecondSAM
 from .wsam import WSAM as WSAM
 
 METHODS: dict[str, type[SAM]] = {

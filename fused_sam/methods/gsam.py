@@ -18,7 +18,8 @@ class GSAM(SAM):
     SAM and 5.4 above AdamW.
 
     Args:
-        alpha: 0 (SAM) to 1, weight of the part of g that is at right angles to g_s; 0.4 is pytorch-optimizer's default.
+        alpha: 0 (SAM) to 1, weight of the part of g that is at right angles to g_s; the authors' class has no default.
+            Their configuration for ViT-B/32 has 0.6, and pytorch-optimizer 0.4, which is the default here.
         Others: as SAM. The paper ties rho to the learning rate: fused_sam.schedule.RhoProportionalToLR.
 
     first_step() takes the gradients from the parameters. A weight that has a gradient in the second pass only is

@@ -27,7 +27,8 @@ class MomentumSAM(SAM):
     SGD or Adam.
 
     Args:
-        rho: length of the displacement along -v, 3 by default: larger than SAM's; 0.3, 1 and 3 are worth a try.
+        rho: length of the displacement along -v, larger than SAM's. 3 is that of the authors' runs; their class
+            has 0.3.
         Others: as SAM. The base optimizer must be a fused one, SGD with momentum. A schedule decides after a step
             whether the next gradient is taken from displaced weights; it cannot be one that reads gradients.
 

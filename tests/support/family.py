@@ -122,6 +122,9 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "ESAM tensors": {"beta": 0.5, "gamma": 1.0, "mask": "tensors"},
     },
     "LookSAM": {"LookSAM": {"k": 3, "alpha": 0.4}},
+    "LayerSAM": {"LayerSAM": {}, "LayerSAM group": {"norm": "group"}},
+    "LookLayerSAM": {"LookLayerSAM": {"k": 3, "alpha": 0.4}},
+    "PrecondSAM": {"PrecondSAM": {"eps": 1e-3}},
     "GSAM": {"GSAM": {"alpha": 0.5}},
     "FriendlySAM": {"FriendlySAM": {"sigma": 0.9, "lmbda": 0.7}},
     "WSAM": {"WSAM": {"gamma": 0.7}, "WSAM coupled": {"gamma": 0.7, "decouple": False}},
@@ -130,10 +133,21 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def on_adam(method: type[SAM], params: Any, base_optimizer: Any = None, **options: Any) -> SAM:
+    """Build a method that needs Adam's state over AdamW, where a test asks for SGD or for no base optimizer."""
+    if base_optimizer in (None, torch.optim.SGD):
+        base_optimizer = torch.optim.AdamW
+        options = {k: v for k, v in options.items() if k not in ("momentum", "dampening", "nesterov")}
+    return method(params, base_optimizer, **options)
+
+
+NEED_ADAM = ("PrecondSAM",)
+
+
 def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) -> dict[str, Callable[..., Any]]:
     """Return, for each case of each method, a function that builds the optimizer with the case's options."""
     return {
-        case: partial(method, **chosen)
+        case: partial(on_adam, method, **chosen) if name in NEED_ADAM else partial(method, **chosen)
         for name, method in methods.items()
         for case, chosen in options.get(name, {name: {}}).items()
     }

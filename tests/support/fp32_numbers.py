@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
@@ -18,6 +19,17 @@ class _Fp32Status(Status):
     def __init__(self, wide: Status) -> None:
         self.device, self.host, self.values = wide.device, None, wide.values.float()
         self.address = self.values.data_ptr()
+
+
+@contextmanager
+def _narrow_numbers(table: Table) -> Iterator[None]:
+    """Give a table fp32 copies of its numbers per row inside `with`."""
+    wide = table.factors, table.unbias
+    table.factors, table.unbias = map(_fp32, wide)
+    try:
+        yield
+    finally:
+        table.factors, table.unbias = wide
 
 
 class Fp32Numbers(Backend):
@@ -50,8 +62,15 @@ class Fp32Numbers(Backend):
         super().norm(tables, groups, narrow, keep_skip=keep_skip, eps=eps)
         status.values.copy_(narrow.values)
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        with _narrow_numbers(table):
+            narrow = sums.float()
+            super().squares(table, groups, narrow, weights=weights)
+            sums.copy_(narrow)
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        super().perturb(table, groups, _Fp32Status(status))
+        with _narrow_numbers(table):
+            super().perturb(table, groups, _Fp32Status(status))
 
     def update(
         self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float

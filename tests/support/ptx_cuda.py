@@ -159,6 +159,10 @@ class _Launching(Cuda):
         with self._with([], status=status.values):
             super().finish_norm(status, ascent=ascent, keep_skip=keep_skip, eps=eps)
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        with self._with(self._regions(table), sums=sums):
+            super().squares(table, groups, sums, weights=weights)
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         with self._with(self._regions(table), status=status.values):
             super().perturb(table, groups, status)

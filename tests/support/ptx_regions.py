@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,5 +23,8 @@ def regions_of(name: str, tensors: Iterable[Any]) -> list[Region]:
 
 def table_regions(table: Table) -> list[Region]:
     """Return the memory of all columns of a table."""
-    columns = {"params": table.params, "backups": table.backups, "masters": table.masters, "grads": table.grads}
+    columns: dict[str, Sequence[Any]] = {
+        name: getattr(table, name) for name in ("params", "backups", "masters", "grads", "second_moments")
+    }
+    columns |= {"factors": [table.factors], "unbias": [table.unbias]}
     return [region for name, column in {**columns, **table.state}.items() for region in regions_of(name, column)]

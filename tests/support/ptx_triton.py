@@ -63,6 +63,7 @@ class LaunchingDriver(RecordingDriver):
 
     options: Options = field(default_factory=lambda: Options(replicas=True))
     regions: Callable[[], list[Region]] = list
+    passed: list[Region] = field(default_factory=list)  # of the tensors that the launch is called with
     change: Callable[[Kernel], Kernel] = field(default=lambda kernel: kernel)
 
     def launcher_cls(self, source: Any, metadata: Any) -> Any:
@@ -76,7 +77,7 @@ class LaunchingDriver(RecordingDriver):
             content = packed(kernel, types, arguments)
             threads = metadata.num_warps * 32
             launch(
-                self.change(kernel), programs, threads, content, self.regions(), shared=metadata.shared,
+                self.change(kernel), programs, threads, content, [*self.regions(), *self.passed], shared=metadata.shared,
                 options=self.options,
             )  # fmt: skip
 
@@ -110,6 +111,10 @@ class _Launching(Triton):
     def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
         with self._with(("status", [status.values])):
             super().finish_norm(status, ascent=ascent, keep_skip=keep_skip, eps=eps)
+
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        with self._with(("sums", [sums]), of=table):
+            super().squares(table, groups, sums, weights=weights)
 
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         with self._with(("status", [status.values]), of=table):
@@ -166,5 +171,13 @@ def ptx_driver() -> Iterator[LaunchingDriver]:
     with pytest.MonkeyPatch.context() as patch, running_on(driver):
         for module in (memory, tables):  # of the slots: on a GPU they are fp32
             patch.setattr(module, "status_dtype", lambda device: torch.float32)
+        plain = backend_module.launch
+
+        def noting(*how: Any) -> None:
+            *_, arguments, _ = how
+            driver.passed = regions_of("an argument", arguments)
+            plain(*how)
+
+        patch.setattr(backend_module, "launch", noting)
         patch.setitem(backends.BACKENDS, NAME, TritonPtx)
         yield driver

@@ -1,13 +1,17 @@
 // A replacement of CUDA's header, with which g++ compiles csrc/cuda for a machine without a GPU. Tests only.
 //
-// A kernel's blocks run one after another; the threads of a block are fibers (fibers.h), switched at barriers and
-// shuffles. Shared memory is static storage. Tests set the state of the machine in cuda_shim::machine().
+// A kernel's blocks run one after another, in a new order at every launch; the threads of a block are fibers
+// (fibers.h), switched at barriers and shuffles. Shared memory is static storage. Tests set the state of the machine in cuda_shim::machine().
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <map>
+#include <numeric>
+#include <random>
+#include <set>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -80,11 +84,23 @@ struct Machine {
   uintptr_t freed_stream = 0;             // a stream on which every launch fails
   int launches = 0;
   OnLaunch on_launch;                     // runs the launches, if it is set
+  int unloaded_launches = 0;  // of kernels that were not loaded before
+  std::set<const void*> loaded;
+  int blocks_per_sm = 2;
   std::map<uintptr_t, cudaPointerAttributes> memory;  // addresses that are not memory of device 0
 };
 inline Machine& machine() {
   static Machine the_machine;
   return the_machine;
+}
+
+// Return the numbers below `count` in an order that differs from launch to launch. Every program has the same orders.
+inline std::vector<unsigned> shuffled(unsigned count) {
+  static std::mt19937 random(1);
+  std::vector<unsigned> order(count);
+  std::iota(order.begin(), order.end(), 0u);
+  std::shuffle(order.begin(), order.end(), random);
+  return order;
 }
 
 }  // namespace cuda_shim
@@ -132,7 +148,15 @@ inline cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, c
                     : cudaPointerAttributes{cudaMemoryTypeDevice, cuda_shim::machine().current_device};
   return cudaSuccess;
 }
-inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) { return cuda_shim::machine().kernel_image; }
+// A kernel that is asked for counts as loaded.
+inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void* kernel) {
+  cuda_shim::machine().loaded.insert(kernel);
+  return cuda_shim::machine().kernel_image;
+}
+template <class Kernel>
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, int, size_t) {
+  return *blocks = cuda_shim::machine().blocks_per_sm, cudaSuccess;
+}
 
 namespace cuda_shim {
 
@@ -150,6 +174,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                                const Arguments&... arguments) {
   cuda_shim::Machine& machine = cuda_shim::machine();
   ++machine.launches;
+  machine.unloaded_launches += machine.loaded.count(reinterpret_cast<const void*>(kernel)) == 0;
   const cudaError_t error = std::exchange(machine.next_launch, cudaSuccess);
   if (error != cudaSuccess) return error;
   if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
@@ -162,7 +187,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const auto body = [&] { kernel(arguments...); };
-  for (unsigned block = 0; block < config->gridDim.x; ++block) {
+  for (unsigned block : cuda_shim::shuffled(config->gridDim.x)) {
     blockIdx = dim3(block, 0, 0);
     cuda_shim::run_block(int(config->blockDim.x), body);
   }

@@ -10,6 +10,8 @@ extern "C" const char __ehdr_start __attribute__((visibility("hidden")));  // th
 
 static void add_pretences(pybind11::module_& m) {
   m.def("launches", [] { return cuda_shim::machine().launches; }, "Kernels launched so far.");
+  m.def("unloaded_launches", [] { return cuda_shim::machine().unloaded_launches; },
+        "Launches so far of kernels that were not loaded before.");
   m.def(
       "pretend",
       [](int driver, int devices, const std::string& device_count_error, bool kernel_image, bool launch_fails,
