@@ -180,8 +180,8 @@ class PassCheck:
         if self._wrong["long"] == SCALED_STEPS:
             self._warn_of_scale(
                 f"the gradients of the update have GradScaler's scale of {scale:g}, and nothing divides them by it: "
-                "the update is too long by that factor. Step by scaler.step(optimizer) instead of second_step(), or call "
-                "scaler.unscale_(optimizer) after the second backward()"
+                "the update is too long by that factor. Step by scaler.step(optimizer) instead of second_step(), or "
+                "call scaler.unscale_(optimizer) after the second backward()"
             )
         elif self._wrong["short"] == SCALED_STEPS:
             self._warn_of_scale(
@@ -229,7 +229,7 @@ class LossCheck:
 
 
 def warn_if_rho_is_large(losses: Tensor, perturbed: Tensor) -> None:
-    """Warn if the loss has not fallen in the last half, and the perturbed loss was far above it in most of its steps."""
+    """Warn if the loss has not fallen in the last half, and the perturbed loss was mostly far above it."""
     half = LOSSES // 2
     start, end = float(losses[:10].mean()), float(losses[half:].mean())
     rise = float(((perturbed - losses) / losses.abs())[half:].median())

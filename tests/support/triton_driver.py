@@ -64,12 +64,19 @@ class RecordingDriver:
 @contextmanager
 def recording_driver() -> Iterator[RecordingDriver]:
     driver = RecordingDriver()
+    with running_on(driver):
+        yield driver
+
+
+@contextmanager
+def running_on(driver: RecordingDriver) -> Iterator[None]:
+    """Let Triton use a driver."""
     config = triton.runtime.driver
     before = getattr(config, "_active", None)
     _forget_compiled()
     config.set_active(driver)
     try:
-        yield driver
+        yield
     finally:
         _forget_compiled()
         config._active = before

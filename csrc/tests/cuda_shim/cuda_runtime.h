@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <map>
 #include <numeric>
 #include <random>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -67,6 +69,9 @@ struct cudaLaunchConfig_t {
 
 namespace cuda_shim {
 
+// A launch as a driver gets it: the address of the kernel, blocks, threads, and the bytes of each argument.
+using OnLaunch = std::function<void(const void*, unsigned, unsigned, const std::vector<std::string>&)>;
+
 struct Machine {
   int driver = 13000;
   int devices = 2;
@@ -79,6 +84,7 @@ struct Machine {
   cudaError_t next_launch = cudaSuccess;  // the result of the next launch, once
   uintptr_t freed_stream = 0;             // a stream on which every launch fails
   int launches = 0;
+  OnLaunch on_launch;                     // runs the launches, if it is set
   int unloaded_launches = 0;  // of kernels that were not loaded before
   std::set<const void*> loaded;
   int blocks_per_sm = 2;
@@ -176,6 +182,16 @@ cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, Kernel, i
   return *blocks = cuda_shim::machine().blocks_per_sm, cudaSuccess;
 }
 
+namespace cuda_shim {
+
+template <class T>
+std::string bytes_of(const T& x) {
+  static_assert(std::is_trivially_copyable<T>::value, "a kernel's argument is copied byte by byte");
+  return std::string(reinterpret_cast<const char*>(&x), sizeof(T));
+}
+
+}  // namespace cuda_shim
+
 // Runs the whole grid before it returns.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
@@ -188,6 +204,11 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   if (config->stream != nullptr && reinterpret_cast<uintptr_t>(config->stream) == machine.freed_stream)
     return cudaErrorInvalidResourceHandle;
   cuda_shim::make_context();
+  if (machine.on_launch) {
+    machine.on_launch(reinterpret_cast<const void*>(kernel), config->gridDim.x, config->blockDim.x,
+                      {cuda_shim::bytes_of<std::decay_t<Parameters>>(arguments)...});
+    return cudaSuccess;
+  }
   gridDim = config->gridDim;
   blockDim = config->blockDim;
   const auto body = [&] { kernel(arguments...); };
