@@ -154,7 +154,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def copy_file(self, infile: Any, outfile: Any, *args: Any, **options: Any) -> Any:
-        """Copy to another name, then rename, so that an import at the same time gets the old module or the new one."""
+        """Copy to another name, then rename. A process that has loaded the old module keeps it, and goes on."""
         scratch = f"{outfile}.{os.getpid()}"
         done = super().copy_file(infile, scratch, *args, **options)
         if os.path.exists(scratch):
@@ -172,10 +172,11 @@ class CMakeBuild(build_ext):
             remove_cuda_modules(target)
         cmake = build_tool("cmake")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        linked = build / "linked"  # a linker may write over a module, which ends the processes that use it
         build.mkdir(parents=True, exist_ok=True)
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": linked,
             "CMAKE_MAKE_PROGRAM": build_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -195,6 +196,9 @@ class CMakeBuild(build_ext):
         used.write_text(made_by)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         run([cmake, "--build", str(build), "--parallel", jobs], log)
+        for ext in self.extensions:
+            name = Path(self.get_ext_filename(ext.name)).name
+            self.copy_file(str(linked / name), str(target / name))
 
 
 def remove_cuda_modules(folder: Path) -> None:

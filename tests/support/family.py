@@ -158,6 +158,9 @@ EXAMPLES: dict[str, type[SAM]] = {m.__name__: m for m in (LESAM, StableSAM, Unno
 METHODS = cases({**fused_sam.METHODS, **EXAMPLES})
 
 
+WITH_SAM: dict[str, Callable[..., Any]] = {"SAM": SAM, **METHODS}
+
+
 def clean(optimizer: Any) -> None:
     """Make the weights clean, so that the optimizer may be saved or copied."""
     if isinstance(optimizer, fused_sam.MomentumSAM):
@@ -173,7 +176,7 @@ def resume(optimizer: Any) -> None:
 def built(method: str, backend: str, **extra: Any) -> tuple[nn.Module, Any]:
     """Return a float32 model and its optimizer."""
     model, groups = model_and_groups(torch.float32)
-    return model, METHODS[method](groups, backend=backend, **{**options(), **extra})
+    return model, WITH_SAM[method](groups, backend=backend, **{**options(), **extra})
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:

@@ -77,8 +77,8 @@ class LaunchingDriver(RecordingDriver):
             content = packed(kernel, types, arguments)
             threads = metadata.num_warps * 32
             launch(
-                self.change(kernel), programs, threads, content, [*self.regions(), *self.passed], shared=metadata.shared,
-                options=self.options,
+                self.change(kernel), programs, threads, content, [*self.regions(), *self.passed],
+                shared=metadata.shared, options=self.options,
             )  # fmt: skip
 
         return run
