@@ -96,6 +96,9 @@ class SAM(Optimizer):
         seed: the seed of all random numbers, a whole number of 64 bits.
         schedule: which steps perturb (fused_sam.schedule); None: every one. Any other step is the base optimizer's and
             takes one pass.
+        decay_in_ascent: the perturbation follows g + weight_decay * w, as in Google's SAM program, where the L2 term is
+            a part of the loss. For base optimizers whose weight decay is such a term: SGD, Adam. The update stays the
+            base optimizer's, with the L2 term of the unperturbed weights. First gradients are changed in place.
         base_options: the base optimizer's options by name, for those that are named as SAM's or a method's are:
             base_options={"rho": 0.9} for torch.optim.Adadelta. A keyword of such a name is SAM's.
         **options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
@@ -114,7 +117,8 @@ class SAM(Optimizer):
     Raises:
         TypeError: base_optimizer makes no optimizer, a parameter is no tensor, or one is complex.
         ValueError: an option out of range, or one for all groups in a group, an unknown backend, a parameter in several
-            groups, parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
+            groups, parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16,
+            decay_in_ascent with a base optimizer that has no such term, or with maximize.
         RuntimeError: a backend asked for by name cannot run here.
 
     Example:
@@ -153,6 +157,12 @@ class SAM(Optimizer):
     """True if the update's gradient is not that of the second pass alone. It is then checked under a GradScaler too,
     and, with keeps_ascent_grad, a first gradient of a part of the batch is refused. SAM notices a `descent` that
     changes the gradient by itself."""
+
+    compares_passes: ClassVar[bool] = True
+    """True if a `descent` reads something of the first pass, such as its norm. `local_perturbation()` refuses that."""
+
+    applies_decay: bool = False
+    """True if the method applies the weight decay itself, so that a fused update leaves it out."""
 
     closure_is_empty: bool = False
     """True while a framework's wrapper passes step() a closure that makes no gradients."""
@@ -240,6 +250,7 @@ class SAM(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         schedule: Schedule | None = None,
+        decay_in_ascent: bool = False,
         base_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -276,6 +287,7 @@ class SAM(Optimizer):
                 bool(master_weights), bool(stochastic_rounding), check_count("seed", seed, 0) % 2**64
             ),
             schedule=schedule,
+            decay_in_ascent=bool(decay_in_ascent),
         )
         self._stepper: Stepper | None = None
         passed = {"rho": rho, "adaptive": adaptive, "eta": eta}
@@ -571,7 +583,7 @@ class SAM(Optimizer):
         compares = self._needs_grad_scale
         if compares is None:
             compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
-        return compares or (schedule is not None and bool(schedule.needs_grad_scale))
+        return compares or self.decay_in_ascent or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property
     def step_was_skipped(self) -> bool:
@@ -630,6 +642,11 @@ class SAM(Optimizer):
         return schedule
 
     @property
+    def decay_in_ascent(self) -> bool:
+        """True if the perturbation follows g + weight_decay * w."""
+        return self._settings.decay_in_ascent
+
+    @property
     def backend(self) -> str:
         """The name of the backend that runs this optimizer's primitives."""
         return self.stepper.backend.name
@@ -660,6 +677,7 @@ class SAM(Optimizer):
             if self._rho_is_default and not has_rho:
                 self._rho_is_default = not warn_of_small_rho(self.param_groups[before])
             if stepper is not None:
+                stepper.check_decay_in_ascent(self.param_groups[before:], before)
                 stepper.base.numbers(self.param_groups[before:])
                 stepper.new_plan()
                 warn_of_misspelt_options(self, before)

@@ -254,6 +254,10 @@ class Step:
         self._vectors.clear()
         self._snapshot, self._kept = snapshot, None
         with self._in("ascent"):
+            if self._stepper.settings.decay_in_ascent:
+                for k, group in enumerate(self.groups):
+                    if group["perturb"] and group["weight_decay"] != 0:
+                        self.grad.group(k).axpby_(1.0, group["weight_decay"], self.weights.group(k))
             _check_none(self._optimizer.ascent(self), self)
         if self._optimizer.keeps_ascent_grad:
             self._kept = [None if g is None else owned(g) for g in snapshot.grads]

@@ -13,6 +13,7 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
+    "flat_lora.py": ["sklearn"],
     "label_noise.py": ["sklearn"],
     "losses.py": ["sklearn"],
     "muon_digits.py": ["sklearn"],
@@ -21,6 +22,8 @@ NEEDS = {
     "transformers_text.py": ["transformers", "accelerate"],
 }
 SAYS = {
+    "flat_lora.py": r"\nLoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step\n"
+    r"Flat-LoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step",
     "label_noise.py": r"accuracy on clean test images: SGD ([\d.]+)%, SAM ([\d.]+)%",
     "losses.py": r"(?s)"
     + ".*".join(

@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fused_sam
-from fused_sam import MomentumSAM
+from fused_sam.methods.displaced import DisplacedSAM
 
 
 def perturbed(method: str, backend: str = "reference") -> tuple[nn.Module, Any]:
     model, optimizer = built(method, backend)
     train(model, optimizer, range(3))  # LookSAM perturbs in every third step
-    if not isinstance(optimizer, MomentumSAM):
+    if not isinstance(optimizer, DisplacedSAM):
         optimizer.zero_grad()
         loss_of(model, 3).backward()
         optimizer.first_step(zero_grad=True)
@@ -34,7 +34,7 @@ def test_a_guarded_model_is_neither_evaluated_nor_saved_nor_averaged(method: str
     guards = [optimizer.guard(model), optimizer.guard(averaged)]
     stored = [p.detach().clone() for p in model.parameters()]
     attempts = [lambda: model.eval()(batch(0)[0]), model.state_dict, lambda: averaged.update_parameters(model)]
-    held = "displaced" if isinstance(optimizer, MomentumSAM) else "perturbed"
+    held = "displaced" if isinstance(optimizer, DisplacedSAM) else "perturbed"
     for attempt in attempts:
         with pytest.raises(RuntimeError, match=f"weights are {held}"):
             attempt()

@@ -107,8 +107,8 @@ class RandomPrograms(RuleBasedStateMachine):
         dtype, more = DTYPES[precision]
         if precision in ("masters", "stochastic") and base == "rmsprop":
             cls, options = BASES["sgd"]
-        self.one_pass = method == "MomentumSAM"
-        if self.one_pass and base in ("rmsprop", "sgd without momentum"):
+        self.one_pass = method in family.ONE_PASS
+        if method.startswith("MomentumSAM") and base in ("rmsprop", "sgd without momentum"):
             cls, options = BASES["sgd"]
         if precision == "stochastic" and method == "WSAM":
             method = "WSAM coupled"
@@ -226,7 +226,7 @@ class RandomPrograms(RuleBasedStateMachine):
         for p, entry in zip(parameters(run.optimizer), before.state, strict=True):
             if "master_weight" in entry:
                 entry["master_weight"] = run.optimizer.state[p]["master_weight"]
-        if self.one_pass:  # MomentumSAM displaces the weights again, by the present rho
+        if self.one_pass:  # the weights are displaced again, by the present rho
             before.weights = [p.detach().clone() for p in parameters(run.optimizer)]
         before.assert_unchanged()
 

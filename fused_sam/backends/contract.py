@@ -26,8 +26,9 @@ from torch.autograd.graph import increment_version
 SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED, SKIPPED_STEPS = range(9)
 STATUS_SIZE = 9
 
-# What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
-MASK, ROUND_PERTURBED, ROUND_UPDATED = range(3)
+# What random numbers are drawn for: part of the number of their stream, see rng.py and csrc/core/rng.h. Kernels draw
+# all but the last, which are normal numbers of methods (engine/noise.py).
+MASK, ROUND_PERTURBED, ROUND_UPDATED, NOISE = range(4)
 
 # Places of the results of `dot`.
 XY, XX, YY = range(3)

@@ -50,6 +50,7 @@ class Base(Protocol):
     rule: UpdateRule | None  # None if it is not fused
     keeps_dtypes: bool  # True if loaded state keeps the dtype that it was saved with, instead of the parameter's
     clashes: tuple[str, ...]  # its options that are named as SAM's own are; a group has them in BASE_OPTIONS
+    without_decay: bool  # True if the method applies the weight decay itself; of fused ones
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         """Return for each parameter group its hyper-parameters, and the names of the state that its update uses."""
@@ -143,6 +144,7 @@ class FusedBase:
 
     keeps_dtypes = True
     clashes: tuple[str, ...] = ()
+    without_decay = False
 
     def __init__(self, fused: Fused, inner: Optimizer) -> None:
         self._inner = inner
@@ -154,6 +156,8 @@ class FusedBase:
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         numbers = list(map(self._numbers, groups))
+        if self.without_decay:
+            numbers = [group._replace(weight_decay=0.0) for group in numbers]
         return numbers, tuple(map(self._state, numbers))
 
     def step(
@@ -203,6 +207,7 @@ class WrappedBase:
     """Any other optimizer class, on the facade's own groups and state."""
 
     rule: UpdateRule | None = None
+    without_decay = False
 
     def __init__(self, optimizer: Optimizer, inner: Optimizer, clashes: tuple[str, ...]) -> None:
         self._optimizer = optimizer

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fused_sam import backends
 from fused_sam.backends.contract import (
+    LION,
     LOW_PRECISION,
     PERTURBED,
     RNG_OFFSET,
@@ -35,7 +36,6 @@ from fused_sam.backends.contract import (
 
 from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall, UpdatePlan
-from .displacement import Displacement
 from .loop_checks import FIRST_LOOK, LossCheck, PassCheck, look
 from .options import check_group, overrides
 from .parameters import device_of, is_distributed
@@ -61,6 +61,7 @@ class Settings:
     check_update: bool
     precision: Precision
     schedule: Any  # a fused_sam.schedule.Schedule, or None
+    decay_in_ascent: bool = False
     own_options: tuple[str, ...] = ()  # names of what SAM has in a parameter group
     norm: str = "global"  # one of tensor_norms.NORMS
 
@@ -115,7 +116,7 @@ class Stepper:
     """
 
     context: Context
-    _displacement: Displacement | None = None
+    _displacement: Any = None
 
     def __init__(self, optimizer: Any, settings: Settings) -> None:
         self.optimizer = optimizer
@@ -123,6 +124,8 @@ class Stepper:
         self.schedule = settings.schedule
         self.backend = backends.choose(settings.backend, self.device())
         self.base = make_base(settings.base_optimizer, optimizer, settings.base_options, settings.own_options)
+        self.base.without_decay = optimizer.applies_decay
+        self.check_decay_in_ascent(optimizer.param_groups)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.marks = self.status.marks
@@ -155,7 +158,12 @@ class Stepper:
         self._perturb_drew = False  # True if the last perturbation drew random numbers
         cls = type(optimizer)
         hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
-        self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(overrides(cls, h) for h in hooks)
+        self._has_hooks = (
+            self.schedule is not None
+            or settings.decay_in_ascent
+            or cls.keeps_ascent_grad
+            or any(overrides(cls, h) for h in hooks)
+        )
         self._is_scaled = optimizer.is_scaled if overrides(cls, "is_scaled") else None
         # Of methods with norms per tensor or group, and of those with T_w from Adam's second moments; else None.
         self.second_moments = SecondMoments() if cls.preconditions else None
@@ -592,10 +600,10 @@ class Stepper:
                 plan.masters.record_versions()
 
     @property
-    def displacement(self) -> Displacement:
-        """Displaces the parameters between steps, for one-pass methods."""
+    def displacement(self) -> Any:
+        """The method's displacement.Displacement, which displaces the parameters between steps."""
         if self._displacement is None:
-            self._displacement = Displacement(self)
+            self._displacement = self.optimizer.make_displacement(self)
         return self._displacement
 
     # ---- plan and gradients ---------------------------------------------------------------------------------
@@ -716,6 +724,22 @@ class Stepper:
             self.status.values[RNG_OFFSET] = groups[0]["rng_offset"]
 
     # ---- checks ---------------------------------------------------------------------------------------------
+
+    def check_decay_in_ascent(self, groups: Sequence[dict[str, Any]], first: int = 0) -> None:
+        """Refuse decay_in_ascent for groups, the first one of that number, whose weight decay is no L2 term."""
+        if not self.settings.decay_in_ascent:
+            return
+        name = self.base.cls.__name__
+        for k, group in enumerate(groups, first):
+            if "weight_decay" not in group or group.get("decoupled_weight_decay") or self.base.rule is LION:
+                raise ValueError(
+                    f"decay_in_ascent=True adds weight_decay * w to the ascent gradient, but {name} has no weight "
+                    "decay that is a part of the gradient: leave it out, or use SGD or Adam"
+                )
+            if group.get("maximize"):
+                raise ValueError(
+                    f"decay_in_ascent=True does not work with maximize=True in group {k}: minimize the negative loss"
+                )
 
     def _check_precision(self) -> None:
         """Check the options for bf16 and fp16 parameters against the parameters."""

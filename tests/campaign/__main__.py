@@ -15,11 +15,11 @@ from typing import Any
 
 import pytest
 import torch
-from bench.machine import processor
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from support import campaign
 
+from bench.machine import processor
 from campaign.promises import TESTS, all_tests
 
 
