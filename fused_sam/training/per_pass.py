@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fused_sam.backends.contract import LOW_PRECISION
-from fused_sam.methods import MomentumSAM
+from fused_sam.methods.displaced import DisplacedSAM
 from fused_sam.sam import SAM
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -51,7 +51,7 @@ class PerPassLoss:
     nothing of a loss.
 
     Raises:
-        TypeError: the optimizer is not a fused_sam optimizer, or is wrapped, or is MomentumSAM, which makes one pass;
+        TypeError: the optimizer is not a fused_sam optimizer, or is wrapped, or is a method of one pass, such as MomentumSAM;
             the batch is no pair; the outputs are no tensor.
         ValueError: the optimizer selects samples between the passes (ESAM with gamma below 1), or has none of the
             model's parameters; the second pass has outputs of another shape.
@@ -203,7 +203,7 @@ def check_optimizer(optimizer: Any, name: str) -> None:
         inner = getattr(optimizer, "optimizer", None)
         hint = "pass its .optimizer" if isinstance(inner, SAM) else "a plain optimizer has no second pass"
         raise TypeError(f"{name} needs a fused_sam optimizer, not {type(optimizer).__name__}: {hint}")
-    if isinstance(optimizer, MomentumSAM):
+    if isinstance(optimizer, DisplacedSAM):
         raise TypeError(
             f"{name} differs between two passes, and a step of {type(optimizer).__name__} has one, at displaced "
             "weights: use SAM or another method of two passes"

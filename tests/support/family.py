@@ -126,7 +126,7 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
     "GSAM": {"GSAM": {"alpha": 0.5}},
     "FriendlySAM": {"FriendlySAM": {"sigma": 0.9, "lmbda": 0.7}},
     "WSAM": {"WSAM": {"gamma": 0.7}, "WSAM coupled": {"gamma": 0.7, "decouple": False}},
-    "GCSAM": {"GCSAM": {}, "GCSAM switches": {"norm": "gradient", "centralise_descent": True}},
+    "GCSAM": {"GCSAM": {}, "GCSAM switches": {"length": "gradient", "centralise_descent": True}},
     "MomentumSAM": {"MomentumSAM": {}, "MomentumSAM decay": {"authors_decay": True}},
     "LESAM": {"LESAM": {"sigma": 0.03, "rho_max": 0.3, "total": 8, "warmup": 0.2, "decay_start": 0.4}},
     "FlatLoRA": {"FlatLoRA": {"total": 8}},
