@@ -112,8 +112,8 @@ def main(arguments: list[str] | None = None) -> int:
         console.print(text, style="red", markup=False)
     totals = {key: sum(test[key] for test in collector.tests.values()) for key in ("cases", "faults", "skipped")}
     console.print(
-        f"{totals['cases']:,} cases, {totals['faults']:,} faults, {len(lost):,} lost, {totals['skipped']:,} tests skipped; "
-        f"figures in {options.json}, pytest's own words in {log}"
+        f"{totals['cases']:,} cases, {totals['faults']:,} faults, {len(lost):,} lost, "
+        f"{totals['skipped']:,} tests skipped; figures in {options.json}, pytest's own words in {log}"
     )
     return int(code)
 

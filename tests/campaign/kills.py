@@ -84,7 +84,7 @@ def life(seed: int, folder: Path) -> dict[str, Any]:
         limit = draw.uniform(0.0, 1.1) * duration if kills < MOST_KILLS else None
         killed, found, _ = in_a_child(method, backend, file, limit)
         kills += killed
-    torn = [path for path in folder.glob(f"{seed}-killed.new")]
+    torn = list(folder.glob(f"{seed}-killed.new"))
     for path in (file, folder / f"{seed}-whole", *torn):
         path.unlink(missing_ok=True)
     return {

@@ -1,6 +1,7 @@
 """Takes steps beside a second OpenMP runtime in the same process, as a program that may crash or hang.
 
-Arguments: "none" or the path of the runtime's library, and whether it is loaded before torch or after it. It prints a digest of the weights and the number of threads that ran in the second runtime.
+Arguments: "none" or the path of the runtime's library, and whether it is loaded "before" torch or "after" it. It prints
+a digest of the weights and the number of threads that ran in the second runtime.
 """
 
 from __future__ import annotations

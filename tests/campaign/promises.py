@@ -1,4 +1,4 @@
-"""The promises of the package with the tests that keep them, and docs/promises.md, which is made from a campaign's figures.
+"""The promises of the package with the tests that keep them, and docs/promises.md, made from a campaign's figures.
 
     python -m campaign.promises > docs/promises.md
 """
@@ -27,12 +27,13 @@ class Promise:
 PROMISES: dict[str, list[Promise]] = {
     "The right value": [
         Promise(
-            "Every method takes the steps of its program in plain torch, on every backend and around six base optimizers",
+            "Every method takes the steps of its program in plain torch, on every backend and around six base "
+            "optimizers",
             ("campaign/test_lives.py::test_random_lives_equal_plain_torch",),
         ),
         Promise(
-            "Any order of calls gives the same weights, state and errors on every backend, and for SAM those of a plain "
-            "program around torch's optimizer",
+            "Any order of calls gives the same weights, state and errors on every backend, and for SAM those of a "
+            "plain program around torch's optimizer",
             ("test_random_programs.py::test_random_programs_agree_on_every_backend",),
         ),
         Promise(
@@ -46,8 +47,8 @@ PROMISES: dict[str, list[Promise]] = {
     ],
     "Nothing is lost": [
         Promise(
-            "An exception before any bytecode of a step, of a load or of `unperturbed()` leaves clean weights and their "
-            "state, or `restore()` does",
+            "An exception before any bytecode of a step, of a load or of `unperturbed()` leaves clean weights and "
+            "their state, or `restore()` does",
             (
                 "test_interrupts.py::test_an_exception_at_any_bytecode_of_a_step_loses_nothing",
                 "test_interrupts.py::test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing",
@@ -59,8 +60,8 @@ PROMISES: dict[str, list[Promise]] = {
             ("test_interrupts.py::test_signals_at_random_moments_lose_nothing",),
         ),
         Promise(
-            "A run that SIGKILL ends between any two operations, or at a random moment, resumes from its last checkpoint "
-            "to the bit",
+            "A run that SIGKILL ends between any two operations, or at a random moment, resumes from its last "
+            "checkpoint to the bit",
             (
                 "test_killed.py::test_a_killed_run_resumes_bit_equal",
                 "campaign/test_kills.py::test_a_run_killed_at_random_moments_resumes_bit_equal",

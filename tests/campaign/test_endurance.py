@@ -1,4 +1,4 @@
-"""Many steps: memory stays flat, counters are exact, an undo loses no bit, and the weights stay those of plain torch."""
+"""Many steps: memory stays flat, counters are exact, an undo loses no bit, and weights stay those of plain torch."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_many_steps_do_not_drift_and_memory_stays_flat(campaign: Campaign, backe
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_life_of_changes_keeps_memory_flat(campaign: Campaign, backend: str) -> None:
-    """Gradients come and go, weights move, states are loaded, options change, and methods with state of their own run."""
+    """Gradients come and go, weights move, states are loaded, and options of a method with state of its own change."""
     if backend != "cpu" and not campaign.long:
         pytest.skip("what is kept between steps is the same for all backends: make campaign runs them all")
     steps = campaign.number(SHORT // 2, LONG // 20)

@@ -52,7 +52,7 @@ def test_ten_thousand_tensors(campaign: Campaign, backend: str) -> None:
             torch.testing.assert_close(torch.cat([p.detach() for p in params]), w, rtol=0, atol=1e-12)
 
 
-# ---- more than 2**31 elements -----------------------------------------------------------------------------------------
+# ---- more than 2**31 elements -----------------------------------------------------------------------------------
 
 # Weights are multiples of 1/64 and gradients of 1/32, which bf16 represents, in periods that no power of two divides.
 # A kernel with a wrong index reads the value of another place.

@@ -1,4 +1,4 @@
-"""How many cases a test of the campaign draws: a few fixed ones in `make test`, new ones for minutes in `make campaign`.
+"""How many cases a test of the campaign draws: a few fixed ones in `make test`, new ones in `make campaign`.
 
 tests/campaign/__main__.py is the program that runs the long form and collects what the tests have counted.
 """
