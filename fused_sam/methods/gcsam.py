@@ -21,8 +21,8 @@ class GCSAM(SAM):
     The centralisation is that of Yong et al., ECCV 2020, arXiv 2004.01461.
 
     Args:
-        length: "centralised": ||c(g)||, so that ||e|| = rho, as in the paper's equation. "gradient": ||g||, so that e is
-            shorter, as in the authors' program. Not with adaptive=True.
+        length: "centralised": e is divided by ||c(g)||, as in the paper's equation. "gradient": by ||g||, so that e is
+            shorter than rho, as in the authors' program. Not with adaptive=True.
         centralise_descent: True: the update takes c(g_s), as in the paper's equation, in steps that perturb. False:
             g_s, as in the authors' program.
         Others: as SAM.
@@ -41,7 +41,7 @@ class GCSAM(SAM):
     """
 
     OPTIONS = {
-        "length": option("centralised", choices=("centralised", "gradient"), help="what the perturbation is divided by"),
+        "length": option("centralised", choices=("centralised", "gradient"), help="what e is divided by"),
         "centralise_descent": option(False, help="centralise the gradient of the update too"),
     }
     length: str
