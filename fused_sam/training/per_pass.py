@@ -51,7 +51,7 @@ class PerPassLoss:
     nothing of a loss.
 
     Raises:
-        TypeError: the optimizer is not a fused_sam optimizer, or is wrapped, or is a method of one pass, such as MomentumSAM;
+        TypeError: the optimizer is not a fused_sam optimizer, or is wrapped, or makes one pass as MomentumSAM does;
             the batch is no pair; the outputs are no tensor.
         ValueError: the optimizer selects samples between the passes (ESAM with gamma below 1), or has none of the
             model's parameters; the second pass has outputs of another shape.
