@@ -74,11 +74,11 @@ class LaunchingDriver(RecordingDriver):
 
         def run(programs: int, *rest: Any) -> None:
             arguments = rest[-len(names) :]
-            content = packed(kernel, types, arguments)
+            content, regions = packed(kernel, types, arguments), [*self.regions(), *self.passed]
             threads = metadata.num_warps * 32
             launch(
-                self.change(kernel), programs, threads, content, [*self.regions(), *self.passed],
-                shared=metadata.shared, options=self.options,
+                self.change(kernel), programs, threads, content, regions, shared=metadata.shared,
+                options=self.options,
             )  # fmt: skip
 
         return run
