@@ -57,8 +57,8 @@ def test_a_guarded_model_is_neither_evaluated_nor_saved_nor_averaged(method: str
 
 
 def test_averages_of_other_models_and_of_clean_weights_are_no_error() -> None:
-    model, optimizer = perturbed("SAM")
-    other = built("SAM", "reference")[0]
+    model, optimizer = perturbed("ASAM")
+    other = built("ASAM", "reference")[0]
     AveragedModel(other).update_parameters(other)
     copied = copy.deepcopy(model)
     AveragedModel(model).update_parameters(copied)

@@ -7,9 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.bits import Snapshot
 from support.family import STEPS, Problem, Vector, assert_weights, model_and_groups, options, sam_steps
-from support.nets import loss_of
 from torch import nn
 
 import fused_sam
@@ -90,15 +88,19 @@ def test_unnormalised_sam_of_an_adaptive_group(backend: str) -> None:
     torch.testing.assert_close(p.detach(), torch.tensor([3 + 0.5 * 16 * 0.25, -2 + 0.5 * 9 * 0.5]))
 
 
-def test_stable_sam_refuses_an_adaptive_group_and_changes_nothing(backend: str) -> None:
-    model, groups = model_and_groups(torch.float32)
-    optimizer = fused_sam.StableSAM([{**groups[0], "adaptive": True}, *groups[1:]], backend=backend, **options())
-    before = Snapshot(optimizer)
-    loss_of(model, 0).backward()
-    with pytest.raises(ValueError, match="set adaptive=False in group 0"):
-        optimizer.first_step()
-    before.assert_unchanged()
-    assert not optimizer.perturbed
+@DTYPES
+def test_stable_sam_of_adaptive_groups(backend: str, dtype: torch.dtype) -> None:
+    """The norm that perturbs is ||T g|| then, and the gradient's length is ||g||."""
+    model, groups = model_and_groups(dtype)
+    optimizer = fused_sam.StableSAM(groups, adaptive=True, eta=0.1, backend=backend, **options())
+    sam_steps(model, optimizer)
+    p = Problem()
+    for step in range(STEPS):
+        g = p.gradient(p.w, step)
+        g_s = p.gradient(p.perturb(g, scale=lambda w: w.abs() + 0.1), step)
+        p.update([norm(g, p) / norm(g_s, p) * x for x in g_s])
+    assert_weights(model, p.w)
+    assert optimizer.first_norm is None
 
 
 def test_stable_sam_leaves_a_second_gradient_of_zero(backend: str) -> None:

@@ -5,7 +5,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from fused_sam.sam import SAM
 from fused_sam.step import Step
@@ -17,26 +20,34 @@ class StableSAM(SAM):
     Use it with plain SGD if SAM is unstable at learning rates that the base optimizer bears. Base optimizers that
     divide by the gradient's size, such as Adam, hardly differ from SAM with it.
 
-    Options: SAM's, without adaptive. Both norms are over the gradients of perturbed groups; those of groups with
+    Options: SAM's. Both norms are over the gradients of perturbed groups; those of groups with
     perturb=False are rescaled by the same factor. A second gradient of 0 is left as it is. Under a GradScaler the
     rescaled gradient is checked too, and scaler.unscale_() between the passes needs
-    first_step(grad_scale=scaler.get_scale()).
+    first_step(grad_scale=scaler.get_scale()). So do adaptive groups, for which ||g|| is taken by itself (8 bytes).
 
     Raises:
-        ValueError: a group with adaptive=True, whose norm is that of T g; as SAM.
+        As SAM.
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
     | every step | 64: norm 4, perturb 16, norm of g_s 8, scaling 12, check 4, update 20 | 6 | 2 |
     """
 
+    first_norm: Any = None
+    """||g|| between `ascent` and `descent`, if a group is adaptive."""
+
     def ascent(self, step: Step) -> None:
-        for k, group in enumerate(step.groups):
-            if group["adaptive"] and group["perturb"]:
-                raise ValueError(f"StableSAM compares the norms of both gradients: set adaptive=False in group {k}")
+        adaptive = any(group["adaptive"] and group["perturb"] for group in step.groups)
+        self.first_norm = norm_of_perturbed(step) if adaptive else None  # else it is ascent_norm
 
     def descent(self, step: Step) -> None:
+        first, self.first_norm = self.first_norm, None
         if step.perturbed:
-            perturbed = [step.grad.group(k) for k, group in enumerate(step.groups) if group["perturb"]]
-            norm = torch.stack([x.dot(x) for x in perturbed]).sum().sqrt()
-            step.grad.scale_(torch.where(norm > 0, step.ascent_norm / norm, 1.0))
+            second = norm_of_perturbed(step)
+            step.grad.scale_(torch.where(second > 0, (step.ascent_norm if first is None else first) / second, 1.0))
+
+
+def norm_of_perturbed(step: Step) -> Tensor:
+    """Return the norm of this pass's gradients over the perturbed groups: 0-dim."""
+    perturbed = [step.grad.group(k) for k, group in enumerate(step.groups) if group["perturb"]]
+    return torch.stack([x.dot(x) for x in perturbed]).sum().sqrt()
