@@ -17,7 +17,7 @@ CUDA_FOR_TESTS := $(or $(FUSED_SAM_CUDA),$(if $(and $(NVCC),$(wildcard csrc/cuda
 # It is built for one architecture; tests/test_cuda_machine_code.py compiles the kernels for the others itself.
 CUDA_ARCHS_FOR_TESTS := $(or $(FUSED_SAM_CUDA_ARCHS),$(if $(shell nvidia-smi -L 2>/dev/null),native,90))
 
-.PHONY: all build demo bench test test-cpp lint clean distclean help
+.PHONY: all build demo bench test campaign test-cpp lint clean distclean help
 .DELETE_ON_ERROR:
 
 all: build $(STAMPS)/extra-demo
@@ -37,6 +37,9 @@ test: $(STAMPS)/extra-dev
 	@touch $(STAMPS)/native
 	@$(MAKE) --no-print-directory test-cpp lint
 	$(PY) -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+
+campaign: build $(STAMPS)/extra-dev
+	@PYTHONPATH=tests:. $(PY) -m campaign $(ARGS)
 
 test-cpp: $(STAMPS)/build-tools
 	@.venv/bin/cmake -S . -B build/test-cpp -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/.venv/bin/ninja" \
@@ -59,6 +62,7 @@ help:
 	@echo 'make demo        compares fused SAM and SGD on real data     (ARGS="--help": its options)'
 	@echo 'make bench       times a step against other packages         (ARGS="--help": its options)'
 	@echo 'make test        runs C++ tests, ruff, mypy and pytest       (ARGS="-k name": options of pytest)'
+	@echo 'make campaign    draws new cases and faults for minutes      (ARGS="--minutes 60": how long; ARGS="--help")'
 	@echo 'make lint        runs ruff and mypy alone'
 	@echo 'make clean       removes what was built; make distclean removes .venv too'
 	@echo

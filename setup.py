@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_CUDA = 12
 
 
 def stop(message: str) -> NoReturn:
@@ -37,6 +38,22 @@ def find_nvcc() -> str | None:
     """Return the path of nvcc from CUDACXX, from PATH, from CUDA_HOME, or from where NVIDIA's installer puts it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def why_not_nvcc(nvcc: str | None) -> str | None:
+    """Return why the CUDA module cannot be built with this nvcc; None if it can."""
+    if nvcc is None:
+        return "nvcc is missing: apt install nvidia-cuda-toolkit, or set CUDA_HOME"
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        return f"{nvcc} does not run ({error.strerror}): set CUDA_HOME to a CUDA toolkit of this machine"
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return f"{nvcc} --version names no release: set CUDA_HOME to a CUDA toolkit of this machine"
+    if int(release[1]) < OLDEST_CUDA:
+        return f"{nvcc} is of CUDA {release[1]}.{release[2]}, and {OLDEST_CUDA}.0 or newer is needed: set CUDA_HOME"
+    return None
 
 
 def gpu_visible() -> bool:
@@ -65,8 +82,8 @@ def wants_cuda() -> bool:
     missing = None
     if not any(ROOT.glob("csrc/cuda/*.cu")):
         missing = "this source tree has no csrc/cuda/*.cu"
-    elif find_nvcc() is None:
-        missing = "nvcc is missing: apt install nvidia-cuda-toolkit, or set CUDA_HOME"
+    else:
+        missing = why_not_nvcc(find_nvcc())
     if choice == "1" and missing:
         stop(f"FUSED_SAM_CUDA=1, but {missing}")
     return choice == "1" or (missing is None and gpu_visible())
@@ -137,7 +154,7 @@ class CMakeBuild(build_ext):
         super().run()
 
     def copy_file(self, infile: Any, outfile: Any, *args: Any, **options: Any) -> Any:
-        """Copy to another name, then rename, so that an import at the same time gets the old module or the new one."""
+        """Copy to another name, then rename. A process that has loaded the old module keeps it, and goes on."""
         scratch = f"{outfile}.{os.getpid()}"
         done = super().copy_file(infile, scratch, *args, **options)
         if os.path.exists(scratch):
@@ -155,10 +172,11 @@ class CMakeBuild(build_ext):
             remove_cuda_modules(target)
         cmake = build_tool("cmake")
         build = ROOT / "build" / f"cmake-{sys.implementation.cache_tag}"
+        linked = build / "linked"  # a linker may write over a module, which ends the processes that use it
         build.mkdir(parents=True, exist_ok=True)
         settings = {
             "CMAKE_BUILD_TYPE": "Release",
-            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": target,
+            "CMAKE_LIBRARY_OUTPUT_DIRECTORY": linked,
             "CMAKE_MAKE_PROGRAM": build_tool("ninja"),
             "Python_EXECUTABLE": sys.executable,
             "pybind11_DIR": pybind11.get_cmake_dir(),
@@ -178,6 +196,9 @@ class CMakeBuild(build_ext):
         used.write_text(made_by)
         jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL") or str(os.cpu_count() or 1)
         run([cmake, "--build", str(build), "--parallel", jobs], log)
+        for ext in self.extensions:
+            name = Path(self.get_ext_filename(ext.name)).name
+            self.copy_file(str(linked / name), str(target / name))
 
 
 def remove_cuda_modules(folder: Path) -> None:

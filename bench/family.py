@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import fused_sam
 from bench.errors import BenchError
@@ -85,6 +85,11 @@ def of(cls: type[SAM], **fixed: Any) -> Build:
     return build
 
 
+def on_adam(params: Iterable[Tensor], total: int, *, lr: float, rho: float = 0.05) -> Optimizer:
+    """Build PrecondSAM, which needs Adam's second moment, at a learning rate that suits Adam."""
+    return fused_sam.PrecondSAM(params, AdamW, rho=rho, lr=lr / 20)
+
+
 def tail(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
     return of(SAM, schedule=LastSteps(0.7, total))(params, total, **options)
 
@@ -124,6 +129,17 @@ OWN: dict[str, Own] = {
             "target": 1.25, "passes": 1.2,
         },
     ),
+    # Their norms per tensor read the weights and the gradients.
+    "LayerSAM": Own(facts={"grid": rhos(0.01, 0.02, 0.05), "bytes": WHOLE_STEP + 4}),
+    "LookLayerSAM": Own(
+        options={"k": 5},
+        facts={
+            "label": "LookLayerSAM(5)", "grid": rhos(0.01, 0.02, 0.05), "bytes": (68 + 4 * 44) / 5, "period": 5,
+            "target": 1.25, "passes": 1.2,
+        },
+    ),
+    # Over AdamW: the norm and the perturbation read its second moment.
+    "PrecondSAM": Own(facts={"build": on_adam, "grid": rhos(0.02, 0.05, 0.1), "bytes": WHOLE_STEP + 16}),
     "MicrobatchSAM": Own(
         "microbatch", {"num_microbatches": MICROBATCHES},
         {"label": f"MicrobatchSAM({MICROBATCHES})", "bytes": 20 * MICROBATCHES + 8 * (MICROBATCHES - 1) + 24},

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from support.backends import NAMES, VARIANTS, Variant
+from support.campaign import Campaign
 
 # Files of few tests that take a minute or more each: they begin first, so that no worker waits for them at the end.
 SLOW = ("test_triton_interpret.py", "test_cuda_machine_code.py", "test_cuda_source.py", "test_random_programs.py")
@@ -37,3 +38,12 @@ def variant(request: pytest.FixtureRequest) -> Iterator[Variant]:
 def backend(request: pytest.FixtureRequest) -> str:
     """Return the name of each backend, which chooses its instruction set itself."""
     return request.param
+
+
+@pytest.fixture
+def campaign(request: pytest.FixtureRequest) -> Iterator[Campaign]:
+    """Yield the test's part in the campaign, and fail if it has lost a case."""
+    part = Campaign(request.node.name)
+    yield part
+    request.node.user_properties.append(("campaign", part.figures.as_dict()))
+    assert not part.figures.lost, "\n".join(part.figures.lost)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from support import nets
+from support.family import NEED_ADAM, on_adam
 from torch import nn
 
 import fused_sam
@@ -79,7 +81,9 @@ def test_frozen_weights_do_not_matter(backend: str, kind: str, place: str) -> No
 
 @pytest.mark.parametrize("name", names())
 def test_every_method_takes_them(name: str) -> None:
-    method = fused_sam.METHODS[name]
+    method: Any = fused_sam.METHODS[name]
+    if name in NEED_ADAM:
+        method = partial(on_adam, method)
     own = {"ESAM": {"gamma": 1.0}, "MicrobatchSAM": {"num_microbatches": 1}}.get(name, {})
     options: dict[str, Any] = {"lr": 0.1, "momentum": 0.9, **own}
     results = []

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.family import with_frozen
+from support.family import NEED_ADAM, with_frozen
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
@@ -29,6 +29,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "FlatLoRA": {"total": 4},
     "LESAM": {"total": 4},
     "LookSAM": {"k": 2},
+    "LookLayerSAM": {"k": 2},
     "MicrobatchSAM(2)": {"num_microbatches": 2},
 }
 Make = Callable[[Any], Any]
@@ -46,6 +47,8 @@ def net() -> nn.Module:
 
 def maker(row: str) -> Make:
     method = with_frozen if row == "FlatLoRA" else fused_sam.METHODS[row.partition("(")[0]]
+    if row in NEED_ADAM:
+        return lambda params: method(params, torch.optim.AdamW, rho=0.1, lr=0.01)
     return lambda params: method(params, torch.optim.SGD, **{**BASE, **OPTIONS.get(row, {})})
 
 

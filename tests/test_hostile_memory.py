@@ -10,6 +10,7 @@ import multiprocessing
 import pytest
 import torch
 from support import hostile
+from support.campaign import Campaign
 from support.hostile import BAD_GRADS, GRADS, SHARED, STATE, WEIGHTS
 from torch import nn
 
@@ -35,7 +36,8 @@ CASES = [
 
 
 @pytest.mark.parametrize(("case", "settings", "kinds"), CASES, ids=[f"{c}-{s}" for c, s, _ in CASES])
-def test_hostile_memory(backend: str, case: str, settings: str, kinds: list[str]) -> None:
+def test_hostile_memory(campaign: Campaign, backend: str, case: str, settings: str, kinds: list[str]) -> None:
+    campaign.count(cases=len(kinds), faults=len(kinds))
     results, sender = PROCESSES.Pipe(duplex=False)
     process = PROCESSES.Process(target=hostile.run, args=(sender, backend, case, settings, kinds))
     process.start()

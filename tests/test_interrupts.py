@@ -1,8 +1,8 @@
 """An exception at any moment of a step leaves clean weights and the state that belongs to them, or restore() does.
 
 A step of every method is ended before one of its bytecodes, as an interrupt or a signal handler that raises would, and
-steps of SAM by signals at random moments. FUSED_SAM_EVERY_BYTECODE=1 tries all bytecodes, FUSED_SAM_SIGNALS=1000 that
-many signals.
+steps of SAM by signals at random moments. FUSED_SAM_EVERY_BYTECODE=1 tries all bytecodes. `make campaign` has other
+bytecodes on each run, and more signals.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any
 import pytest
 import torch
 from support import interrupts, nets
+from support.campaign import Campaign
 from support.family import METHODS, built, clean, model_and_groups, resume, train
 from torch import nn
 
-from fused_sam import SAM
+from fused_sam import SAM, MomentumSAM
 
 PLACES = 16
 
@@ -49,13 +50,15 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def places(count: int, seed: str) -> list[int]:
+def places(campaign: Campaign, count: int, seed: str) -> list[int]:
     """Return the bytecodes to raise at: some from each part of the step, or all."""
-    if os.environ.get("FUSED_SAM_EVERY_BYTECODE"):
-        return list(range(count))
-    draw = random.Random(seed)
-    width = count / PLACES
-    return [int(k * width + draw.random() * width) for k in range(PLACES)]
+    found = list(range(count))
+    if not os.environ.get("FUSED_SAM_EVERY_BYTECODE"):
+        draw = random.Random(f"{campaign.seed} {seed}" if campaign.long else seed)
+        width = count / PLACES
+        found = [int(k * width + draw.random() * width) for k in range(PLACES)]
+    campaign.count(cases=1, faults=len(found))
+    return found
 
 
 def train_by_closure(model: nn.Module, optimizer: Any, steps: range) -> None:
@@ -73,7 +76,7 @@ def train_by_closure(model: nn.Module, optimizer: Any, steps: range) -> None:
 @pytest.mark.parametrize("steps", [0, 1], ids=["first step", "second step"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
-    backend: str, method: str, steps: int, loop: Callable[[nn.Module, Any, range], None]
+    campaign: Campaign, backend: str, method: str, steps: int, loop: Callable[[nn.Module, Any, range], None]
 ) -> None:
     def trained() -> tuple[nn.Module, Any]:
         model, optimizer = built(method, backend)
@@ -87,7 +90,7 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
     new = held(optimizer)
     assert not same(old[0], new[0])
     lost = []
-    for at in places(count, f"{method} {backend} {steps} {loop.__name__}"):
+    for at in places(campaign, count, f"{method} {backend} {steps} {loop.__name__}"):
         model, optimizer = trained()
         interrupts.run(partial(loop, model, optimizer, step), at)
         where = f"bytecode {at} of {count}: {interrupts.run.place}"
@@ -108,7 +111,68 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
     assert not lost, "\n".join(lost)
 
 
+<<<<<<< ours
+def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(campaign: Campaign, backend: str) -> None:
+=======
+@pytest.mark.parametrize("method", ["ASAM", "FriendlySAM", "MomentumSAM", "MicrobatchSAM"])
+def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(backend: str, method: str) -> None:
+    def trained() -> tuple[nn.Module, Any]:
+        model, optimizer = built(method, backend)
+        train(model, optimizer, range(1))
+        optimizer.zero_grad()
+        nets.loss_of(model, 1).backward()
+        if optimizer.needs_second_pass:
+            optimizer.first_step(zero_grad=True)
+            nets.loss_of(model, 1).backward()
+        return model, optimizer
+
+    _, optimizer = trained()
+    before, optimizer = held_after_restore(optimizer), trained()[1]
+    count = interrupts.run(optimizer.step)
+    new = held(optimizer)
+    draw = random.Random(f"{method} {backend}")
+    for at in places(count, f"twice {method} {backend}"):
+        _, optimizer = trained()
+        again = draw.randint(1, 60)
+        interrupts.run(optimizer.step, at, again)
+        where = f"bytecodes {at} and {again} after, of {count}: {interrupts.run.place}"
+        if optimizer.perturbed or isinstance(optimizer, MomentumSAM):
+            optimizer.restore()
+        now = held(optimizer)
+        assert same(now, new) or same(now, before), where
+
+
+def held_after_restore(optimizer: Any) -> Any:
+    optimizer.restore()
+    return held(optimizer)
+
+
+def test_an_update_that_interrupts_keep_incomplete_is_completed_by_the_next_call(backend: str) -> None:
+    model, optimizer = built("FriendlySAM", backend)
+    train(model, optimizer, range(1))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for each, other in ((model, optimizer), (twin_model, twin)):
+        other.zero_grad()
+        nets.loss_of(each, 1).backward()
+        other.first_step(zero_grad=True)
+        nets.loss_of(each, 1).backward()
+    twin.step()
+
+    def interrupt() -> None:
+        raise interrupts.Interrupt
+
+    optimizer.stepper.context._run_updated = interrupt  # however often it is tried
+    with pytest.raises(interrupts.Interrupt):
+        optimizer.step()
+    del optimizer.stepper.context._run_updated
+    assert optimizer.perturbed
+    optimizer.zero_grad(set_to_none=False)  # the next call
+    assert not optimizer.perturbed
+    assert same(held(optimizer), held(twin))
+
+
 def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(backend: str) -> None:
+>>>>>>> theirs
     def first_half() -> tuple[nn.Module, Any]:
         model, optimizer = built("ASAM", backend)
         train(model, optimizer, range(1))
@@ -123,7 +187,7 @@ def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(backend: str)
 
     old = held(first_half()[1])
     count = interrupts.run(partial(suspend, first_half()[1]))
-    for at in places(count, backend):
+    for at in places(campaign, count, backend):
         model, optimizer = first_half()
         interrupts.run(partial(suspend, optimizer), at)
         optimizer.restore()
@@ -132,7 +196,9 @@ def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(backend: str)
         train(model, optimizer, range(1, 2))
 
 
-def test_an_exception_at_any_bytecode_of_a_load_leaves_the_old_state_or_the_new(backend: str) -> None:
+def test_an_exception_at_any_bytecode_of_a_load_leaves_the_old_state_or_the_new(
+    campaign: Campaign, backend: str
+) -> None:
     saved = built("ASAM", backend)
     train(*saved, range(3))
     state = saved[1].state_dict()
@@ -150,7 +216,7 @@ def test_an_exception_at_any_bytecode_of_a_load_leaves_the_old_state_or_the_new(
     count = interrupts.run(partial(optimizer.load_state_dict, state))
     new, old = after_a_step(model, optimizer), after_a_step(*trained())
     assert not same(new, old)
-    for at in places(count, backend):
+    for at in places(campaign, count, backend):
         model, optimizer = trained()
         interrupts.run(partial(optimizer.load_state_dict, state), at)
         now = after_a_step(model, optimizer)
@@ -158,7 +224,7 @@ def test_an_exception_at_any_bytecode_of_a_load_leaves_the_old_state_or_the_new(
 
 
 @pytest.mark.parametrize("base", ["SGD", "AdamW"])
-def test_signals_at_random_moments_lose_nothing(backend: str, base: str) -> None:
+def test_signals_at_random_moments_lose_nothing(campaign: Campaign, backend: str, base: str) -> None:
     model, groups = model_and_groups(torch.float32)
     for group in groups:
         group.pop("nesterov", None)
@@ -170,7 +236,7 @@ def test_signals_at_random_moments_lose_nothing(backend: str, base: str) -> None
     begin = time.perf_counter()
     train(model, optimizer, range(3, 8))
     duration = (time.perf_counter() - begin) / 5
-    draw = random.Random(f"{backend} {base}")
+    draw = random.Random(f"{campaign.seed} {backend} {base}")
 
     def interrupt(*_: object) -> None:
         raise interrupts.Interrupt
@@ -178,7 +244,7 @@ def test_signals_at_random_moments_lose_nothing(backend: str, base: str) -> None
     before = signal.signal(signal.SIGALRM, interrupt)
     ended = 0
     try:
-        for step in range(int(os.environ.get("FUSED_SAM_SIGNALS", "50"))):
+        for step in range(campaign.number(50, 300)):
             weights, state = held(optimizer)
             twin_model, twin = copy.deepcopy((model, optimizer))
             train(twin_model, twin, range(step, step + 1))
@@ -198,4 +264,5 @@ def test_signals_at_random_moments_lose_nothing(backend: str, base: str) -> None
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+    campaign.count(cases=1, faults=ended)
     assert ended > 10

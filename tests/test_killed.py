@@ -10,13 +10,15 @@ from pathlib import Path
 
 import pytest
 from support import killed
+from support.campaign import Campaign
 
 TESTS = Path(__file__).parent
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 @pytest.mark.parametrize("mode", killed.MODES)
-def test_a_killed_run_resumes_bit_equal(mode: str) -> None:
+def test_a_killed_run_resumes_bit_equal(campaign: Campaign, mode: str) -> None:
+    campaign.count(cases=7 * killed.STEPS, faults=7 * killed.STEPS)
     places = [str(TESTS), str(TESTS.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places)}
     command = [sys.executable, "-W", "ignore", "-m", "support.killed", mode]

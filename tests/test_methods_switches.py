@@ -108,7 +108,7 @@ def test_gcsam(backend: str, dtype: torch.dtype, norm_of: str, both: bool) -> No
 def test_gcsam_by_the_whole_norm_refuses_adaptive_groups_and_changes_nothing(backend: str) -> None:
     model, groups = model_and_groups(torch.float32)
     groups[1]["adaptive"] = True
-    optimizer = fused_sam.GCSAM(groups, norm="gradient", backend=backend, **options())
+    optimizer = fused_sam.GCSAM(groups, length="gradient", backend=backend, **options())
     before = Snapshot(optimizer)
     nets.loss_of(model, 0).backward()
     with pytest.raises(ValueError, match="set adaptive=False in group 1"):

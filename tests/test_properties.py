@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
 from support.backends import VARIANTS
+from support.campaign import Campaign
 from support.draws import doubled, draw_passes, weights
 from support.tolerance import assert_close
 from torch import Tensor
@@ -57,9 +58,21 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
-@given(problems())
-def test_backends_agree_with_reference(problem: dict[str, Any]) -> None:
+def test_backends_agree_with_reference(campaign: Campaign) -> None:
+    def check(problem: dict[str, Any]) -> None:
+        campaign.count(cases=1)
+        assert_agreement(problem)
+
+    for number in campaign.rounds(short=1, share=0.03, counts=False):
+        drawn = settings(
+            max_examples=20 if campaign.long else 60, deadline=None, derandomize=not campaign.long, database=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        )(given(problems())(check))  # fmt: skip
+        (seed(number)(drawn) if campaign.long else drawn)()
+
+
+def assert_agreement(problem: dict[str, Any]) -> None:
+    """Check that a problem has the same solution on every backend."""
     dtype, steps = problem["dtype"], problem["steps"]
     shapes = [shape for group, _ in problem["groups"] for shape in group]
     start = weights(shapes, dtype, problem["seed"])

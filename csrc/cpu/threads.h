@@ -2,8 +2,12 @@
 #pragma once
 
 #include <algorithm>
+#include <functional>
+#include <system_error>
+#include <thread>
 
 #include "core/tensor_table.h"
+#include "cpu/fork.h"
 
 namespace fused_sam {
 
@@ -13,6 +17,21 @@ constexpr int64_t kChunk = 16384;
 
 // With fewer elements per thread, waking a thread costs more than it saves (torch's own grain size).
 constexpr int64_t kElementsPerThread = 32768;
+
+// Calls part(k) for each k below `count`, on threads that this call starts: in a forked child, for OpenMP.
+template <class Part>
+void on_new_threads(int count, Part&& part) {
+  std::vector<std::thread> others;
+  others.reserve(size_t(count));
+  int k = 1;
+  try {
+    for (; k < count; ++k) others.emplace_back(std::ref(part), k);
+  } catch (const std::system_error&) {  // the system has no further thread, so that this one takes the rest
+  }
+  part(0);
+  for (; k < count; ++k) part(k);
+  for (std::thread& t : others) t.join();
+}
 
 // The chunks of tensors of the given sizes, which `each` cuts into runs of equally many elements, one per thread.
 class Chunks {
@@ -37,11 +56,16 @@ class Chunks {
       return;
     }
     if (threads + 1 != int(bounds_.size())) bounds_ = split_chunks(chunks_, threads);
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-    for (int k = 0; k < threads; ++k) {
+    const auto part = [&](int k) {
       for (int64_t i = bounds_[size_t(k)]; i < bounds_[size_t(k) + 1]; ++i) work(size_t(i), chunks_[size_t(i)]);
       done();
+    };
+    if (in_forked_child()) {
+      on_new_threads(threads, part);
+      return;
     }
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int k = 0; k < threads; ++k) part(k);
   }
 
  private:

@@ -14,11 +14,15 @@ from .flat_lora import FlatLoRA as FlatLoRA
 from .friendly_sam import FriendlySAM as FriendlySAM
 from .gcsam import GCSAM as GCSAM
 from .gsam import GSAM as GSAM
+from .layer_sam import LayerSAM as LayerSAM
+from .layer_sam import LookLayerSAM as LookLayerSAM
 from .le_sam import LESAM as LESAM
 from .looksam import LookSAM as LookSAM
 from .microbatch_sam import MicrobatchSAM as MicrobatchSAM
 from .momentum_sam import MomentumSAM as MomentumSAM
+from .mup import mup_rho_groups as mup_rho_groups
 from .norm_only import norm_only_groups as norm_only_groups
+from .precond_sam import PrecondSAM as PrecondSAM
 from .random_sam import RandomSAM as RandomSAM
 from .stable_sam import StableSAM as StableSAM
 from .unnormalised_sam import UnnormalisedSAM as UnnormalisedSAM

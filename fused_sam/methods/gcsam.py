@@ -21,47 +21,47 @@ class GCSAM(SAM):
     The centralisation is that of Yong et al., ECCV 2020, arXiv 2004.01461.
 
     Args:
-        norm: "centralised": ||c(g)||, so that ||e|| = rho, as in the paper's equation. "gradient": ||g||, so that e is
-            shorter, as in the authors' program. Not with adaptive=True.
+        length: "centralised": e is divided by ||c(g)||, as in the paper's equation. "gradient": by ||g||, so that e is
+            shorter than rho, as in the authors' program. Not with adaptive=True.
         centralise_descent: True: the update takes c(g_s), as in the paper's equation, in steps that perturb. False:
             g_s, as in the authors' program.
         Others: as SAM.
 
-    The first gradients are changed in place, and with centralise_descent the second ones too. With norm="gradient" a
+    The first gradients are changed in place, and with centralise_descent the second ones too. With length="gradient" a
     GradScaler's scale is needed where first_step() is called by hand: first_step(grad_scale=scaler.get_scale()).
 
     Raises:
-        ValueError: norm is neither of the two, or norm="gradient" with adaptive=True; as SAM.
+        ValueError: length is neither of the two, or length="gradient" with adaptive=True; as SAM.
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
     | every step | 56: centralising 12, norm 4, perturb 16, check 4, update 20 | 4, and 2 per matrix or kernel | 2 |
-    | norm="gradient" | 16 more | 2 more per group | |
+    | length="gradient" | 16 more | 2 more per group | |
     | centralise_descent | 12 more | 2 more per matrix or kernel | |
     """
 
     OPTIONS = {
-        "norm": option("centralised", choices=("centralised", "gradient"), help="what the perturbation is divided by"),
+        "length": option("centralised", choices=("centralised", "gradient"), help="what e is divided by"),
         "centralise_descent": option(False, help="centralise the gradient of the update too"),
     }
-    norm: str
+    length: str
     centralise_descent: bool
     compares_passes = False
     shortened: Any = None
-    """||c(g)|| / ||g|| between `ascent` and `radius`, with norm="gradient"."""
+    """||c(g)|| / ||g|| between `ascent` and `radius`, with length="gradient"."""
 
     @property
     def needs_grad_scale(self) -> bool:
-        """True if `ascent_grad_scale` must be set under a GradScaler: with norm="gradient", or for the schedule."""
+        """True if `ascent_grad_scale` must be set under a GradScaler: with length="gradient", or for the schedule."""
         by_schedule = self.schedule is not None and self.schedule.needs_grad_scale
-        return self.norm == "gradient" or self.decay_in_ascent or by_schedule
+        return self.length == "gradient" or self.decay_in_ascent or by_schedule
 
     def ascent(self, step: Step) -> None:
         for k, group in enumerate(step.groups):
-            if self.norm == "gradient" and group["adaptive"]:
-                raise ValueError(f'GCSAM with norm="gradient" cannot be adaptive: set adaptive=False in group {k}')
+            if self.length == "gradient" and group["adaptive"]:
+                raise ValueError(f'GCSAM with length="gradient" cannot be adaptive: set adaptive=False in group {k}')
         vectors = [step.grad.group(k) for k, group in enumerate(step.groups) if group["perturb"]]
-        before = square_of(vectors) if self.norm == "gradient" else None
+        before = square_of(vectors) if self.length == "gradient" else None
         for vector in vectors:
             centralise(vector)
         self.shortened = None

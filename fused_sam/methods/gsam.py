@@ -19,8 +19,8 @@ class GSAM(SAM):
     SAM and 5.4 above AdamW.
 
     Args:
-        alpha: 0 (SAM) to 1, weight of the part of g that is at right angles to g_s; 0.4 is pytorch-optimizer's default,
-            0.6 that of the authors' ViTs.
+        alpha: 0 (SAM) to 1, weight of the part of g that is at right angles to g_s; the authors' class has no default.
+            Their configuration for ViT-B/32 has 0.6, and pytorch-optimizer 0.4, which is the default here.
         minimize_fp: True: reduce the perturbed loss and the gap. False: the loss at w and the gap; alpha then weighs
             the part of g_s that is at right angles to g, and 0 is the base optimizer. The second switch of the authors'
             JAX program, which calls it closer to conventional training, and often more stable.

@@ -29,7 +29,8 @@ class MomentumSAM(DisplacedSAM):
     SGD or Adam.
 
     Args:
-        rho: length of the displacement along -v, 3 by default: larger than SAM's; 0.3, 1 and 3 are worth a try.
+        rho: length of the displacement along -v, larger than SAM's. 3 is that of the authors' runs; their class
+            has 0.3.
         authors_decay: False: the base optimizer's own weight decay, of the clean weights. True: as in the authors'
             program, for SGD and AdamW. SGD's decay is a part of the gradient and of the displaced weights; AdamW's
             comes after the update. Gradients are changed in place then.

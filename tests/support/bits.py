@@ -5,19 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from fused_sam.methods.displaced import DisplacedSAM
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors have equal shapes, dtypes and bits. -0.0 differs from 0.0; equal NaNs are equal."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    raw = [t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*raw)
+from fused_sam.testing.tables import same_bits
 
 
 def assert_same_bits(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:

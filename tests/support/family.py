@@ -120,10 +120,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "ESAM tensors": {"beta": 0.5, "gamma": 1.0, "mask": "tensors"},
     },
     "LookSAM": {"LookSAM": {"k": 3, "alpha": 0.4}},
+    "LayerSAM": {"LayerSAM": {}, "LayerSAM group": {"norm": "group"}},
+    "LookLayerSAM": {"LookLayerSAM": {"k": 3, "alpha": 0.4}},
+    "PrecondSAM": {"PrecondSAM": {"eps": 1e-3}},
     "GSAM": {"GSAM": {"alpha": 0.5}},
     "FriendlySAM": {"FriendlySAM": {"sigma": 0.9, "lmbda": 0.7}},
     "WSAM": {"WSAM": {"gamma": 0.7}, "WSAM coupled": {"gamma": 0.7, "decouple": False}},
-    "GCSAM": {"GCSAM": {}, "GCSAM switches": {"norm": "gradient", "centralise_descent": True}},
+    "GCSAM": {"GCSAM": {}, "GCSAM switches": {"length": "gradient", "centralise_descent": True}},
     "MomentumSAM": {"MomentumSAM": {}, "MomentumSAM decay": {"authors_decay": True}},
     "LESAM": {"LESAM": {"sigma": 0.03, "rho_max": 0.3, "total": 8, "warmup": 0.2, "decay_start": 0.4}},
     "FlatLoRA": {"FlatLoRA": {"total": 8}},
@@ -131,10 +134,28 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+def on_adam(method: type[SAM], params: Any, base_optimizer: Any = None, **options: Any) -> SAM:
+    """Build a method that needs Adam's state over AdamW, where a test asks for SGD or for no base optimizer."""
+    if base_optimizer in (None, torch.optim.SGD):
+        base_optimizer = torch.optim.AdamW
+        options = {k: v for k, v in options.items() if k not in ("momentum", "dampening", "nesterov")}
+    return method(params, base_optimizer, **options)
+
+
+NEED_ADAM = ("PrecondSAM",)
+
+
+def builder(name: str, method: type[SAM]) -> Callable[..., SAM]:
+    """Return what builds a method in a test, with what it needs beside parameters and options."""
+    if name in NEED_ADAM:
+        return partial(on_adam, method)
+    return with_frozen if name == "FlatLoRA" else method
+
+
 def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) -> dict[str, Callable[..., Any]]:
     """Return, for each case of each method, a function that builds the optimizer with the case's options."""
     return {
-        case: partial(with_frozen if name == "FlatLoRA" else method, **chosen)
+        case: partial(builder(name, method), **chosen)
         for name, method in methods.items()
         for case, chosen in options.get(name, {name: {}}).items()
     }
@@ -161,6 +182,9 @@ ONE_PASS = [
 ]
 
 
+WITH_SAM: dict[str, Callable[..., Any]] = {"SAM": SAM, **METHODS}
+
+
 def clean(optimizer: Any) -> None:
     """Make the weights clean, so that the optimizer may be saved or copied."""
     if isinstance(optimizer, DisplacedSAM):
@@ -176,7 +200,7 @@ def resume(optimizer: Any) -> None:
 def built(method: str, backend: str, **extra: Any) -> tuple[nn.Module, Any]:
     """Return a float32 model and its optimizer."""
     model, groups = model_and_groups(torch.float32)
-    return model, METHODS[method](groups, backend=backend, **{**options(), **extra})
+    return model, WITH_SAM[method](groups, backend=backend, **{**options(), **extra})
 
 
 def train(model: nn.Module, optimizer: Any, steps: range) -> None:
