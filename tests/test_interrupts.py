@@ -111,9 +111,6 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
     assert not lost, "\n".join(lost)
 
 
-<<<<<<< ours
-def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(campaign: Campaign, backend: str) -> None:
-=======
 @pytest.mark.parametrize("method", ["ASAM", "FriendlySAM", "MomentumSAM", "MicrobatchSAM"])
 def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(backend: str, method: str) -> None:
     def trained() -> tuple[nn.Module, Any]:
@@ -171,8 +168,7 @@ def test_an_update_that_interrupts_keep_incomplete_is_completed_by_the_next_call
     assert same(held(optimizer), held(twin))
 
 
-def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(backend: str) -> None:
->>>>>>> theirs
+def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(campaign: Campaign, backend: str) -> None:
     def first_half() -> tuple[nn.Module, Any]:
         model, optimizer = built("ASAM", backend)
         train(model, optimizer, range(1))

@@ -61,11 +61,8 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
 }
 # PrecondSAM refuses the adaptive groups and most of the base optimizers that programs draw.
 METHODS = family.cases({**fused_sam.METHODS, **family.EXAMPLES}, CASES)
-<<<<<<< ours
 METHODS.pop("PrecondSAM")
-=======
 del METHODS["FlatLoRA"]  # which takes no adaptive groups, as these programs have
->>>>>>> theirs
 DTYPES: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp64": (torch.float64, {}),
     "fp32": (torch.float32, {}),

@@ -59,7 +59,8 @@ def test_the_target_of_a_sum_may_have_another_layout(backend: str, dtype: torch.
     assert step is optimizer.stepper.context
     for p, w, at, g in zip(params, before, seen, first, strict=True):
         expected = w.double() - (2.0 * g.double() + 0.5 * at.double()).to(dtype).double()
-        torch.testing.assert_close(p.detach().double(), expected, rtol=0.02 if dtype is torch.bfloat16 else 1e-6, atol=1e-6)
+        rtol = 0.02 if dtype is torch.bfloat16 else 1e-6
+        torch.testing.assert_close(p.detach().double(), expected, rtol=rtol, atol=1e-6)
 
 
 def test_every_dtypes_state_is_written_where_there_are_several(backend: str) -> None:
