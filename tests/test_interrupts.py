@@ -112,7 +112,9 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
 
 
 @pytest.mark.parametrize("method", ["ASAM", "FriendlySAM", "MomentumSAM", "MicrobatchSAM"])
-def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(backend: str, method: str) -> None:
+def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(
+    campaign: Campaign, backend: str, method: str
+) -> None:
     def trained() -> tuple[nn.Module, Any]:
         model, optimizer = built(method, backend)
         train(model, optimizer, range(1))
@@ -128,7 +130,7 @@ def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(backend: 
     count = interrupts.run(optimizer.step)
     new = held(optimizer)
     draw = random.Random(f"{method} {backend}")
-    for at in places(count, f"twice {method} {backend}"):
+    for at in places(campaign, count, f"twice {method} {backend}"):
         _, optimizer = trained()
         again = draw.randint(1, 60)
         interrupts.run(optimizer.step, at, again)

@@ -43,10 +43,6 @@ class GradScaleWarning(UserWarning):
     """Warns that an update divides its gradients by another scale than they have."""
 
 
-class DataWriteWarning(UserWarning):
-    """Warns that weights with fp32 masters are written through `.data`."""
-
-
 def warn(text: str, kind: type[UserWarning]) -> None:
     """Warn at the line of the user's that has led here."""
     warnings.warn(text, kind, stacklevel=_stacklevel_of_user())
