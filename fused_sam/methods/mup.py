@@ -29,7 +29,7 @@ def mup_rho_groups(
         optimizer = fused_sam.SAM(mup_rho_groups(Net(width=1024), base, rho=0.1), norm="tensor", lr=0.1)
 
     Haas, Xu, Cevher and Vankadara, "muP^2: Effective Sharpness Aware Minimization Requires Layerwise Perturbation
-    Scaling", NeurIPS 2024, arXiv 2411.00075. Their condition is on spectral norms: ||e_l|| in proportion to
+    Scaling", NeurIPS 2024, arXiv 2411.00075. The condition here is on spectral norms: ||e_l|| in proportion to
     sqrt(fan_out / fan_in) in every layer. With r_out and r_in, the growth of the fans from the base network,
 
         norm="tensor"   rho_l = rho sqrt(r_out / r_in), because a gradient's spectral norm is about its norm
