@@ -21,6 +21,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+OLDEST_CUDA = 12
 
 
 def stop(message: str) -> NoReturn:
@@ -37,6 +38,22 @@ def find_nvcc() -> str | None:
     """Return the path of nvcc from CUDACXX, from PATH, from CUDA_HOME, or from where NVIDIA's installer puts it."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
     return shutil.which(os.environ.get("CUDACXX") or "nvcc") or shutil.which(f"{home}/bin/nvcc")
+
+
+def why_not_nvcc(nvcc: str | None) -> str | None:
+    """Return why the CUDA module cannot be built with this nvcc; None if it can."""
+    if nvcc is None:
+        return "nvcc is missing: apt install nvidia-cuda-toolkit, or set CUDA_HOME"
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+    except OSError as error:
+        return f"{nvcc} does not run ({error.strerror}): set CUDA_HOME to a CUDA toolkit of this machine"
+    release = re.search(r"release (\d+)\.(\d+)", said)
+    if release is None:
+        return f"{nvcc} --version names no release: set CUDA_HOME to a CUDA toolkit of this machine"
+    if int(release[1]) < OLDEST_CUDA:
+        return f"{nvcc} is of CUDA {release[1]}.{release[2]}, and {OLDEST_CUDA}.0 or newer is needed: set CUDA_HOME"
+    return None
 
 
 def gpu_visible() -> bool:
@@ -65,8 +82,8 @@ def wants_cuda() -> bool:
     missing = None
     if not any(ROOT.glob("csrc/cuda/*.cu")):
         missing = "this source tree has no csrc/cuda/*.cu"
-    elif find_nvcc() is None:
-        missing = "nvcc is missing: apt install nvidia-cuda-toolkit, or set CUDA_HOME"
+    else:
+        missing = why_not_nvcc(find_nvcc())
     if choice == "1" and missing:
         stop(f"FUSED_SAM_CUDA=1, but {missing}")
     return choice == "1" or (missing is None and gpu_visible())

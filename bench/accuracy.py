@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from bench import family
 from bench.errors import BenchError
 from bench.rounds import Progress, no_progress
+from bench.tuning import Outcome, Train, compete
 from fused_sam.demo import DemoError
 from fused_sam.demo.data import CLASSES, Source, Task, load_digits, load_fashion_mnist, make_task
 from fused_sam.demo.methods import Method
 from fused_sam.demo.model import mlp
-from fused_sam.demo.training import Clock, Curve, Run, Trial, batches, evaluate
-from fused_sam.demo.tuning import Outcome, Train, compete
+from fused_sam.demo.training import Curve, Run, Trial, batches, evaluate
 
 FORWARD = 1 / 3  # of a pass, because the backward half costs twice the forward one
 TUNING_SEEDS = 1
@@ -62,7 +62,7 @@ QUICK = tuple(replace(replace(DIGITS, noise=noise), epochs=1) for noise in (0.0,
 
 @dataclass(frozen=True)
 class FamilyTrial(Trial):
-    """A trial of a method with its options, in the form that the demo's tuning takes."""
+    """A trial of a method with its options, in the form that tuning takes."""
 
     options: tuple[tuple[str, float], ...] = ()
 
@@ -202,8 +202,8 @@ def finished(
     trial: FamilyTrial, seed: int, validation: float, test: float, loss: float, seconds: float, passes: float
 ) -> Finished:
     """Return a run without its course, which is not kept."""
-    curve = Curve([round(passes)], [math.nan], [loss], [test])
-    return Finished(trial, seed, validation, curve, Clock(math.nan, math.nan), seconds, passes)
+    curve = Curve([round(passes)], [math.nan], [loss], [test], [validation])
+    return Finished(trial, seed, curve, seconds, passes)
 
 
 def trials_of(name: str, rates: Sequence[float], grid: Sequence[dict[str, float]]) -> list[FamilyTrial]:

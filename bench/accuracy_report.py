@@ -12,7 +12,7 @@ from rich.table import Table
 from bench.accuracy import FamilyTrial, Result
 from bench.plot import OURS, STYLE, save
 from bench.report import duration
-from fused_sam.demo.tuning import Outcome
+from bench.tuning import Outcome
 
 
 def table(result: Result) -> Table:

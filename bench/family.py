@@ -1,7 +1,7 @@
 """The methods that are compared: how each is built, stepped and tried, and what it should cost.
 
-All methods of fused_sam.METHODS are here. A new one needs no entry: it runs with its default options and three values
-of rho. OWN adds what the class does not say.
+All methods of fused_sam.METHODS are here, except for NOT_COMPARED. A new one needs no entry: it runs with its default
+options and three values of rho. OWN adds what the class does not say.
 """
 
 from __future__ import annotations
@@ -13,11 +13,12 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 import fused_sam
 from bench.errors import BenchError
 from fused_sam import SAM
+from fused_sam.methods.displaced import DisplacedSAM
 from fused_sam.schedule import Every, LastSteps
 from fused_sam.training import sam_step
 
@@ -84,8 +85,17 @@ def of(cls: type[SAM], **fixed: Any) -> Build:
     return build
 
 
+def on_adam(params: Iterable[Tensor], total: int, *, lr: float, rho: float = 0.05) -> Optimizer:
+    """Build PrecondSAM, which needs Adam's second moment, at a learning rate that suits Adam."""
+    return fused_sam.PrecondSAM(params, AdamW, rho=rho, lr=lr / 20)
+
+
 def tail(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
     return of(SAM, schedule=LastSteps(0.7, total))(params, total, **options)
+
+
+def le_sam(params: Iterable[Tensor], total: int, **options: float) -> Optimizer:
+    return of(fused_sam.LESAM, total=total)(params, total, **options)
 
 
 def rhos(*values: float) -> tuple[dict[str, float], ...]:
@@ -99,6 +109,9 @@ def pairs(name: str, values: tuple[float, ...], rho: float = RHO) -> tuple[dict[
 
 
 RATES = (0.005, 0.01, 0.02, 0.05, 0.1)  # learning rates from which every method chooses
+
+# FlatLoRA trains adapters of frozen weights, which the networks here do not have.
+NOT_COMPARED = ("FlatLoRA",)
 
 ESAM_OPTIONS = {"beta": 0.6, "gamma": 0.6}
 OWN: dict[str, Own] = {
@@ -116,6 +129,17 @@ OWN: dict[str, Own] = {
             "target": 1.25, "passes": 1.2,
         },
     ),
+    # Their norms per tensor read the weights and the gradients.
+    "LayerSAM": Own(facts={"grid": rhos(0.01, 0.02, 0.05), "bytes": WHOLE_STEP + 4}),
+    "LookLayerSAM": Own(
+        options={"k": 5},
+        facts={
+            "label": "LookLayerSAM(5)", "grid": rhos(0.01, 0.02, 0.05), "bytes": (68 + 4 * 44) / 5, "period": 5,
+            "target": 1.25, "passes": 1.2,
+        },
+    ),
+    # Over AdamW: the norm and the perturbation read its second moment.
+    "PrecondSAM": Own(facts={"build": on_adam, "grid": rhos(0.02, 0.05, 0.1), "bytes": WHOLE_STEP + 16}),
     "MicrobatchSAM": Own(
         "microbatch", {"num_microbatches": MICROBATCHES},
         {"label": f"MicrobatchSAM({MICROBATCHES})", "bytes": 20 * MICROBATCHES + 8 * (MICROBATCHES - 1) + 24},
@@ -123,6 +147,15 @@ OWN: dict[str, Own] = {
     "MomentumSAM": Own(
         "momentum", facts={"grid": rhos(0.3, 1.0, 3.0), "bytes": WHOLE_STEP, "target": 1.05, "passes": 1}
     ),
+    "AsyncSAM": Own("async", facts={"bytes": WHOLE_STEP + 8, "target": 1.05, "passes": 1}),
+    "RandomSAM": Own("random", facts={"passes": 1}),
+    # The length of its perturbation comes from sigma; rho says only whether there is one.
+    "LESAM": Own(
+        facts={"build": le_sam, "grid": pairs("sigma", (0.1, 0.35, 1.0)), "bytes": WHOLE_STEP, "target": 2.05}
+    ),
+    "StableSAM": Own("stable", facts={"bytes": WHOLE_STEP + 20}),
+    # rho is per gradient: SAM's values would be far too short here.
+    "UnnormalisedSAM": Own("unnormalised", facts={"grid": rhos(0.1, 0.5, 2.0), "bytes": WHOLE_STEP, "target": 2.05}),
     "WSAM": Own(facts={"grid": pairs("gamma", (0.8, 0.9, 0.95)), "bytes": 76}),
 }  # fmt: skip
 
@@ -131,6 +164,8 @@ def entries(classes: Mapping[str, type[SAM]]) -> dict[str, Method]:
     """Return an entry for each class, by key."""
     found = {}
     for name, cls in classes.items():
+        if name in NOT_COMPARED:
+            continue
         own = OWN.get(name, Own())
         rho = cls.DEFAULTS.get("rho", RHO)
         usual = {"label": name, "build": of(cls, **own.options), "grid": rhos(rho / 2, rho, 2 * rho)}
@@ -195,8 +230,8 @@ def rewind(optimizer: Optimizer) -> None:
 
 
 def restore_clean_weights(optimizer: Optimizer) -> None:
-    """Restore the clean weights for evaluating: Momentum-SAM's are displaced between steps."""
-    if isinstance(optimizer, fused_sam.MomentumSAM):
+    """Restore the clean weights for evaluating: those of one-pass methods are displaced between steps."""
+    if isinstance(optimizer, DisplacedSAM):
         optimizer.eval()
 
 

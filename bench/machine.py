@@ -91,7 +91,12 @@ def processor() -> str:
 
 
 def commit() -> str:
-    """Return the project's commit, with "+" if files differ from it; empty outside a git checkout."""
+    """Return the project's commit, with "+" if files differ from it; empty outside a git checkout.
+
+    FUSED_SAM_COMMIT names the commit of a copy without git's folder.
+    """
+    if named := os.environ.get("FUSED_SAM_COMMIT"):
+        return named
     try:
         command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
         return subprocess.run(

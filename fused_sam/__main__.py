@@ -1,4 +1,4 @@
-"""The command `python -m fused_sam` has two subcommands, info and demo."""
+"""The command `python -m fused_sam` has three subcommands: info, selftest and demo."""
 
 from __future__ import annotations
 
@@ -12,16 +12,37 @@ def main(arguments: list[str]) -> int:
     """Run the command and return its exit status."""
     parser = argparse.ArgumentParser(prog="python -m fused_sam", description="Fused SAM for PyTorch.")
     parser.add_argument("--version", action="version", version=__version__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,demo}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{info,selftest,demo}")
     commands.add_parser("info", help="print which backends can run here, which one is used, and why")
+    test = commands.add_parser("selftest", help="check every backend of this machine against the reference")
+    test.add_argument("--backend", help="check this one alone; an error if it cannot run here")
+    test.add_argument("--json", action="store_true", help="print JSON instead of a table")
     commands.add_parser("demo", help="train on real data with SGD and SAM; see demo --help", add_help=False)
     command, rest = parser.parse_known_args(arguments)
     if command.command == "demo":
         return _demo(rest)
     if rest:
-        parser.error("info takes no arguments")
+        parser.error(f"{command.command} does not take {' '.join(rest)}")
+    if command.command == "selftest":
+        return _selftest(command.backend, as_json=command.json)
     print(report())
     return 0
+
+
+def _selftest(backend: str | None, *, as_json: bool) -> int:
+    """Return 0 if all backends agree with the reference, 1 if one differs, 2 if the named one cannot be tested."""
+    from .testing import selftest
+
+    try:
+        found = selftest(backend)
+    except (ValueError, RuntimeError) as error:
+        print(" ".join(str(error).split()), file=sys.stderr)
+        return 2
+    if as_json:
+        print(found.json())
+    else:
+        found.show()
+    return 1 if found.differences else 0
 
 
 def _demo(arguments: list[str]) -> int:

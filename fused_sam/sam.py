@@ -26,7 +26,8 @@ from torch.optim.optimizer import ParamsT
 from .engine.base_optimizers import BASE_OPTIONS, WrappedBase, check_base, check_base_options, option_names
 from .engine.checkpoint import check_state_dict, keep_dtypes, rename_old_keys
 from .engine.grad_scaler import report_unscaling
-from .engine.guard import Guard
+from .engine.guard import Guard, refuse_averages_of_perturbed
+from .engine.option_warnings import warn_of_misspelt_options, warn_of_small_rho
 from .engine.options import (
     Option,
     check_count,
@@ -44,6 +45,7 @@ from .engine.options import (
 from .engine.parameters import drop_duplicates
 from .engine.plan import Precision
 from .engine.stepper import Settings, Stepper
+from .engine.tensor_norms import check_norm
 from .engine.user_warnings import warn_of_abandoned_step
 from .engine.wrappers import forward_to_wrapped, wrapper_class
 from .step import Number, Schedule, Step
@@ -51,7 +53,7 @@ from .step import Number, Schedule, Step
 _EPS = 1e-12
 _MODES = ("train", "eval")  # of a wrapped base optimizer, which the instance gets as attributes
 _DEFAULT: Any = object()  # the class's default: see DEFAULTS
-_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0}
+_DEFAULTS = {"rho": 0.05, "adaptive": False, "eta": 0.0, "norm": "global"}
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -69,10 +71,14 @@ class SAM(Optimizer):
             the base optimizer's options. All other arguments are the same for all groups.
         base_optimizer: an optimizer class, or a callable that makes an optimizer of parameter groups, such as a
             functools.partial. torch.optim.SGD, Adam, AdamW and fused_sam.Lion are fused with the undo. Any other class
-            is wrapped: fused perturbation and undo, and its own step, train() and eval().
+            is wrapped: fused perturbation and undo, and its own step, train() and eval(). fused_sam.MuonWithAdamW takes
+            Muon for matrices (docs/bases.md).
         rho: length of the perturbation, in the norm of the weights; 0 is the base optimizer itself.
-        adaptive: scale the perturbation by the magnitudes of the weights (ASAM).
+        adaptive: scale the perturbation by the magnitudes of the weights, as the public SAM package does, which then
+            recommends rho 2. fused_sam.ASAM has the defaults of ASAM's authors.
         eta: ASAM's offset, T = |w| + eta; used if adaptive.
+        norm: what ||g|| is the norm of: "global", all perturbed parameters; "group", those of the parameter group;
+            "tensor", the tensor alone. e then has the length rho in every group, or in every tensor (docs/methods.md).
         eps: added to the gradient norm before dividing by it; None: 1e-12. If the base optimizer has an `eps` of its
             own (Adam), that one is set, and SAM's stays 1e-12; unless base_options sets the base optimizer's.
         backend: "auto", or a name from fused_sam.backends.available(). "auto" obeys FUSED_SAM_BACKEND if that is set.
@@ -90,12 +96,15 @@ class SAM(Optimizer):
         seed: the seed of all random numbers, a whole number of 64 bits.
         schedule: which steps perturb (fused_sam.schedule); None: every one. Any other step is the base optimizer's and
             takes one pass.
+        decay_in_ascent: the perturbation follows g + weight_decay * w, as in Google's SAM program, where the L2 term is
+            a part of the loss. For base optimizers whose weight decay is such a term: SGD, Adam. The update stays the
+            base optimizer's, with the L2 term of the unperturbed weights. First gradients are changed in place.
         base_options: the base optimizer's options by name, for those that are named as SAM's or a method's are:
             base_options={"rho": 0.9} for torch.optim.Adadelta. A keyword of such a name is SAM's.
         **options: the base optimizer's own (lr, momentum, weight_decay, ...), and those of a method.
 
     A group's own options: `rho`, `adaptive`, `eta`, `perturb` (False: updated, but neither perturbed nor counted in
-    the norm), and `base_options`. The norm is global over all perturbed groups.
+    the norm), and `base_options`.
 
     The perturbation follows the gradients as they are, also if the base optimizer maximizes. To maximize an objective R
     against its worst case, minimize -R instead of setting the base optimizer's `maximize`.
@@ -108,7 +117,8 @@ class SAM(Optimizer):
     Raises:
         TypeError: base_optimizer makes no optimizer, a parameter is no tensor, or one is complex.
         ValueError: an option out of range, or one for all groups in a group, an unknown backend, a parameter in several
-            groups, parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16.
+            groups, parameters on several devices, masters or stochastic rounding if no weight is bf16 or fp16,
+            decay_in_ascent with a base optimizer that has no such term, or with maximize.
         RuntimeError: a backend asked for by name cannot run here.
 
     Example:
@@ -125,10 +135,17 @@ class SAM(Optimizer):
     """The method's own options, by name: `option(0.4, low=0, high=1, help="...")`. Attributes of the instance."""
 
     DEFAULTS: ClassVar[Mapping[str, Any]] = {}
-    """Other defaults of SAM's rho, adaptive and eta."""
+    """Other defaults of SAM's rho, adaptive, eta and norm."""
 
     GROUP_STATE: ClassVar[Mapping[str, Any]] = {}
     """Counters that every parameter group gets and a state_dict carries, with their first values."""
+
+    reads_weight_norms: ClassVar[bool] = False
+    """True if `radius` reads `step.weight_norms`. The pass over the gradients then reads the weights too."""
+
+    preconditions: ClassVar[bool] = False
+    """True if T_w is made of Adam's second moment, as Precond-SAM's is, and not of `adaptive` and `eta`. Weights that
+    Adam has not updated yet are not perturbed."""
 
     keeps_ascent_grad: ClassVar[bool] = False
     """True if the first gradients are needed after the second pass, as `step.ascent_grad`."""
@@ -140,6 +157,12 @@ class SAM(Optimizer):
     """True if the update's gradient is not that of the second pass alone. It is then checked under a GradScaler too,
     and, with keeps_ascent_grad, a first gradient of a part of the batch is refused. SAM notices a `descent` that
     changes the gradient by itself."""
+
+    compares_passes: ClassVar[bool] = True
+    """True if a `descent` reads something of the first pass, such as its norm. `local_perturbation()` refuses that."""
+
+    applies_decay: bool = False
+    """True if the method applies the weight decay itself, so that a fused update leaves it out."""
 
     closure_is_empty: bool = False
     """True while a framework's wrapper passes step() a closure that makes no gradients."""
@@ -190,6 +213,7 @@ class SAM(Optimizer):
     _step_supports_amp_scaling = True
     _options: ClassVar[dict[str, Option]] = {}  # OPTIONS of the class and of those that it inherits from
     _needs_grad_scale: ClassVar[bool | None] = None  # as the class declares it
+    _rho_is_default = False  # True while a group without a rho of its own may get a warning, see warn_of_small_rho
 
     ascent_grad_scale: Number | None = None
     """What the first gradients are multiplied by, for methods and schedules that compare gradients of different steps.
@@ -217,6 +241,7 @@ class SAM(Optimizer):
         adaptive: bool = _DEFAULT,
         *,
         eta: float = _DEFAULT,
+        norm: str = _DEFAULT,
         eps: float | None = None,
         backend: str = "auto",
         check_update: bool = True,
@@ -225,6 +250,7 @@ class SAM(Optimizer):
         stochastic_rounding: bool = False,
         seed: int = 0,
         schedule: Schedule | None = None,
+        decay_in_ascent: bool = False,
         base_options: Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
@@ -261,16 +287,20 @@ class SAM(Optimizer):
                 bool(master_weights), bool(stochastic_rounding), check_count("seed", seed, 0) % 2**64
             ),
             schedule=schedule,
+            decay_in_ascent=bool(decay_in_ascent),
         )
         self._stepper: Stepper | None = None
         passed = {"rho": rho, "adaptive": adaptive, "eta": eta}
         usual = {**_DEFAULTS, **self.DEFAULTS}
         own = {name: usual[name] if value is _DEFAULT else value for name, value in passed.items()}
+        norm = check_norm(usual["norm"] if norm is _DEFAULT else norm)
         own.update(perturb=True, **self.group_state())
-        self._settings = dataclasses.replace(self._settings, own_options=tuple(own))
+        self._rho_is_default = rho is _DEFAULT
+        self._settings = dataclasses.replace(self._settings, own_options=tuple(own), norm=norm)
         super().__init__(params, own)
         self._make_stepper()
         report_unscaling()
+        warn_of_misspelt_options(self)
         base = self.stepper.base
         self.defaults.update({k: v for k, v in base.defaults.items() if k not in self.defaults})
         if base.clashes:
@@ -290,6 +320,7 @@ class SAM(Optimizer):
         stepper = Stepper(self, self._settings)
         stepper.context = Step(stepper)
         self._stepper = stepper
+        refuse_averages_of_perturbed(self)
         if isinstance(stepper.base, WrappedBase):
             for mode in stepper.base.modes():
                 setattr(self, mode, partial(self._set_mode, mode))
@@ -428,7 +459,10 @@ class SAM(Optimizer):
             elif self.needs_second_pass:
                 self.first_step(zero_grad=True)
                 second = evaluate()
-                loss = second if new else loss
+                if new:
+                    loss = second
+                elif stepper.loss_check is not None:
+                    self.note_losses(loss, second)
         except BaseException:
             self.restore()
             raise
@@ -447,6 +481,19 @@ class SAM(Optimizer):
         finally:
             torch._C._set_grad_enabled(with_grad)
         self.__dict__.pop("ascent_grad_scale", None)
+
+    def note_losses(self, loss: Any, perturbed_loss: Any) -> None:
+        """Note a perturbing step's two losses, for a warning if rho is too large for a fresh network."""
+        check = self.stepper.loss_check
+        if check is not None and check.note(loss, perturbed_loss):
+            self.stepper.loss_check = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients, as torch.optim.Optimizer.zero_grad() does."""
+        stepper: Stepper | None = self.__dict__.get("_stepper")  # a framework's wrapper has none
+        if stepper is not None and stepper.unfinished is not None:  # an update that reads them
+            stepper.finish_update()
+        super().zero_grad(set_to_none)
 
     def evaluating(self, closure: Callable[..., Any]) -> Callable[..., Any]:
         """Return the closure with gradients enabled, in which steps of its own are refused."""
@@ -512,7 +559,7 @@ class SAM(Optimizer):
     @property
     def perturbed(self) -> bool:
         """True between first_step() and second_step()."""
-        return self.stepper.perturbed is not None
+        return self.stepper.perturbed is not None or self.stepper.unfinished is not None
 
     @property
     def needs_second_pass(self) -> bool:
@@ -536,7 +583,7 @@ class SAM(Optimizer):
         compares = self._needs_grad_scale
         if compares is None:
             compares = any(overrides(type(self), hook) for hook in ("ascent", "radius", "descent"))
-        return compares or (schedule is not None and bool(schedule.needs_grad_scale))
+        return compares or self.decay_in_ascent or (schedule is not None and bool(schedule.needs_grad_scale))
 
     @property
     def step_was_skipped(self) -> bool:
@@ -595,6 +642,11 @@ class SAM(Optimizer):
         return schedule
 
     @property
+    def decay_in_ascent(self) -> bool:
+        """True if the perturbation follows g + weight_decay * w."""
+        return self._settings.decay_in_ascent
+
+    @property
     def backend(self) -> str:
         """The name of the backend that runs this optimizer's primitives."""
         return self.stepper.backend.name
@@ -607,18 +659,28 @@ class SAM(Optimizer):
     # ---- torch.optim.Optimizer's own ------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; options that it does not set are the constructor's."""
+        """Add a group; options that it does not set are the constructor's. A base optimizer may split it."""
         before = len(self.param_groups)
         param_group = self._with_base_options(param_group, before)
-        super().add_param_group(param_group)
+        has_rho = isinstance(param_group, dict) and "rho" in param_group  # torch adds the default to the dict
+        stepper = self._stepper
+        if stepper is not None and isinstance(stepper.base, WrappedBase) and isinstance(param_group, dict):
+            own = {name: param_group.get(name, self.defaults[name]) for name in self._settings.own_options}
+            stepper.base.add_group(param_group, own)
+        else:
+            super().add_param_group(param_group)
         try:
-            group = self.param_groups[-1]
-            drop_duplicates(group)  # torch has warned
-            check_group(group, before)
+            for group in self.param_groups[before:]:
+                drop_duplicates(group)  # torch has warned
+                check_group(group, before)
             self._refuse_common_options(param_group, before)
-            if self._stepper is not None:
-                self._stepper.base.numbers([group])
-                self._stepper.new_plan()
+            if self._rho_is_default and not has_rho:
+                self._rho_is_default = not warn_of_small_rho(self.param_groups[before])
+            if stepper is not None:
+                stepper.check_decay_in_ascent(self.param_groups[before:], before)
+                stepper.base.numbers(self.param_groups[before:])
+                stepper.new_plan()
+                warn_of_misspelt_options(self, before)
         except BaseException:
             del self.param_groups[before:]
             raise
@@ -685,12 +747,14 @@ class SAM(Optimizer):
 
         def check(_: Optimizer, adapted: Mapping[str, Any]) -> dict[str, Any]:
             renamed = rename_old_keys(adapted)
-            fused = base.rule is not None
-            checked.update(check_state_dict(renamed, self.param_groups, own, base.clashes, fused=fused))
+            fused, torchs = base.rule is not None, not base.keeps_dtypes
+            groups = self.param_groups
+            checked.update(check_state_dict(renamed, groups, own, base.clashes, fused=fused, torchs=torchs))
             base.upgrade({}, checked["param_groups"])
-            for group in checked["param_groups"]:  # options that a checkpoint of an older version lacks
+            for group, own_group in zip(checked["param_groups"], groups, strict=True):
                 for name, value in self.defaults.items():
-                    group.setdefault(name, value)
+                    if name in own_group:  # an option that a checkpoint of an older version lacks
+                        group.setdefault(name, value)
                 if issubclass(base.cls, torch.optim.AdamW) and "decoupled_weight_decay" in group:
                     group["decoupled_weight_decay"] = True
             for k, group in enumerate(checked["param_groups"]):
@@ -743,6 +807,8 @@ class SAM(Optimizer):
     def _usable(self, what: str) -> Stepper:
         """Return the stepper, unless the weights are restored only temporarily."""
         stepper: Stepper = self.__dict__.get("_stepper") or self.stepper
+        if stepper.unfinished is not None:
+            stepper.finish_update()
         if stepper.suspended:
             raise RuntimeError(
                 f"{what} inside `with optimizer.unperturbed():`, after which the weights are perturbed again: "
@@ -752,6 +818,8 @@ class SAM(Optimizer):
 
     def refuse_perturbed(self, what: str) -> None:
         """Raise RuntimeError if the weights are perturbed, because `what` needs the clean ones."""
+        if self.stepper.unfinished is not None:
+            self.stepper.finish_update()
         if self.stepper.perturbed is not None:
             raise RuntimeError(
                 f"{what} between first_step() and second_step(), where the weights are perturbed: "

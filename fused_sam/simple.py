@@ -109,7 +109,7 @@ class ASAM(SAM):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.5, eta: float = 0.01, *, scale: str = "weights"
+        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.5, eta: float = 0.01, *, scale: str = "matrices"
     ) -> None:
         super().__init__(params, base, rho)
         self.eta, self.scale = eta, scale
@@ -190,7 +190,7 @@ class FriendlySAM(SAM):
     """
 
     def __init__(
-        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.05, *, sigma: float = 1.0, lmbda: float = 0.6
+        self, params: Iterable[Tensor], base: Optimizer, rho: float = 0.05, *, sigma: float = 1.0, lmbda: float = 0.9
     ) -> None:
         super().__init__(params, base, rho)
         self.sigma, self.lmbda = sigma, lmbda

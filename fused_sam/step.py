@@ -24,7 +24,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from .backends.contract import SKIP, UPDATED, XX, PerturbGroup
+from .backends.contract import SKIP, UPDATED, XX, PerturbGroup, count_skipped_step
 from .engine import pairs
 from .engine.calls import GradSnapshot
 from .engine.extra_state import ExtraState
@@ -41,7 +41,7 @@ __all__ = [
 
 
 class GroupRho:
-    """Each parameter group's rho times one factor, as `radius` may return it: `step.rho * step.ascent_norm`."""
+    """Each parameter group's rho times a factor, as `radius` may return it: `step.rho * step.ascent_norm`."""
 
     def __init__(self, factor: Number = 1.0) -> None:
         self.factor = factor
@@ -129,11 +129,51 @@ class Step:
         """||T_w g||, the global norm of the gradient that perturbs: 0-dim. Known from `radius` on."""
         if self._phase == "ascent":
             raise RuntimeError(f"{self._where()}: step.ascent_norm is not known before `radius`; use step.grad.norm()")
+        return over(self._stepper.status.ascent_norm.clone(), self._scale_of_norms())
+
+    def _scale_of_norms(self) -> Number:
+        """Return the scale of the norm of the ascent, and note that it was needed if it is not known."""
         scale = self._ascent_scale if self._phase == "radius" else self._scale_of_ascent()
         if scale is None:
             self._needed_scale = True
-            scale = 1.0
-        return over(self._stepper.status.ascent_norm.clone(), scale)
+            return 1.0
+        return scale
+
+    @property
+    def ascent_norms(self) -> Tensor:
+        """The norms of T_w g that divide e, one per parameter, in the order of the groups. Known from `radius` on.
+
+        With norm="group" the parameters of a group share one number, with norm="global" all do. A parameter has 0 if it
+        has no gradient or is not perturbed.
+
+        Raises:
+            RuntimeError: before `radius`; with norm="global", unless the class sets `reads_weight_norms = True`.
+        """
+        return over(self._per_parameter("ascent_norms", "norms"), self._scale_of_norms())
+
+    @property
+    def weight_norms(self) -> Tensor:
+        """||w||, over what the norm is taken over, one per parameter. The class must set `reads_weight_norms = True`.
+
+        Otherwise as `ascent_norms`.
+        """
+        if not self._optimizer.reads_weight_norms:
+            raise RuntimeError(
+                f"{self._where()}: step.weight_norms are taken if the class sets reads_weight_norms = True"
+            )
+        return self._per_parameter("weight_norms", "weight_norms").clone()
+
+    def _per_parameter(self, name: str, attribute: str) -> Tensor:
+        taken = self._stepper.tensor_norms
+        if taken is None:
+            raise RuntimeError(
+                f'{self._where()}: step.{name} needs norm="tensor" or norm="group", or a class with '
+                "reads_weight_norms = True"
+            )
+        numbers: Tensor | None = getattr(taken, attribute)
+        if numbers is None or self._phase == "ascent":
+            raise RuntimeError(f"{self._where()}: step.{name} is not known before `radius`")
+        return numbers
 
     @property
     def rho(self) -> GroupRho:
@@ -214,6 +254,10 @@ class Step:
         self._vectors.clear()
         self._snapshot, self._kept = snapshot, None
         with self._in("ascent"):
+            if self._stepper.settings.decay_in_ascent:
+                for k, group in enumerate(self.groups):
+                    if group["perturb"] and group["weight_decay"] != 0:
+                        self.grad.group(k).axpby_(1.0, group["weight_decay"], self.weights.group(k))
             _check_none(self._optimizer.ascent(self), self)
         if self._optimizer.keeps_ascent_grad:
             self._kept = [None if g is None else owned(g) for g in snapshot.grads]
@@ -228,10 +272,15 @@ class Step:
             return groups
         relative = isinstance(length, GroupRho)
         factor: Any = length.factor if isinstance(length, GroupRho) else length
+        taken = self._stepper.tensor_norms
+        if taken is not None and isinstance(factor, Tensor) and factor.shape == (len(self._plan.params),):
+            taken.multiply(factor)
+            return groups if relative else [g._replace(rho=1.0 if g.rho > 0 else 0.0) for g in groups]
         if not is_number(factor):
             raise TypeError(
-                f"{self._where('radius')} must return the length of e: a number, a 0-dim tensor, step.rho times one of "
-                f"them, or None for each group's rho; not {length!r}"
+                f"{self._where('radius')} must return the length of e: a number, a 0-dim tensor, one number per "
+                f'parameter with norm="tensor" or "group", step.rho times one of them, or None for each group\'s rho; '
+                f"not {length!r}"
             )
         if not isinstance(factor, Tensor) and not 0 <= factor < math.inf:
             raise ValueError(f"{self._where('radius')} must return a finite length of 0 or more, not {length!r}")
@@ -434,6 +483,7 @@ class Step:
         stepper = self._stepper
         if stepper.settings.check_update:
             if not stepper.keeps_skip and not (self._was_perturbed and self._optimizer.skips_with_ascent):
+                count_skipped_step(stepper.status.values)
                 stepper.status.skip.zero_()  # it is the last step's, or the ascent's, which does not count
             stepper.keeps_skip = True
             stepper.status.skip.add_(~finite)

@@ -71,7 +71,7 @@ def test_a_backend_without_a_needed_primitive_is_an_error() -> None:
         def restore(self, table: Table) -> None:
             pass
 
-    lacks = r"Half lacks accumulate_norm, .*perturb, update: .*derive it from .*Reference or Foreach"
+    lacks = r"Half lacks accumulate_norm, .*perturb, squares, update: .*derive it from .*Reference or Foreach"
     with pytest.raises(TypeError, match=lacks):
         backends.register(Half)
     assert "half" not in backends.available()

@@ -20,15 +20,15 @@ import fused_sam
 from bench import accuracy, family, methods, optimizer_work
 from bench.__main__ import main
 from bench.family import METHODS
+from bench.tuning import Outcome
 from fused_sam import SAM
 from fused_sam.demo.data import Part, Task
-from fused_sam.demo.tuning import Outcome
 
 SMALL = replace(accuracy.DIGITS, noise=0.4, epochs=2)
 # Passes per step over ten steps, for methods without two. A pass without its backward pass counts as a third.
 PASSES = {
-    "sgd": 1, "sgd-2x": 1, "esam": 1 + 1 / 3 + 0.6, "esam-tensors": 1 + 1 / 3 + 0.6, "looksam": 1.2, "momentum": 1,
-    "interval": 1.1, "tail": 1.3,
+    "sgd": 1, "sgd-2x": 1, "esam": 1 + 1 / 3 + 0.6, "esam-tensors": 1 + 1 / 3 + 0.6, "looksam": 1.2,
+    "looklayersam": 1.2, "momentum": 1, "interval": 1.1, "tail": 1.3, "precondsam": 1.9, "async": 1, "random": 1,
 }  # fmt: skip
 
 
@@ -49,8 +49,8 @@ def test_every_method_trains_with_its_number_of_passes(name: str) -> None:
     run = accuracy.train(random_task(100), trial, 0, setting)
     passes = PASSES.get(name, 2)
     assert run.passes == pytest.approx(passes * METHODS[name].stretch)
-    # the estimate rounds the number of passes up for ESAM
-    assert METHODS[name].passes == pytest.approx(passes, abs=0.07)
+    # The estimate is rounded up for ESAM, and is of long runs for PrecondSAM, whose first step has one pass.
+    assert METHODS[name].passes == pytest.approx(passes, abs=0.11)
     assert np.isfinite(run.curve.test_loss[-1])
     assert 0 <= run.test_accuracy <= 1
 
@@ -74,8 +74,8 @@ def test_a_step_changes_every_weight_and_no_two_methods_agree(name: str) -> None
 
 
 def test_every_class_of_the_package_is_compared_and_a_new_one_needs_no_entry() -> None:
-    assert set(family.OWN) <= set(fused_sam.METHODS)
-    assert len(family.entries(fused_sam.METHODS)) == len(fused_sam.METHODS)
+    assert {*family.OWN, *family.NOT_COMPARED} <= set(fused_sam.METHODS)
+    assert len(family.entries(fused_sam.METHODS)) == len(fused_sam.METHODS) - len(family.NOT_COMPARED)
     assert family.entries(fused_sam.METHODS).keys() <= METHODS.keys()
 
     class NewSAM(SAM):

@@ -8,7 +8,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -38,9 +38,10 @@ from fused_sam.demo.idx import read_idx  # noqa: E402
 from fused_sam.demo.methods import METHODS  # noqa: E402
 from fused_sam.demo.model import mlp  # noqa: E402
 from fused_sam.demo.presets import PRESETS  # noqa: E402
-from fused_sam.demo.report import closing_sentence  # noqa: E402
-from fused_sam.demo.training import Clock, Curve, Run, Trial, batches, step, train  # noqa: E402
-from fused_sam.demo.tuning import Outcome, compete, passes_over_data, trials_of  # noqa: E402
+from fused_sam.demo.summary import chosen_lr, last, middle_lr, sentences, stopped  # noqa: E402
+from fused_sam.demo.sweep import Job, passes_of, run_job, runner, sweep  # noqa: E402
+from fused_sam.demo.sweep import Result as Sweep  # noqa: E402
+from fused_sam.demo.training import Curve, Run, Trial, batches, step  # noqa: E402
 from fused_sam.demo.unfused import UnfusedSAM  # noqa: E402
 
 application = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -189,7 +190,7 @@ def test_images_and_labels_of_different_numbers_are_an_error(fashion: Path) -> N
 def test_the_unfused_peer_takes_the_steps_of_fused_sam(digits: Source) -> None:
     task = make_task(digits, 0, 0.4, 0.25)
     models = [mlp(64, 10, seed=1) for _ in range(2)]
-    options = {"rho": 0.3, "lr": 0.05, "momentum": 0.9}
+    options = {"rho": 0.3, "lr": 0.05, "momentum": 0.9, "weight_decay": 5e-4}
     peers = (fused_sam.SAM(models[0].parameters(), **options), UnfusedSAM(models[1].parameters(), **options))
     for batch in batches(task.train, 256, torch.Generator().manual_seed(0)):
         for model, optimizer in zip(models, peers, strict=True):
@@ -198,61 +199,105 @@ def test_the_unfused_peer_takes_the_steps_of_fused_sam(digits: Source) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+def small_job(name: str = "sam", lr: float = 0.02, rho: float = 0.1, seed: int = 0, epochs: int = 2) -> Job:
+    trial = Trial(METHODS[name], lr, rho if METHODS[name].is_sam else None)
+    return Job("digits", Path("."), 0.25, 0.4, epochs, 256, (32,), "auto", trial, seed)
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_a_seed_gives_the_same_run_and_its_cost_is_counted_in_passes(digits: Source, name: str) -> None:
-    task, method = make_task(digits, 0, 0.4, 0.25), METHODS[name]
-    trial = Trial(method, 0.02, 0.1 if method.is_sam else None)
-    heard: list[int] = []
+def test_a_job_gives_the_same_run_and_its_cost_is_counted_in_passes(name: str) -> None:
+    job = small_job(name)
     torch.manual_seed(99)
-    first = train(task, trial, 0, epochs=2, batch_size=256, on_epoch=heard.append)
+    first = run_job(job)
     torch.manual_seed(7)
-    again = train(task, trial, 0, epochs=2, batch_size=256)
-    assert first.curve == again.curve and first.validation_accuracy == again.validation_accuracy
-    assert sum(heard) == first.curve.passes[-1] == method.cost(2) == (2 if name == "sgd" else 4)
-    assert 0 < first.clock.optimizer < first.clock.total
+    again = run_job(job)
+    assert first.curve == again.curve
+    assert first.curve.passes[-1] == job.passes == (2 if name == "sgd" else 4)
 
 
-def fake_run(trial: Trial, seed: int, validation: float = 0.5, test: float = 0.9) -> Run:
-    return Run(trial, seed, validation, Curve([1], [1.0], [1.0], [test]), Clock(1e-3, 1e-4))
+def test_the_curve_of_a_short_run_begins_that_of_a_long_one() -> None:
+    short, long = run_job(small_job(epochs=1)), run_job(small_job(epochs=3))
+    assert short.curve.test_accuracy == long.curve.test_accuracy[:1]
+    assert short.curve.validation_accuracy == long.curve.validation_accuracy[:1]
 
 
-def test_validation_chooses_and_test_accuracy_does_not() -> None:
-    grid = trials_of(METHODS["sam"], [0.1], [0.1, 0.2, 0.3])
-    seen: list[tuple[float | None, int]] = []
+def test_processes_give_the_runs_of_one_process() -> None:
+    jobs = [small_job("sgd"), small_job("sam", seed=1), small_job("sam")]
+    done: list[Job] = []
+    with runner(1, done.append) as here:
+        expected = here(jobs)
+    with runner(2, done.append) as there:
+        assert there(jobs) == expected
+    assert sorted(map(str, done)) == sorted(map(str, jobs + jobs))
 
-    def pretend(trial: Trial, seed: int) -> Run:
-        seen.append((trial.rho, seed))
-        best = trial.rho == 0.2
-        return fake_run(trial, seed, validation=0.6 if best else 0.5, test=0.1 if best else 0.99)
 
-    (outcome,) = compete([grid], 4, 2, pretend)
-    assert outcome.winner.rho == 0.2 and len(outcome.runs) == 4
-    assert seen == [(rho, seed) for seed in (0, 1) for rho in (0.1, 0.2, 0.3)] + [(0.2, 2), (0.2, 3)]
-    assert passes_over_data(grid, epochs=5, seeds=4, tuning_seeds=2) == len(seen) * 2 * 5
+def fake_run(job: Job, validation: list[float], test: list[float]) -> Run:
+    count = len(test)
+    return Run(job.trial, job.seed, Curve(list(range(1, count + 1)), [1.0] * count, [1.0] * count, test, validation))
+
+
+def test_validation_chooses_rho_and_test_accuracy_does_not() -> None:
+    asked: list[Job] = []
+
+    def pretend(jobs: Sequence[Job]) -> list[Run]:
+        asked.extend(jobs)
+        good = [job.trial.rho == 0.2 for job in jobs]
+        return [
+            fake_run(job, [0.6 if is_good else 0.5], [0.1 if is_good else 0.99])
+            for job, is_good in zip(jobs, good, strict=True)
+        ]
+
+    methods = [METHODS["sgd"], METHODS["sam"]]
+    lrs, rhos, seeds = (0.1, 0.3), (0.1, 0.2, 0.3), 4
+    job = small_job(epochs=5)
+    sgd, sam = sweep(job, methods, lrs, rhos, seeds, pretend)
+    assert sam.rho == 0.2 and sgd.rho is None
+    assert sam.scores == {0.1: 0.5, 0.2: 0.6, 0.3: 0.5} and sgd.scores == {}
+    assert [run.seed for run in sam.runs[0.3]] == [0, 1, 2, 3]
+    assert len(asked) == len(set(asked)), "a run was made twice"
+    assert passes_of(job, methods, lrs, rhos, seeds) == sum(job.passes for job in asked)
+
+
+def test_early_stopping_takes_the_epoch_and_the_rate_of_the_best_validation_accuracy() -> None:
+    slow, fast = small_job("sgd", lr=0.1), small_job("sgd", lr=0.3)
+    result = Sweep(
+        METHODS["sgd"], 0.4, None, {},
+        {
+            0.1: [fake_run(slow, [0.5, 0.7, 0.7, 0.6], [0.1, 0.2, 0.9, 0.3])],
+            0.3: [fake_run(fast, [0.4, 0.4, 0.6, 0.5], [0.9, 0.9, 0.9, 0.5])],
+        },
+    )  # fmt: skip
+    assert chosen_lr(result) == 0.1
+    assert stopped(result) == [20.0] and stopped(result, 0.3) == [90.0]
+    assert last(result) == [pytest.approx(40.0)] and last(result, 0.3) == [50.0]
+    assert middle_lr(result) == 0.3
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
-def test_every_optimizer_gets_the_same_number_of_trials(preset) -> None:  # type: ignore[no-untyped-def]
-    assert len(preset.sgd_lrs) == len(preset.sam_lrs) * len(preset.rhos)
+def test_every_preset_tries_five_learning_rates_in_order(preset) -> None:  # type: ignore[no-untyped-def]
+    assert len(preset.lrs) == 5 and list(preset.lrs) == sorted(preset.lrs)
 
 
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
-        ([1.0, 1.1, 0.9], "SAM beats SGD by 1.0 ± 0.1 points (ahead on 3 of 3 seeds)"),
-        ([-1.0, -1.1, -0.9], "SAM loses to SGD by 1.0 ± 0.1 points (ahead on 0 of 3 seeds)"),
-        ([1.0, -1.0, 0.3], "SAM is not clearly apart from SGD (+0.1 ± 0.6 points, ahead on 2 of 3 seeds)"),
+        ([1.0, 1.1, 0.9], "SAM is 1.0 ± 0.1 points ahead of SGD."),
+        ([-1.0, -1.1, -0.9], "SAM is 1.0 ± 0.1 points behind SGD."),
+        ([1.0, -1.0, 0.3], "SAM is not clearly apart from SGD (+0.1 ± 0.6 points)."),
         ([0.0, 0.0, 0.0], "not clearly apart"),
-        ([-2.0], "2.0 points behind SGD on the one seed"),
+        ([-2.0], "2.0 points behind SGD on the one seed."),
     ],
 )
-def test_the_closing_sentence_states_the_result(gains: list[float], words: str) -> None:
-    sgd, sam = Trial(METHODS["sgd"], 0.1, None), Trial(METHODS["sam"], 0.1, 0.1)
-    outcomes = [
-        Outcome([sgd], [0.5], sgd, [fake_run(sgd, i, test=0.8) for i in range(len(gains))]),
-        Outcome([sam], [0.5], sam, [fake_run(sam, i, test=0.8 + gain / 100) for i, gain in enumerate(gains)]),
-    ]
-    assert words in closing_sentence(outcomes)
+def test_the_headline_states_both_results(gains: list[float], words: str) -> None:
+    def result(name: str, tests: list[float]) -> Sweep:
+        runs = [fake_run(small_job(name, seed=i), [0.9, 0.5], [0.8, test]) for i, test in enumerate(tests)]
+        return Sweep(METHODS[name], 0.4, None, {}, {0.1: runs})
+
+    to_the_end, with_help = sentences(
+        [result("sgd", [0.8] * len(gains)), result("sam", [0.8 + gain / 100 for gain in gains])]
+    )
+    assert to_the_end.startswith("Trained to the last epoch") and words in to_the_end
+    assert with_help.startswith("With epoch chosen on the validation split") and "0.0" in with_help
 
 
 # ---- the command --------------------------------------------------------------------------------------------
@@ -271,8 +316,9 @@ def test_the_closing_sentence_states_the_result(gains: list[float], words: str) 
         (["--epochs", "2.5"], "--epochs"),
         (["--seeds", "-1"], "--seeds"),
         (["--batch-size", "0"], "--batch-size"),
-        (["--threads", "0"], "--threads"),
-        (["--threads", "99999999999"], "--threads"),
+        (["--processes", "0"], "--processes"),
+        (["--processes", "99999999999"], "--processes"),
+        (["--noise", "0.2,2"], "--noise"),
         (["--noise", "1.01"], "--noise"),
         (["--noise", "-0.1"], "--noise"),
         (["--noise", "nan"], "--noise"),
@@ -312,28 +358,43 @@ def test_a_truncated_data_file_ends_in_one_line(fashion: Path, tmp_path: Path) -
 
 def test_a_small_run_prints_the_tables_and_writes_figure_and_json(tmp_path: Path) -> None:
     figure, numbers = tmp_path / "curves.png", tmp_path / "numbers.json"
-    options = ["--seeds", 1, "--epochs", 2, "--rho", 0.1, "--lr", 0.05, "--batch-size", 256]
+    options = ["--seeds", 1, "--epochs", 2, "--rho", 0.1, "--lr", 0.05, "--batch-size", 256, "--processes", 1]
     result = run_demo(*options, "--output", figure, "--json", numbers)
     assert result.exit_code == 0, result.output
-    for words in ("SGD ", "SGD, 2x epochs", "SAM  ", " 0.1 ", "fused (", "unfused", "On clean test labels SAM"):
-        assert words in result.stdout
+    for words in ("SGD ", "SGD, 2x epochs", "SAM  ", " 0.1 ", "fused (", "public package", "Trained to the last epoch"):
+        assert words in result.stdout, words
     assert figure.read_bytes().startswith(b"\x89PNG") and figure.stat().st_size > 20_000
 
     content = json.loads(numbers.read_text())
-    assert [outcome["optimizer"] for outcome in content["outcomes"]] == list(METHODS)
-    assert [outcome["passes"] for outcome in content["outcomes"]] == [2, 4, 4]
-    for outcome in content["outcomes"]:
-        (run,) = outcome["runs"]
-        assert len(outcome["trials"]) == 1
+    (level,) = content["levels"]
+    assert level["noise"] == 0.4
+    assert [optimizer["optimizer"] for optimizer in level["optimizers"]] == list(METHODS)
+    assert [optimizer["passes"] for optimizer in level["optimizers"]] == [2, 4, 4]
+    for optimizer in level["optimizers"]:
+        (run,) = optimizer["runs"]
         assert 0 <= run["curve"]["test_accuracy"][-1] <= 1 and math.isfinite(run["curve"]["train_loss"][-1])
-    assert content["fused_against_unfused"]["optimizer_ratio"]["median"] > 0
-    assert content["conclusion"] in result.stdout
+        assert optimizer["last"] == [pytest.approx(100 * run["curve"]["test_accuracy"][-1])]
+    assert content["times"]["over_sgd"]["fused"]["median"] > 1
+    for sentence in level["conclusion"]:
+        assert sentence in result.stdout
+    assert content["protocol"] in result.stdout
+
+
+def test_several_noise_levels_get_a_table_each_and_one_together(tmp_path: Path) -> None:
+    result = run_demo(
+        "--seeds", 2, "--epochs", 1, "--rho", "0.1", "--lr", "0.02,0.1", "--batch-size", 256, "--processes", 1,
+        "--noise", "0,0.6", "--output", tmp_path / "x.png",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in ("digits, 0% wrong labels", "digits, 60% wrong labels", "Over the noise", "60% wrong labels. With"):
+        assert words in result.stdout, words
 
 
 def test_fashion_mnist_runs_from_its_files_with_only_the_chosen_optimizers(fashion: Path, tmp_path: Path) -> None:
     result = run_demo(
         "--data", "fashion-mnist", "--data-dir", fashion, "--optimizer", "sgd", "--optimizer", "sgd-2x",
         "--seeds", 2, "--epochs", 1, "--lr", "0.01,0.1", "--batch-size", 16, "--output", tmp_path / "x.svg",
+        "--processes", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "SAM" not in result.stdout and "SGD with twice the epochs reaches" in result.stdout
@@ -344,7 +405,7 @@ def test_training_that_diverges_is_reported_and_json_stays_valid(fashion: Path, 
     numbers = tmp_path / "numbers.json"
     result = run_demo(
         "--data", "fashion-mnist", "--data-dir", fashion, "--seeds", 1, "--epochs", 3, "--lr", 1e20, "--rho", 0.1,
-        "--batch-size", 16, "--output", tmp_path / "x.png", "--json", numbers,
+        "--batch-size", 16, "--output", tmp_path / "x.png", "--json", numbers, "--processes", 1,
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     assert "NaN" not in numbers.read_text()

@@ -1,4 +1,4 @@
-"""FSDP1 is refused by name, and ZeroRedundancyOptimizer works as SAM's base optimizer."""
+"""FSDP1 is refused by name; ZeroRedundancyOptimizer and sharded MuonWithAdamW work as SAM's base optimizer."""
 
 from __future__ import annotations
 
@@ -32,3 +32,13 @@ def test_zero_redundancy_optimizer_is_a_base_optimizer(two: Processes) -> None:
         for p, q in zip(found, expected, strict=True):
             # The limit is float64 rounding in three steps. Sums over the batch have another order.
             torch.testing.assert_close(p, q, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+def test_muon_of_sharded_matrices_is_that_of_whole_ones(two: Processes, way: str) -> None:
+    expected, norms = spread_others.muon(0, None)
+    for found, theirs in two.run(spread_others.muon, way):
+        assert theirs[0] == pytest.approx(norms[0], rel=1e-12)  # one norm over all processes and both optimizers
+        for p, q in zip(found, expected, strict=True):
+            # Muon rounds to bf16; sums of shards have another order. A Newton-Schulz step makes that 3.4 times larger.
+            torch.testing.assert_close(p, q, rtol=0, atol=3 * 0.02 * 2**-5 if p.ndim == 2 else 1e-3)

@@ -174,7 +174,10 @@ def preamble() -> dict[str, Any]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("page", ["methods.md", "usage.md", "precision.md", "architecture.md"])
+PAGES = ["methods.md", "usage.md", "precision.md", "architecture.md", "losses.md", "bases.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_the_fragments_of_a_page_run(page: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "BACKENDS", dict(backends.BACKENDS))  # a page may register a backend
     assert blocks(page)

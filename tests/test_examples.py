@@ -13,15 +13,25 @@ import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 NEEDS = {
+    "flat_lora.py": ["sklearn"],
     "label_noise.py": ["sklearn"],
-    "self_distillation.py": ["sklearn"],
+    "losses.py": ["sklearn"],
+    "muon_digits.py": ["sklearn"],
     "lightning_digits.py": ["sklearn", "lightning"],
     "accelerate_digits.py": ["sklearn", "accelerate"],
     "transformers_text.py": ["transformers", "accelerate"],
 }
 SAYS = {
+    "flat_lora.py": r"\nLoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step\n"
+    r"Flat-LoRA: accuracy on mirrored images ([\d.]+)%, [\d.]+ ms per step",
     "label_noise.py": r"accuracy on clean test images: SGD ([\d.]+)%, SAM ([\d.]+)%",
-    "self_distillation.py": r"SAM with self-distillation: accuracy on clean test images ([\d.]+)%",
+    "losses.py": r"(?s)"
+    + ".*".join(
+        rf"{name}: accuracy on clean test images ([\d.]+)%, [\d.]+ ms per step"
+        for name in ("SGD", "SAM", "OutputBiasForgetting", "Functional", "SelfDistillation", "ReleasedSADT")
+    ),
+    "muon_digits.py": r"AdamW: accuracy on test images ([\d.]+)%.*\nMuon: accuracy on test images ([\d.]+)%.*\n"
+    r"SAM and Muon: accuracy on test images ([\d.]+)%, [\d.]+ ms per step \([\d.]+x AdamW\), [\d.]+ bytes of state",
     "lightning_digits.py": r"accuracy on test images ([\d.]+)%",
     "accelerate_digits.py": r"accuracy on test images ([\d.]+)%",
     "transformers_text.py": r"([\d.]+) before training, ([\d.]+) after",

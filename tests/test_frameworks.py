@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.family import NEED_ADAM, with_frozen
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import fused_sam
-from fused_sam import ESAM, MicrobatchSAM, MomentumSAM
+from fused_sam import ESAM, MicrobatchSAM
+from fused_sam.methods.displaced import DisplacedSAM
 from fused_sam.training import sam_step, select_sharp
 
 STEPS, SIZE = 3, 8
@@ -24,7 +26,10 @@ BASE = {"rho": 0.1, "lr": 0.1, "momentum": 0.9}
 OPTIONS: dict[str, dict[str, Any]] = {
     "ESAM(gamma=1)": {"gamma": 1.0, "beta": 0.5},
     "ESAM(gamma=0.5)": {"gamma": 0.5, "beta": 0.5},
+    "FlatLoRA": {"total": 4},
+    "LESAM": {"total": 4},
     "LookSAM": {"k": 2},
+    "LookLayerSAM": {"k": 2},
     "MicrobatchSAM(2)": {"num_microbatches": 2},
 }
 Make = Callable[[Any], Any]
@@ -41,7 +46,9 @@ def net() -> nn.Module:
 
 
 def maker(row: str) -> Make:
-    method = fused_sam.METHODS[row.partition("(")[0]]
+    method = with_frozen if row == "FlatLoRA" else fused_sam.METHODS[row.partition("(")[0]]
+    if row in NEED_ADAM:
+        return lambda params: method(params, torch.optim.AdamW, rho=0.1, lr=0.01)
     return lambda params: method(params, torch.optim.SGD, **{**BASE, **OPTIONS.get(row, {})})
 
 
@@ -78,7 +85,7 @@ def in_torch(make: Make) -> nn.Module:
 
 
 def clean(optimizer: Any) -> None:
-    if isinstance(optimizer, MomentumSAM):
+    if isinstance(optimizer, DisplacedSAM):
         optimizer.eval()
 
 

@@ -14,13 +14,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 import fused_sam
-from fused_sam import MomentumSAM
+from fused_sam.methods.displaced import DisplacedSAM
 
 
 def perturbed(method: str, backend: str = "reference") -> tuple[nn.Module, Any]:
     model, optimizer = built(method, backend)
     train(model, optimizer, range(3))  # LookSAM perturbs in every third step
-    if not isinstance(optimizer, MomentumSAM):
+    if not isinstance(optimizer, DisplacedSAM):
         optimizer.zero_grad()
         loss_of(model, 3).backward()
         optimizer.first_step(zero_grad=True)
@@ -34,7 +34,7 @@ def test_a_guarded_model_is_neither_evaluated_nor_saved_nor_averaged(method: str
     guards = [optimizer.guard(model), optimizer.guard(averaged)]
     stored = [p.detach().clone() for p in model.parameters()]
     attempts = [lambda: model.eval()(batch(0)[0]), model.state_dict, lambda: averaged.update_parameters(model)]
-    held = "displaced" if isinstance(optimizer, MomentumSAM) else "perturbed"
+    held = "displaced" if isinstance(optimizer, DisplacedSAM) else "perturbed"
     for attempt in attempts:
         with pytest.raises(RuntimeError, match=f"weights are {held}"):
             attempt()
@@ -50,8 +50,22 @@ def test_a_guarded_model_is_neither_evaluated_nor_saved_nor_averaged(method: str
     copied.state_dict()
     for guard in guards:
         guard.remove()
-    for attempt in attempts:
+    for attempt in attempts[:2]:
         attempt()
+    with pytest.raises(RuntimeError, match=f"weights are {held}"):  # known without a guard
+        attempts[2]()
+
+
+def test_averages_of_other_models_and_of_clean_weights_are_no_error() -> None:
+    model, optimizer = perturbed("ASAM")
+    other = built("ASAM", "reference")[0]
+    AveragedModel(other).update_parameters(other)
+    copied = copy.deepcopy(model)
+    AveragedModel(model).update_parameters(copied)
+    averaged = AveragedModel(model)
+    optimizer.restore()
+    averaged.update_parameters(model)
+    assert_same_bits(averaged.module.parameters(), model.parameters())
 
 
 def test_a_guarded_model_is_used_as_usual_with_clean_weights() -> None:

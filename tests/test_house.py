@@ -25,7 +25,7 @@ LAYERS = [
     {"sam", "schedule"},
     {"methods"},
     {"training"},
-    {"integrations", "demo", "analysis", "__init__"},
+    {"integrations", "demo", "analysis", "testing", "__init__"},
     {"__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -23,7 +23,7 @@ from support.campaign import Campaign
 from support.family import METHODS, built, clean, model_and_groups, resume, train
 from torch import nn
 
-from fused_sam import SAM
+from fused_sam import SAM, MomentumSAM
 
 PLACES = 16
 
@@ -109,6 +109,65 @@ def test_an_exception_at_any_bytecode_of_a_step_loses_nothing(
             if not method.startswith("ESAM") and not same(held(optimizer), new):  # which draws other elements then
                 lost.append(f"the step again gives other weights, {where}")
     assert not lost, "\n".join(lost)
+
+
+@pytest.mark.parametrize("method", ["ASAM", "FriendlySAM", "MomentumSAM", "MicrobatchSAM"])
+def test_a_second_interrupt_while_an_update_is_completed_loses_nothing(
+    campaign: Campaign, backend: str, method: str
+) -> None:
+    def trained() -> tuple[nn.Module, Any]:
+        model, optimizer = built(method, backend)
+        train(model, optimizer, range(1))
+        optimizer.zero_grad()
+        nets.loss_of(model, 1).backward()
+        if optimizer.needs_second_pass:
+            optimizer.first_step(zero_grad=True)
+            nets.loss_of(model, 1).backward()
+        return model, optimizer
+
+    _, optimizer = trained()
+    before, optimizer = held_after_restore(optimizer), trained()[1]
+    count = interrupts.run(optimizer.step)
+    new = held(optimizer)
+    draw = random.Random(f"{method} {backend}")
+    for at in places(campaign, count, f"twice {method} {backend}"):
+        _, optimizer = trained()
+        again = draw.randint(1, 60)
+        interrupts.run(optimizer.step, at, again)
+        where = f"bytecodes {at} and {again} after, of {count}: {interrupts.run.place}"
+        if optimizer.perturbed or isinstance(optimizer, MomentumSAM):
+            optimizer.restore()
+        now = held(optimizer)
+        assert same(now, new) or same(now, before), where
+
+
+def held_after_restore(optimizer: Any) -> Any:
+    optimizer.restore()
+    return held(optimizer)
+
+
+def test_an_update_that_interrupts_keep_incomplete_is_completed_by_the_next_call(backend: str) -> None:
+    model, optimizer = built("FriendlySAM", backend)
+    train(model, optimizer, range(1))
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    for each, other in ((model, optimizer), (twin_model, twin)):
+        other.zero_grad()
+        nets.loss_of(each, 1).backward()
+        other.first_step(zero_grad=True)
+        nets.loss_of(each, 1).backward()
+    twin.step()
+
+    def interrupt() -> None:
+        raise interrupts.Interrupt
+
+    optimizer.stepper.context._run_updated = interrupt  # however often it is tried
+    with pytest.raises(interrupts.Interrupt):
+        optimizer.step()
+    del optimizer.stepper.context._run_updated
+    assert optimizer.perturbed
+    optimizer.zero_grad(set_to_none=False)  # the next call
+    assert not optimizer.perturbed
+    assert same(held(optimizer), held(twin))
 
 
 def test_an_exception_at_any_bytecode_of_unperturbed_loses_nothing(campaign: Campaign, backend: str) -> None:

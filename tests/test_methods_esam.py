@@ -15,7 +15,7 @@ from fused_sam.training import sam_step
 def test_esam_selects_samples_only_in_sam_step(backend: str) -> None:
     model = nets.net()
     optimizer = fused_sam.ESAM(model.parameters(), lr=0.1, backend=backend)
-    assert optimizer.selected_fraction == 0.6
+    assert optimizer.selected_fraction == 0.5
     assert fused_sam.ESAM(model.parameters(), gamma=1.0).selected_fraction is None
     before = Snapshot(optimizer)
     with pytest.raises(RuntimeError, match=r"sam_step .* or gamma=1"):
@@ -28,7 +28,7 @@ def test_esam_selects_samples_only_in_sam_step(backend: str) -> None:
         return nn.functional.cross_entropy(model(data[0]), data[1], reduction="none")
 
     sam_step(model, losses, nets.batch(0), optimizer)
-    assert sizes == [32, 32, 19]  # round(0.6 * 32)
+    assert sizes == [32, 32, 16]  # round(0.5 * 32)
     with pytest.raises(ValueError, match="one loss per sample"):
         sam_step(model, lambda m, d: losses(m, d).mean(), nets.batch(0), optimizer)
 

@@ -19,10 +19,12 @@ def plus(a: Vector, b: Vector, alpha: float | Tensor = 1.0) -> Vector:
     return [x + alpha * y for x, y in zip(a, b, strict=True)]
 
 
-@pytest.mark.parametrize("scale", ["weights", "all"])
+@pytest.mark.parametrize("scale", ["matrices", "all", ("weight",)], ids=str)
 def test_asam(backend: str, dtype: torch.dtype, scale: str) -> None:
-    """arXiv 2102.11600. With scale="weights", T is 1 for tensors of one dimension."""
+    """arXiv 2102.11600. With scale="matrices", T is 1 for tensors of one dimension; here those have no "weight"."""
     model, groups = model_and_groups(dtype)
+    for group in groups:
+        group["params"] = [(n, p) for n, p in model.named_parameters() for q in group["params"] if p is q]
     sam_steps(model, fused_sam.ASAM(groups, eta=0.05, scale=scale, backend=backend, **options()))
     p = Problem()
 

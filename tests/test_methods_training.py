@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import nets
 from support.bits import Snapshot, assert_same_bits
-from support.family import METHODS, built, clean, sam_steps, train
+from support.family import METHODS, NEED_ADAM, ONE_PASS, built, clean, sam_steps, train
 from torch import Tensor, nn
 
 from fused_sam.schedule import AdaptiveSchedule, AfterDecay, Every, LastSteps, Schedule
@@ -127,7 +127,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(backend: str, meth
 def test_rho_zero_is_the_base_optimizer(backend: str, method: str) -> None:
     model, twin = nets.net(), nets.net()
     optimizer = METHODS[method](list(model.parameters()), rho=0.0, lr=0.1, momentum=0.9, backend="reference")
-    base = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    base: torch.optim.Optimizer = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, foreach=False)
+    if method in NEED_ADAM:
+        base = torch.optim.AdamW(twin.parameters(), lr=0.1, eps=1e-3, foreach=False)
     passes: list[int] = []
     sam_steps(model, optimizer, 4, passes)
     nets.train_plain(twin, base, range(4))
@@ -139,7 +141,7 @@ def test_rho_zero_is_the_base_optimizer(backend: str, method: str) -> None:
 def test_other_base_optimizers(backend: str, method: str) -> None:
     """Adam is fused. RMSprop takes its own step on restored weights."""
     for base, extra in ((torch.optim.AdamW, {"betas": (0.8, 0.99)}), (torch.optim.RMSprop, {"momentum": 0.5})):
-        if base is torch.optim.RMSprop and method == "MomentumSAM":
+        if base is torch.optim.RMSprop and (method.startswith("MomentumSAM") or method in NEED_ADAM):
             continue
         runs = []
         for name in (backend, "reference"):
@@ -154,7 +156,7 @@ def test_other_base_optimizers(backend: str, method: str) -> None:
 
 
 SCHEDULES = [Every(3), LastSteps(0.5, 6), AfterDecay(), AdaptiveSchedule(6)]
-DECIDE_BEFORE_GRADIENTS = ("ESAM tensors", "MomentumSAM")
+DECIDE_BEFORE_GRADIENTS = ("ESAM tensors", *ONE_PASS)
 
 
 @pytest.mark.parametrize(

@@ -52,6 +52,20 @@ def test_the_error_of_cuda_without_nvcc_names_the_package(tree: Path, tmp_path: 
     assert "nvcc is missing" in line and "apt install" in line
 
 
+def test_the_error_of_an_nvcc_that_is_too_old_or_broken_names_it(tree: Path, tmp_path: Path) -> None:
+    (tree / "csrc" / "cuda").mkdir(exist_ok=True)
+    (tree / "csrc" / "cuda" / "any.cu").touch()
+    nvcc = tmp_path / "nvcc"
+    for said, words in (
+        ("Cuda compilation tools, release 11.8, V11.8.89", "is of CUDA 11.8, and 12.0 or newer is needed"),
+        ("no version", "names no release"),
+    ):
+        nvcc.write_text(f"#!/bin/sh\necho '{said}'\n")
+        nvcc.chmod(0o755)
+        line = build_error(tree, FUSED_SAM_CUDA="1", CUDACXX=str(nvcc))
+        assert str(nvcc) in line and words in line and "set CUDA_HOME" in line
+
+
 def test_the_error_of_a_missing_compiler_names_the_package(tree: Path) -> None:
     assert "apt install g++" in build_error(tree, CXX="no-such-compiler", FUSED_SAM_CUDA="0")
     assert "apt install g++" in build_error(tree, CXX="", PATH=str(tree), FUSED_SAM_CUDA="0")

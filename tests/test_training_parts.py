@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from support.bits import same_bits
 from torch import Tensor, nn
 
-from examples.methods.stable_sam import StableSAM
-from fused_sam import SAM, FriendlySAM, Step
+from fused_sam import SAM, FriendlySAM, StableSAM, Step
 from fused_sam.schedule import Schedule
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, local_perturbation, paired_closure, select_sharp
 from fused_sam.training.batches import leading_samples, selected_samples, split, take

@@ -20,6 +20,7 @@ pytest.importorskip("triton", minversion="3.6")
 # The contract's tests leave out 16-bit params with fp32 gradients, which the first file covers with the same kernels.
 SUITES = {
     "primitives": ("tests/interpreted/primitives.py", ""),
+    "rows": ("tests/interpreted/rows.py", ""),
     "contract": ("tests/test_primitives.py", "triton and not float16-float32"),
     "backends": ("tests/test_backends.py", "triton"),
     "steps": ("tests/test_steps.py", "triton"),

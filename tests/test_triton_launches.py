@@ -132,6 +132,34 @@ def test_a_variant_for_each_use_and_no_more(driver: RecordingDriver) -> None:
     assert len(KERNELS["perturb"].device_caches[0][0]) == 6
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_squares_are_two_launches_for_any_number_of_tensors(weights: bool, driver: RecordingDriver) -> None:
+    """The sums of the blocks, and of each row's blocks; later launches repeat the first ones."""
+    for count in (3, 161):
+        driver.launches.clear()
+        case, backend = draw_case([40] * count, DTYPES[0]), Triton()
+        case.table.rule, case.table.state = None, {}
+        sums = torch.zeros(2, count)
+        for _ in range(2):
+            backend.squares(case.table, PERTURB_GROUPS, sums, weights=weights)
+        assert [launch.kernel for launch in driver.launches] == ["squares", "row_sums"] * 2
+        assert [launch.programs for launch in driver.launches] == [count] * 4
+
+
+def test_perturb_with_numbers_per_row_is_a_variant_of_its_own(driver: RecordingDriver) -> None:
+    from fused_sam.backends.triton.kernels import KERNELS
+
+    for factors, moments in ((False, False), (True, False), (True, True)):
+        case = draw_case(SIZES, DTYPES[0])
+        case.table.rule, case.table.state = None, {}
+        case.table.factors = torch.ones(3) if factors else None
+        if moments:
+            case.table.second_moments, case.table.unbias = [torch.ones(n) for n in SIZES], torch.ones(3)
+        Triton().perturb(case.table, PERTURB_GROUPS, STATUS)
+    assert len(KERNELS["perturb"].device_caches[0][0]) == 3
+    assert [launch.kernel for launch in driver.launches] == ["perturb"] * 3
+
+
 @pytest.mark.parametrize("rule", GROUPS)
 def test_a_whole_step_of_many_tensors_is_four_launches(rule: str, driver: RecordingDriver) -> None:
     """Norm and perturbation, norm and update; three under a GradScaler, which has checked the second gradient."""
@@ -142,6 +170,24 @@ def test_a_whole_step_of_many_tensors_is_four_launches(rule: str, driver: Record
     updating(None, math.inf)(backend, case)
     assert [launch.kernel for launch in driver.launches] == ["norm", "perturb", "norm", rule]
     assert [launch.programs for launch in driver.launches] == [case.table.native.programs, 161] * 2
+
+
+@pytest.mark.parametrize(("registers", "fitting"), [(32, 8), (33, 6), (39, 6), (48, 5), (64, 4), (255, 1)])
+def test_a_reduction_has_as_many_programs_as_the_device_holds(
+    registers: int, fitting: int, driver: RecordingDriver
+) -> None:
+    """One more would wait for the first to end. The limits are those of NVIDIA's occupancy calculator."""
+    driver.registers = registers
+    case, backend = draw_case([2048] * 100, DTYPES[0], GROUPS["sgd"]), Triton()
+    pair, _ = draw_pairs([2048] * 100, torch.float32, torch.float32)
+    for _ in range(2):
+        backend.norm([case.table], PERTURB_GROUPS, STATUS, **HOW)  # type: ignore[arg-type]
+        backend.dot(pair, NUMBERS, reset=True)
+        backend.perturb(case.table, PERTURB_GROUPS, STATUS)
+    processors = case.table.native.device.processors
+    assert [launch.programs for launch in driver.launches] == [fitting * processors] * 2 + [100] + [
+        fitting * processors
+    ] * 2 + [100]
 
 
 def test_the_norm_of_several_tables_is_one_launch_for_each(driver: RecordingDriver) -> None:

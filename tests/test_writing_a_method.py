@@ -1,9 +1,8 @@
-"""Tests of methods that users write with the public Step: the examples' formulas, and the errors of wrong hooks."""
+"""Tests of methods that users write with the public Step: the example's formula, and the errors of wrong hooks."""
 
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,67 +10,17 @@ import pytest
 import torch
 from support import nets
 from support.bits import assert_same_bits
-from support.family import STEPS, Problem, Vector, assert_weights, dot, model_and_groups, options, sam_steps
+from support.family import STEPS, Problem, assert_weights, model_and_groups, options, sam_steps
 from torch import nn
 
 import fused_sam
-from examples.methods.le_sam import LESAM
-from examples.methods.stable_sam import StableSAM
-from examples.methods.unnormalised_sam import UnnormalisedSAM
 from examples.methods.vasso import VaSSO
 from fused_sam import SAM, Step, option
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["fp64", "fp32"])
 
 
-def norm(v: Vector, p: Problem) -> float:
-    """Return the norm over the perturbed groups."""
-    return math.sqrt(sum(float(x.square().sum()) for x, on in zip(v, p.perturbed, strict=True) if on))
-
-
-# ---- the methods of examples/methods equal their formulas -----------------------------------------------------------
-
-
-@DTYPES
-def test_stable_sam(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2401.07250: d = (||g|| / ||g_s||) g_s."""
-    model, groups = model_and_groups(dtype)
-    sam_steps(model, StableSAM(groups, backend=backend, **options()))
-    p = Problem()
-    for step in range(STEPS):
-        g = p.gradient(p.w, step)
-        g_s = p.gradient(p.perturb(g), step)
-        p.update([norm(g, p) / float(dot(g_s, g_s).sqrt()) * x for x in g_s])
-    assert_weights(model, p.w)
-
-
-@DTYPES
-def test_le_sam(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2605.10183: ||e|| = min(sigma_t / ||g||, rho_max). sigma_t is a cosine to 0, for all perturbed groups."""
-    model, groups = model_and_groups(dtype)
-    optimizer = LESAM(groups, sigma=0.03, rho_max=0.15, total=8, backend=backend, **options())
-    sam_steps(model, optimizer)
-    p, lengths = Problem(), []
-    for step in range(STEPS):
-        g = p.gradient(p.w, step)
-        sigma = 0.03 * (1 + math.cos(math.pi * min(1.0, step / 8))) / 2
-        lengths.append(min(sigma / norm(g, p), 0.15))
-        p.rho = [lengths[-1]] * len(p.rho)
-        p.update(p.gradient(p.perturb(g), step))
-    assert_weights(model, p.w)
-    assert lengths[0] == 0.15 and any(0 < length < 0.15 for length in lengths), "both limits are met"
-
-
-@DTYPES
-def test_unnormalised_sam(backend: str, dtype: torch.dtype) -> None:
-    """arXiv 2206.06232: e = rho g, with each group's rho."""
-    model, groups = model_and_groups(dtype)
-    sam_steps(model, UnnormalisedSAM(groups, backend=backend, **options()))
-    p = Problem()
-    for step in range(STEPS):
-        g = p.gradient(p.w, step)
-        p.update(p.gradient(p.perturb(g, factor=norm(g, p)), step))
-    assert_weights(model, p.w)
+# ---- the method of examples/methods equals its formula --------------------------------------------------------------
 
 
 @DTYPES

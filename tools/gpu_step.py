@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_tables import head, require_gpu
 from torch import Tensor, nn
 
 from bench.shapes import by_name
@@ -186,11 +187,10 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     folder: Path = parser.parse_args().out
-    if not torch.cuda.is_available():
-        parser.error("there is no GPU that torch can use")
+    require_gpu(parser)
     folder.mkdir(parents=True, exist_ok=True)
     failed = []
-    report: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+    report: dict[str, Any] = head()
     for backend in BACKENDS:
         for name, measure in MEASURES.items():
             try:

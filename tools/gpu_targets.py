@@ -1,6 +1,8 @@
 """Compares the measurements of tools/gpu_check.sh with the targets of the GPU backends.
 
-    python tools/gpu_targets.py DIR    reads DIR/step.json and the benchmarks' JSON in DIR/ours, writes DIR/targets.json
+    python tools/gpu_targets.py DIR
+
+It reads step.json, kernels.json and the benchmarks' JSON in DIR/ours, and writes DIR/targets.json.
 
 Each target has the number that was reached and a verdict; both are null, with the reason, if nothing was measured.
 """
@@ -8,6 +10,7 @@ Each target has the number that was reached and a verdict; both are null, with t
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ MORE_MEMORY = 1.01
 LAUNCHES = 3
 HOST_SECONDS = 15e-6
 COPY_FRACTION = 0.9
+STEP_FRACTIONS = {"fp32": 0.95, "bf16": 0.9}  # of a step in 3 launches with SGD, by the kind of params
 
 
 def outcome(what: str, relation: str, limit: float, reached: float | None, why: str = "") -> dict[str, Any]:
@@ -60,6 +64,22 @@ def of_step(step: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def of_kernels(kernels: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the targets of kernels.json."""
+    found = {
+        row["kind"]: row["of_copy"]
+        for row in kernels.get("rows", [])
+        if row["elements"] == 128 << 20 and row["pass"] == "sgd step in 3 launches"
+    }
+    return [
+        outcome(
+            f"cuda: bytes per second of a SAM + SGD step over copy_'s, 134M {kind}", ">=", limit, found.get(kind),
+            "" if kind in found else "not measured",
+        )
+        for kind, limit in STEP_FRACTIONS.items()
+    ]  # fmt: skip
+
+
 def of_comparisons(base: str, runs: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return the targets of a benchmark's runs, by shape. The CUDA backend is their baseline."""
     rows = []
@@ -93,12 +113,15 @@ def main(arguments: list[str]) -> int:
         print(__doc__, file=sys.stderr)
         return 2
     folder = Path(arguments[0])
-    path = folder / "step.json"
-    step = json.loads(path.read_text()) if path.exists() else {}
-    rows = of_step(step)
+    step, kernels = (
+        json.loads(path.read_text()) if path.exists() else {}
+        for path in (folder / "step.json", folder / "kernels.json")
+    )
+    rows = of_kernels(kernels) + of_step(step)
     for base, name in (("SGD", "side_by_side"), ("AdamW", "adamw_side_by_side")):
         rows += of_comparisons(base, comparisons(folder, name))
-    (folder / "targets.json").write_text(json.dumps({"device": step.get("device"), "targets": rows}, indent=1) + "\n")
+    first = {"device": step.get("device"), "commit": step.get("commit") or os.environ.get("FUSED_SAM_COMMIT")}
+    (folder / "targets.json").write_text(json.dumps({**first, "targets": rows}, indent=1) + "\n")
     for row in rows:
         verdict = {True: "met", False: "MISSED", None: "unknown"}[row["met"]]
         reached = "-" if row["reached"] is None else f"{row['reached']:.4g}"

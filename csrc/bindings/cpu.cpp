@@ -93,14 +93,26 @@ PYBIND11_MODULE(_cpu, m) {
       .def("set_rng", &Table::set_rng, py::arg("seed"), py::arg("rng_streams"), py::arg("stochastic_rounding"))
       .def("norm", &norm, py::arg("groups"), py::arg("status"), py::arg("reset"), py::arg("finish"),
            py::arg("keep_skip"), py::arg("eps"), py::arg("threads"))
+      // unbias, factors: addresses of a number per tensor; 0: none.
+      .def("squares",
+           [](Table& t, const py::sequence& groups, uintptr_t unbias, uintptr_t sums, bool weights, int threads) {
+             const std::vector<PerturbGroup> own = groups_from(groups, perturb_group);
+             if (sums == 0) throw std::invalid_argument("the sums have no address");
+             py::gil_scoped_release release;
+             t.squares(own, reinterpret_cast<const double*>(unbias), reinterpret_cast<double*>(sums), weights, threads);
+           },
+           py::arg("groups"), py::arg("unbias"), py::arg("sums"), py::arg("weights"), py::arg("threads"))
       .def("perturb",
-           [](Table& t, const py::sequence& groups, uintptr_t status, int threads) {
+           [](Table& t, const py::sequence& groups, uintptr_t status, int threads, uintptr_t factors,
+              uintptr_t unbias) {
              const std::vector<PerturbGroup> own = groups_from(groups, perturb_group);
              Status& s = status_at(status);
              py::gil_scoped_release release;
-             t.perturb(own, s, threads);
+             t.perturb(own, s, threads, reinterpret_cast<const double*>(factors),
+                       reinterpret_cast<const double*>(unbias));
              s.perturbed_tables += 1;
-           })
+           },
+           py::arg("groups"), py::arg("status"), py::arg("threads"), py::arg("factors") = 0, py::arg("unbias") = 0)
       .def("sgd", update(&Table::sgd, sgd_group))
       .def("adam", update(&Table::adam, adam_group))
 #define FUSED_SAM_DEF(Rule) .def(Rule::kName, update(&Table::element<Rule>, element_group<Rule>))

@@ -31,6 +31,11 @@ std::vector<DeviceRate> rates_from(const py::object& rates) {
   return out;
 }
 
+// Counts a launched write at Status.marks, so that no exception comes between the launch and its count. marks: 0 for none.
+void count(uintptr_t marks, double StatusOf<double>::*tables) {
+  if (marks != 0) reinterpret_cast<StatusOf<double>*>(marks)->*tables += 1;
+}
+
 // Defines a method of an update rule: update(table, groups, arguments), the groups being read by `read_group`.
 template <class Read, class Call>
 void add_update(py::class_<CudaTable>& cls, const char* name, Read read_group, Call update, const char* doc) {
@@ -38,13 +43,15 @@ void add_update(py::class_<CudaTable>& cls, const char* name, Read read_group, C
       name,
       [read_group, update](CudaTable& table, const py::sequence& groups, const py::object& rates, uintptr_t status,
                            uintptr_t grad_scale, double max_norm, uintptr_t workspace, uint64_t seed,
-                           bool stochastic_rounding, uintptr_t stream) {
+                           bool stochastic_rounding, uintptr_t stream, uintptr_t marks) {
         const auto read = [&](const py::tuple& t) { return read_group(t, 1.0); };  // grad_scale is read on the device
         (table.*update)(groups_from(groups, read), UpdateArguments{rates_from(rates), status, grad_scale, max_norm,
                                                                    workspace, seed, stochastic_rounding, stream});
+        count(marks, &StatusOf<double>::updated_tables);
       },
       py::arg("groups"), py::arg("rates"), py::arg("status"), py::arg("grad_scale"), py::arg("max_norm"),
-      py::arg("workspace"), py::arg("seed"), py::arg("stochastic_rounding"), py::arg("stream"), doc);
+      py::arg("workspace"), py::arg("seed"), py::arg("stochastic_rounding"), py::arg("stream"), py::arg("marks") = 0,
+      doc);
 }
 
 template <class T>
@@ -92,13 +99,23 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
           py::arg("eps"), py::arg("workspace"), py::arg("stream"),
           "Add the sum of squares of T_w g to the status, or of g if groups is None; with finish, also finish_norm.")
       .def(
+          "squares",
+          [](CudaTable& t, const py::sequence& groups, uintptr_t unbias, uintptr_t sums, bool weights,
+             uintptr_t workspace, uintptr_t stream) {
+            t.squares(groups_from(groups, perturb_group), unbias, sums, weights, workspace, stream);
+          },
+          py::arg("groups"), py::arg("unbias"), py::arg("sums"), py::arg("weights"), py::arg("workspace"),
+          py::arg("stream"), "Write the sums of squares of T_w g of each tensor, and then those of the weights.")
+      .def(
           "perturb",
           [](CudaTable& t, const py::sequence& groups, uintptr_t status, uint64_t seed, bool stochastic_rounding,
-             uintptr_t stream) {
-            t.perturb(groups_from(groups, perturb_group), status, seed, stochastic_rounding, stream);
+             uintptr_t stream, uintptr_t factors, uintptr_t unbias, uintptr_t marks) {
+            t.perturb(groups_from(groups, perturb_group), status, seed, stochastic_rounding, stream, factors, unbias);
+            count(marks, &StatusOf<double>::perturbed_tables);
           },
           py::arg("groups"), py::arg("status"), py::arg("seed"), py::arg("stochastic_rounding"), py::arg("stream"),
-          "Copy params to backups, then params += rho * inverse_norm * T_w^2 g; from the masters if there are any.")
+          py::arg("factors") = 0, py::arg("unbias") = 0, py::arg("marks") = 0,
+          "Copy params to backups, then params += rho * inverse_norm * factor * T_w^2 g; from masters if there are any.")
       .def("restore", &CudaTable::restore, py::arg("stream"), "Copy backups to params, or round masters into them.");
   add_update(table, "sgd", sgd_group, &CudaTable::sgd, "Take one step of SGD from the backups or masters.");
   add_update(table, "adam", adam_group, &CudaTable::adam,
@@ -120,11 +137,12 @@ PYBIND11_MODULE(FUSED_SAM_CUDA_MODULE, m) {
       .def(
           "axpby",
           [](CudaVectorPair& v, const Addresses& x, const Addresses& y, int out_dtype, const Addresses& out,
-             uintptr_t coefficients, double a, double b, uintptr_t status, uintptr_t stream) {
+             uintptr_t coefficients, double a, double b, uintptr_t status, uintptr_t stream, uintptr_t marks) {
             v.axpby(x, y, Dtype(out_dtype), out, coefficients, a, b, status, stream);
+            count(marks, &StatusOf<double>::updated_tables);
           },
           py::arg("x"), py::arg("y"), py::arg("out_dtype"), py::arg("out"), py::arg("coefficients"), py::arg("a"),
-          py::arg("b"), py::arg("status"), py::arg("stream"),
+          py::arg("b"), py::arg("status"), py::arg("stream"), py::arg("marks") = 0,
           "Write out = a * x + b * y; with a status, nothing where skip is set.");
 
   m.def(

@@ -23,7 +23,7 @@ namespace fused_sam {
 template <class R>
 struct PerturbGroupOf {
   R rho;        // length of the perturbation
-  R eta;        // ASAM's offset, used if adaptive
+  R eta;        // ASAM's offset, used if adaptive; Adam's eps for Precond-SAM
   R mask_prob;  // share of the elements that perturb moves; 1: all
   bool adaptive;
 };
@@ -95,10 +95,13 @@ FUSED_SAM_FN bool is_negative_zero(double x) {
   return bits == 0x8000000000000000u;
 }
 
+FUSED_SAM_FN float magnitude(float x) { return fabsf(x); }
+FUSED_SAM_FN double magnitude(double x) { return fabs(x); }
+
 // T_w of ASAM (arXiv 2102.11600): |w| + eta. Plain SAM has T_w = 1.
 template <bool kAdaptive, class R>
 FUSED_SAM_FN R weight_scale(R w, R eta) {
-  return kAdaptive ? (w < R(0) ? -w : w) + eta : R(1);
+  return kAdaptive ? magnitude(w) + eta : R(1);
 }
 
 // T_w g, the vector whose global norm divides the perturbation.
@@ -116,6 +119,13 @@ FUSED_SAM_FN R perturbed(R w, R g, R s, R eta) {
     return w + s * (t * (t * g));
   }
   return w + s * g;
+}
+
+// T_w^2 of Precond-SAM (arXiv 2502.02407): 1 / (sqrt(v_hat) + eps). v is Adam's second moment, and `unbias` is
+// 1 / sqrt(1 - beta2^t).
+template <class R>
+FUSED_SAM_FN R preconditioner(R v, R unbias, R eps) {
+  return R(1) / (R(sqrt(v)) * unbias + eps);
 }
 
 // torch.optim.SGD's direction before momentum: factor * g + weight_decay * w, where w is the unperturbed param.

@@ -40,6 +40,9 @@ FUSED_SAM_FN uint32_t word(StreamKey key, int64_t i) {
 // Returns true with probability `mask_prob`, in steps of 2^-24.
 FUSED_SAM_FN bool in_mask(uint32_t word, float mask_prob) { return float(word >> 8) * 0x1p-24f < mask_prob; }
 
+// Returns the limit below which a word is in the mask, for mask_prob < 1: word < mask_limit(p) is in_mask(word, p).
+FUSED_SAM_FN uint32_t mask_limit(float mask_prob) { return uint32_t(ceilf(mask_prob * 0x1p24f)) << 8; }
+
 // Rounds fp32 to T, up or down with probabilities that make the mean x. Numbers that are not finite, and those beyond
 // fp16's largest, are rounded to nearest.
 template <class T>

@@ -18,6 +18,7 @@ struct StatusOf {
   // Used in the host's memory only: how many tables the perturbation and the update of this step have written.
   R perturbed_tables;
   R updated_tables;
+  R skipped_steps;  // in a row, up to the step before this one
 };
 
 // Adds the sum of squares of one table. reset: true for the first table.
@@ -31,10 +32,11 @@ struct FinishNorm {
   bool keep_skip;  // true: keeps a skip flag that is already set
 };
 
-// Turns the sum of squares into a norm and a skip flag.
+// Turns the sum of squares into a norm and a skip flag. Without keep_skip a step begins, and the flag is the last one's.
 template <class R>
 FUSED_SAM_FN void finish_norm(StatusOf<R>& status, R eps, FinishNorm how) {
   const R total = status.sum_of_squares;
+  if (!how.keep_skip) status.skipped_steps = status.skip != R(0) ? status.skipped_steps + R(1) : R(0);  // of the last step
   const bool finite = total - total == R(0);
   const R norm = sqrt(total);
   if (how.ascent) {

@@ -1,5 +1,6 @@
 // Storage types of tensors, and their conversion to the type of the arithmetic.
 // bf16 and fp16 are stored as bits. Conversion to float is exact; from float it rounds to nearest, ties to even.
+// GPUs convert in one instruction, which gives the same bits for all numbers; NaNs may have another payload.
 #pragma once
 
 #include <cstdint>
@@ -45,11 +46,17 @@ FUSED_SAM_FN float widen(float x) { return x; }
 FUSED_SAM_FN double widen(double x) { return x; }
 FUSED_SAM_FN float widen(bf16 x) { return bits_float(uint32_t(x.bits) << 16); }
 FUSED_SAM_FN float widen(f16 x) {
+#if defined(__CUDA_ARCH__)
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(x.bits));
+  return wide;
+#else
   const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16;
   const uint32_t magnitude = x.bits & 0x7fffu;
   if (magnitude >= 0x7c00u) return bits_float(sign | 0x7f800000u | (magnitude << 13));  // inf, NaN
   // The multiplication corrects the exponent and also normalises subnormals.
   return bits_float(sign | float_bits(bits_float(magnitude << 13) * 0x1p112f));
+#endif
 }
 
 // Rounds the arithmetic's type to a storage type, to nearest.
@@ -66,15 +73,26 @@ struct Narrow<double, double> {
 template <>
 struct Narrow<bf16, float> {
   FUSED_SAM_FN bf16 of(float x) {
+#if defined(__CUDA_ARCH__)
+    bf16 narrow;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+#else
     const uint32_t u = float_bits(x);
     const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     const uint32_t quiet_nan = (u >> 16) | 0x40u;
     return bf16{uint16_t((u & 0x7fffffffu) > 0x7f800000u ? quiet_nan : rounded)};
+#endif
   }
 };
 template <>
 struct Narrow<f16, float> {
   FUSED_SAM_FN f16 of(float x) {
+#if defined(__CUDA_ARCH__)
+    f16 narrow;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(narrow.bits) : "f"(x));
+    return narrow;
+#else
     const uint32_t u = float_bits(x);
     const uint32_t sign = (u >> 16) & 0x8000u;
     const uint32_t magnitude = u & 0x7fffffffu;
@@ -87,6 +105,7 @@ struct Narrow<f16, float> {
     }
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u;
     return f16{uint16_t(sign | (rounded >> 13))};
+#endif
   }
 };
 

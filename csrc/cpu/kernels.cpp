@@ -78,31 +78,38 @@ inline void store_rounded(const R* from, P* to, const Rng& rng, int64_t first, b
 
 // ---- norm -------------------------------------------------------------------------------------------------
 
+// What T_w is made of: 1, the weight (ASAM), or Adam's second moment (Precond-SAM).
+enum class Scale { none, weight, second_moment };
+
+// (T_w g)^2. v: the second moment. eta: ASAM's offset, or Adam's eps.
+template <Scale kScale, class R>
+FUSED_SAM_FN double scaled_square(R w, R g, R v, R eta, R unbias) {
+  if constexpr (kScale == Scale::second_moment) return double(g) * double(g) * double(preconditioner<R>(v, unbias, eta));
+  const double x = double(scaled_gradient<kScale == Scale::weight, R>(w, g, eta));
+  return x * x;
+}
+
 // Sums in double, in lanes that do not depend on the instruction set. Squares of floats are exact in double, so neither
 // overflow nor the vector width changes the result.
-template <bool kAdaptive, class T, class G>
-double sum_squares(const T* weight, const G* grad, double group_eta, int64_t n) {
-  using R = typename Arithmetic<T>::type;
+template <Scale kScale, class T, class G, class R>
+double sum_squares(const T* weight, const G* grad, const R* second_moment, R eta, R unbias, int64_t n) {
+  constexpr bool kAdaptive = kScale == Scale::weight, kMoment = kScale == Scale::second_moment;
   constexpr int kLanes = 32;
-  const R eta = R(group_eta);
   double lanes[kLanes] = {};
   R weight_tile[kTile], grad_tile[kTile];
   for (int64_t at = 0; at < n; at += kTile) {
     const int64_t m = n - at < kTile ? n - at : kTile;
     const R* w = kAdaptive ? widened<T, R>(weight + at, weight_tile, m) : nullptr;
     const R* g = widened<G, R>(grad + at, grad_tile, m);
+    const R* v = kMoment ? second_moment + at : nullptr;
     int64_t i = 0;
     for (; i + kLanes <= m; i += kLanes) {
 #pragma omp simd
-      for (int k = 0; k < kLanes; ++k) {
-        const double x = double(scaled_gradient<kAdaptive, R>(kAdaptive ? w[i + k] : R(0), g[i + k], eta));
-        lanes[k] += x * x;
-      }
+      for (int k = 0; k < kLanes; ++k)
+        lanes[k] += scaled_square<kScale, R>(kAdaptive ? w[i + k] : R(0), g[i + k], kMoment ? v[i + k] : R(0), eta, unbias);
     }
-    for (int k = 0; i < m; ++i, ++k) {
-      const double x = double(scaled_gradient<kAdaptive, R>(kAdaptive ? w[i] : R(0), g[i], eta));
-      lanes[k] += x * x;
-    }
+    for (int k = 0; i < m; ++i, ++k)
+      lanes[k] += scaled_square<kScale, R>(kAdaptive ? w[i] : R(0), g[i], kMoment ? v[i] : R(0), eta, unbias);
   }
   double sum = 0;
   for (int k = 0; k < kLanes; ++k) sum += lanes[k];
@@ -124,11 +131,12 @@ inline void perturb_masked(const R* w, const R* g, R* out, R s, R eta, StreamKey
   }
 }
 
-template <bool kAdaptive, class T, class G, class P>
-void perturb(const Span<T, G, P>& span, const PerturbGroup& group, double length, const Rng& rng, bool stream) {
+template <Scale kScale, class T, class G, class P>
+void perturb(const Span<T, G, P>& span, const PerturbGroup& group, double length, double row_unbias, const Rng& rng,
+             bool stream) {
   using R = typename Arithmetic<T>::type;
-  constexpr bool kMaster = Span<T, G, P>::kMaster;
-  const R s = R(length), eta = R(group.eta);
+  constexpr bool kMaster = Span<T, G, P>::kMaster, kAdaptive = kScale == Scale::weight;
+  const R s = R(length), eta = R(group.eta), unbias = R(row_unbias);
   R weight_tile[kTile], grad_tile[kTile];
   for (int64_t at = 0; at < span.n; at += kTile) {
     const int64_t m = span.n - at < kTile ? span.n - at : kTile;
@@ -136,7 +144,11 @@ void perturb(const Span<T, G, P>& span, const PerturbGroup& group, double length
     const R* w = widened<T, R>(span.primary + at, weight_tile, m);
     const R* g = widened<G, R>(span.grad + at, grad_tile, m);
     R* out = std::is_same_v<P, R> ? reinterpret_cast<R*>(span.param + at) : weight_tile;
-    if (group.mask_prob < 1) {
+    if constexpr (kScale == Scale::second_moment) {
+      const R* v = span.state[0] + at;
+#pragma omp simd
+      for (int64_t i = 0; i < m; ++i) out[i] = w[i] + s * (preconditioner<R>(v[i], unbias, eta) * g[i]);
+    } else if (group.mask_prob < 1) {
       perturb_masked<kAdaptive, R>(w, g, out, s, eta, rng.mask, float(group.mask_prob), span.begin + at, m);
     } else {
 #pragma omp simd
@@ -251,18 +263,26 @@ void element(const Span<T, G, P>& span, const typename Rule::template GroupOf<do
 
 // ---- from options as numbers to options as types ----------------------------------------------------------
 
-double norm_of(const Slice& s, const PerturbGroup* group) {
+double norm_of(const Slice& s, const PerturbGroup* group, const double* unbias) {
   double sum = 0;
   with_types(s, [&](const auto& p) {
-    sum = group != nullptr && group->adaptive ? sum_squares<true>(p.primary, p.grad, group->eta, p.n)
-                                              : sum_squares<false>(p.primary, p.grad, 0, p.n);
+    using R = std::remove_pointer_t<std::decay_t<decltype(p.state[0])>>;
+    const R eta = group != nullptr ? R(group->eta) : R(0);
+    sum = unbias != nullptr
+              ? sum_squares<Scale::second_moment>(p.primary, p.grad, p.state[0], eta, R(*unbias), p.n)
+          : group != nullptr && group->adaptive
+              ? sum_squares<Scale::weight>(p.primary, p.grad, p.state[0], eta, R(0), p.n)
+              : sum_squares<Scale::none>(p.primary, p.grad, p.state[0], R(0), R(0), p.n);
   });
   return sum;
 }
 
-void perturb_of(const Slice& s, const PerturbGroup& group, double length, const Rng& rng, bool stream) {
+void perturb_of(const Slice& s, const PerturbGroup& group, double length, const double* unbias, const Rng& rng,
+                bool stream) {
   with_types(s, [&](const auto& p) {
-    group.adaptive ? perturb<true>(p, group, length, rng, stream) : perturb<false>(p, group, length, rng, stream);
+    unbias != nullptr ? perturb<Scale::second_moment>(p, group, length, *unbias, rng, stream)
+    : group.adaptive  ? perturb<Scale::weight>(p, group, length, 0, rng, stream)
+                      : perturb<Scale::none>(p, group, length, 0, rng, stream);
   });
 }
 

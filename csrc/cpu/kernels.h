@@ -22,6 +22,7 @@ struct Entry {
   void* master = nullptr;       // fp32 copy of the parameter, never perturbed; null without masters
   const void* grad = nullptr;
   // The update rule's buffers, in the order of fused_sam/backends/contract.py. Null if the group does not use it.
+  // In a table that perturbs, the first one is Adam's second moment, for Precond-SAM.
   void* state[kStateSlots] = {};
   float* step = nullptr;        // Adam's count of steps
   int32_t group = 0;
@@ -54,10 +55,10 @@ struct Rng {
 
 // stream: results go around the cache.
 struct Kernels {
-  // The sum of squares of T_w g; of g where group is null.
-  double (*norm)(const Slice&, const PerturbGroup* group);
+  // The sum of squares of T_w g; of g where group is null. unbias: null, or T_w is made of the second moment.
+  double (*norm)(const Slice&, const PerturbGroup* group, const double* unbias);
   // length: of the perturbation, over the norm.
-  void (*perturb)(const Slice&, const PerturbGroup&, double length, const Rng&, bool stream);
+  void (*perturb)(const Slice&, const PerturbGroup&, double length, const double* unbias, const Rng&, bool stream);
   void (*sgd)(const Slice&, const SgdGroup&, const Rng&, bool stream);
   void (*adam)(const Slice&, const AdamGroup&, const AdamStep<double>&, const Rng&, bool stream);
   void (*save)(const Slice&, bool stream);     // copies param to backup

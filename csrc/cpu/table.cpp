@@ -74,11 +74,41 @@ void Table::accumulate_norm(const std::vector<PerturbGroup>* groups, Status& sta
   if (groups != nullptr) check(groups->size());
   const auto kernel = kernels().norm;
   each_chunk(threads, [&](size_t i, const Slice& s) {
-    partial_[i] = kernel(s, groups == nullptr ? nullptr : &(*groups)[size_t(s.entry.group)]);
+    partial_[i] = kernel(s, groups == nullptr ? nullptr : &(*groups)[size_t(s.entry.group)], nullptr);
   });
   double sum = 0;
   for (double x : partial_) sum += x;
   fused_sam::accumulate_norm(status, sum, reset);
+}
+
+void Table::check_second_moments() const {
+  check_state("Adam", [](const Entry& e) { return e.state[0] != nullptr; });
+}
+
+void Table::squares(const std::vector<PerturbGroup>& groups, const double* unbias, double* sums, bool weights,
+                    int threads) {
+  check(groups.size());
+  if (unbias != nullptr) check_second_moments();
+  const auto kernel = kernels().norm;
+  // The norm of the weights is that of a gradient that has their place and dtype.
+  const Dtypes of_weights(dtypes_.param, dtypes_.master, dtypes_.master);
+  std::vector<double> weight_partial(weights ? partial_.size() : 0);
+  each_chunk(threads, [&](size_t i, const Slice& s) {
+    partial_[i] = kernel(s, &groups[size_t(s.entry.group)], number_of(unbias, s.entry));
+    if (!weights) return;
+    Entry e = s.entry;
+    e.grad = dtypes_.has_masters() ? e.master : e.param;
+    weight_partial[i] = kernel(Slice{of_weights, e, s.begin, s.length}, nullptr, nullptr);
+  });
+  const std::vector<int64_t> prefix = chunk_prefix(sizes_, kChunk);
+  const auto add_up = [&](const std::vector<double>& partial, double* to) {
+    for (size_t t = 0; t < sizes_.size(); ++t) {
+      to[t] = 0;
+      for (int64_t c = prefix[t]; c < prefix[t + 1]; ++c) to[t] += partial[size_t(c)];
+    }
+  };
+  add_up(partial_, sums);
+  if (weights) add_up(weight_partial, sums + sizes_.size());
 }
 
 Rng Table::rng(const Entry& e, const Status& status, Draw rounding, bool masked) const {
@@ -90,20 +120,26 @@ Rng Table::rng(const Entry& e, const Status& status, Draw rounding, bool masked)
   return out;
 }
 
-void Table::perturb(const std::vector<PerturbGroup>& groups, const Status& status, int threads) {
+void Table::perturb(const std::vector<PerturbGroup>& groups, const Status& status, int threads, const double* factors,
+                    const double* unbias) {
   check(groups.size());
+  if (unbias != nullptr) check_second_moments();
   if (status.skip != 0) {
     if (dtypes_.has_masters()) return;
     const auto kernel = kernels().save;
     each_chunk(threads, [&](size_t, const Slice& s) { kernel(s, stream_); });
     return;
   }
-  for (const PerturbGroup& g : groups)
+  for (const PerturbGroup& g : groups) {
     if (g.mask_prob < 1 && !has_rng_) throw std::invalid_argument("the table has no rng streams to draw a mask from");
+    if (g.mask_prob < 1 && unbias != nullptr) throw std::invalid_argument("a table with second moments has no mask");
+  }
   const auto kernel = kernels().perturb;
   each_chunk(threads, [&](size_t, const Slice& s) {
     const PerturbGroup& group = groups[size_t(s.entry.group)];
-    kernel(s, group, group.rho * status.inverse_norm / group.mask_prob,
+    const double* factor = number_of(factors, s.entry);
+    const double length = group.rho * status.inverse_norm / group.mask_prob * (factor == nullptr ? 1 : *factor);
+    kernel(s, group, length, number_of(unbias, s.entry),
            rng(s.entry, status, Draw::round_perturbed, group.mask_prob < 1), stream_);
   });
 }

@@ -25,8 +25,13 @@ class Table {
 
   // Adds the sum of squares of T_w g to the status, or of g where groups is null. reset: from zero.
   void accumulate_norm(const std::vector<PerturbGroup>* groups, Status&, bool reset, int threads);
+  // Writes the sums of squares of T_w g of all tensors, and after them, with `weights`, those of the params or masters.
+  // unbias: null, or a number per tensor, and T_w is made of the second moments.
+  void squares(const std::vector<PerturbGroup>&, const double* unbias, double* sums, bool weights, int threads);
   // Where status.skip is set, only writes the backups.
-  void perturb(const std::vector<PerturbGroup>&, const Status&, int threads);
+  // factors: null, or a number per tensor that multiplies the length of its perturbation. unbias: as in `squares`.
+  void perturb(const std::vector<PerturbGroup>&, const Status&, int threads, const double* factors = nullptr,
+               const double* unbias = nullptr);
   // Updates; where status.skip is set, they restore instead. Each group's `factor` comes without the clipping.
   void sgd(std::vector<SgdGroup>, const Status&, double max_norm, int threads);
   void adam(std::vector<AdamGroup>, const Status&, double max_norm, int threads);
@@ -44,6 +49,11 @@ class Table {
   template <class Group, class F>
   void update(std::vector<Group>& groups, const Status&, double max_norm, int threads, F&& kernel);
   void check(size_t group_count) const;
+  void check_second_moments() const;
+  // The tensor's number in an array with one per tensor; null if the array is.
+  const double* number_of(const double* numbers, const Entry& e) const {
+    return numbers == nullptr ? nullptr : numbers + (&e - entries_.data());
+  }
   // Throws unless has_state(entry) for every tensor.
   template <class F>
   void check_state(const char* rule, F&& has_state) const;

@@ -35,43 +35,39 @@ struct Adam : UpdateArrays<P, G, M> {
     Pack<float, N> m, v;
     Pack<float, kAmsgrad ? N : 1> s;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const {
-    return uintptr_t(this->param) | uintptr_t(this->clean) | uintptr_t(this->grad) | uintptr_t(exp_avg) |
-           uintptr_t(exp_avg_sq) | (kAmsgrad ? uintptr_t(max_exp_avg_sq) : uintptr_t(0));
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const {
+    return Arrays::addresses(at) | uintptr_t(exp_avg + at) | uintptr_t(exp_avg_sq + at) |
+           (kAmsgrad ? uintptr_t(max_exp_avg_sq + at) : uintptr_t(0));
   }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
     Registers<N> values;
     values.w = fused_sam::load<N, Use::once>(this->clean + at);
-    values.g = fused_sam::load<N, Use::once>(this->grad + at);
+    values.g = load_other<N, Use::once, kSplit>(this->grad + at);
     values.m = fused_sam::load<N, Use::once>(exp_avg + at);
     values.v = fused_sam::load<N, Use::once>(exp_avg_sq + at);
     if constexpr (kAmsgrad) values.s = fused_sam::load<N, Use::once>(max_exp_avg_sq + at);
     return values;
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t i, int) const {
-    const int64_t at = int64_t(i) * N;
-    Pack<M, Arrays::kMasters ? N : 1> master;
-    Pack<P, N> param;
+  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t at, int) const {
+    Pack<float, N> param = widened(values.w);
+    const Pack<float, N> g = widened(values.g);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float w = widen(values.w.at[k]);
-      const float d = adam_gradient<float>(w, widen(values.g.at[k]), h);
+      const float w = param.at[k];
+      const float d = adam_gradient<float>(w, g.at[k], h);
       const float m = values.m.at[k] = adam_exp_avg<float>(values.m.at[k], d, h);
       const float v = values.v.at[k] = adam_exp_avg_sq<float>(values.v.at[k], d, h);
       float s = v;
       if constexpr (kAmsgrad) values.s.at[k] = s = values.s.at[k] >= v ? values.s.at[k] : v;
-      const float updated = adam_weight<float>(w, m, s, step, h.eps);
-      if constexpr (Arrays::kMasters) master.at[k] = updated;
-      param.at[k] = round(updated, at + k);
+      param.at[k] = adam_weight<float>(w, m, s, step, h.eps);
     }
     store<N, Use::once>(exp_avg + at, values.m);
     store<N, Use::once>(exp_avg_sq + at, values.v);
     if constexpr (kAmsgrad) store<N, Use::once>(max_exp_avg_sq + at, values.s);
-    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, master);
-    store<N, Use::again>(this->param + at, param);
+    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, param);
+    store<N, Use::again>(this->param + at, round(param, at));
   }
 };
 
@@ -98,7 +94,7 @@ FUSED_SAM_DEVICE float count_step(const Table& table, int32_t tensor, unsigned i
 }
 
 template <class P, class G, class M, bool kRandom, class Table>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(kThreads, blocks_of(2))
     adam_kernel(const Table __grid_constant__ table, UpdateCall call, unsigned int* ticket) {
   const Span span = span_of(table, chunk_from_the_end());
   if (call.status->skip != 0) return restore<P, M>(table, span);
@@ -124,6 +120,17 @@ __global__ void __launch_bounds__(kThreads, 2)
 }  // namespace
 
 template <class Table>
+void AdamKernels<Table>::load(Dtypes d) {
+  with_types(d, [](auto p, auto g, auto m) {
+    using P = of<decltype(p)>;
+    using G = of<decltype(g)>;
+    using M = of<decltype(m)>;
+    load_kernel(adam_kernel<P, G, M, false, Table>);
+    if constexpr (sizeof(M) == 2) load_kernel(adam_kernel<P, G, M, true, Table>);
+  });
+}
+
+template <class Table>
 void AdamKernels<Table>::adam(Dtypes d, const Table& table, int32_t blocks, const UpdateCall& call,
                               unsigned int* ticket, cudaStream_t stream) {
   with_types(d, [&](auto p, auto g, auto m) {
@@ -136,6 +143,6 @@ void AdamKernels<Table>::adam(Dtypes d, const Table& table, int32_t blocks, cons
     launch("adam", d, blocks, stream, adam_kernel<P, G, M, false, Table>, table, call, ticket);
   });
 }
-FUSED_SAM_LAUNCHERS(AdamKernels, SmallAdamTable, LargeAdamTable);
+FUSED_SAM_LAUNCHERS(AdamKernels, SmallAdamTable, MiddleAdamTable, LargeAdamTable);
 
 }  // namespace fused_sam

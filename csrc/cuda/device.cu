@@ -22,6 +22,28 @@ std::string version_text(int version) {
   return std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
 }
 
+// Returns the driver's cuDevicePrimaryCtxGetState, to which the runtime has no equal; null if there is none.
+using ContextState = int (*)(int device, unsigned int* flags, int* active);
+ContextState context_state() {
+  void* found = nullptr;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuDevicePrimaryCtxGetState", &found, 7000, cudaEnableDefault, nullptr);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint("cuDevicePrimaryCtxGetState", &found, cudaEnableDefault);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();
+  return error == cudaSuccess ? reinterpret_cast<ContextState>(found) : nullptr;
+}
+
+// Returns true if this process has a context on the device, or if that cannot be asked.
+bool has_context(int device) {
+  static const ContextState state = context_state();
+  unsigned int flags = 0;
+  int active = 0;
+  return state == nullptr || state(device, &flags, &active) != 0 || active != 0;
+}
+
 }  // namespace
 
 OnDevice::OnDevice(int device) {
@@ -31,7 +53,8 @@ OnDevice::OnDevice(int device) {
 }
 
 OnDevice::~OnDevice() {
-  if (changed_) cudaSetDevice(before_);
+  // As torch does: since CUDA 12 cudaSetDevice makes a context, some 500 MB, which every process would have on GPU 0.
+  if (changed_ && has_context(before_)) cudaSetDevice(before_);
 }
 
 int device_attribute(cudaDeviceAttr which, int device) {

@@ -16,7 +16,8 @@ std::string device_unavailable_reason(int device);
 int cuda_runtime_version();  // of the runtime that is linked in, such as 13000
 int cuda_driver_version();   // the newest CUDA that the driver can run; 0 without a driver
 
-// Makes a device current for its own lifetime.
+// Makes a device current for its own lifetime. A device without a context does not become current again, because that
+// would make one.
 class OnDevice {
  public:
   explicit OnDevice(int device);

@@ -11,7 +11,7 @@ struct Element : UpdateArrays<P, G, M> {
   using Group = typename Rule::template GroupOf<float>;
   static constexpr int kPack = 16 / int(sizeof(P));
   // Half as many if an element has many bytes: else the compiler waits for the first loads before it issues the last.
-  static constexpr bool kFewer = kRandom || Arrays::kMasters || sizeof(P) < sizeof(G);
+  static constexpr bool kFewer = kRandom || Arrays::kMasters || sizeof(G) == 4;
   static constexpr int kElements = kFewer ? kElementsInFlight / 2 : kElementsInFlight;
 
   float* buffer;
@@ -27,38 +27,29 @@ struct Element : UpdateArrays<P, G, M> {
     Pack<G, N> g;
     Pack<float, N> state;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const {
-    return uintptr_t(this->param) | uintptr_t(this->clean) | uintptr_t(this->grad) | uintptr_t(buffer);
-  }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const { return Arrays::addresses(at) | uintptr_t(buffer + at); }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
     Registers<N> values;
     values.w = fused_sam::load<N, Use::once>(this->clean + at);
-    values.g = fused_sam::load<N, Use::once>(this->grad + at);
+    values.g = load_other<N, Use::once, kSplit>(this->grad + at);
     values.state = fused_sam::load<N, Use::once>(buffer + at);
     return values;
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t i, int) const {
-    const int64_t at = int64_t(i) * N;
-    Pack<M, Arrays::kMasters ? N : 1> master;
-    Pack<P, N> param;
+  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t at, int) const {
+    Pack<float, N> param = widened(values.w);
+    const Pack<float, N> g = widened(values.g);
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      const float updated =
-          Rule::template step<float>(widen(values.w.at[k]), widen(values.g.at[k]), h, values.state.at[k]);
-      if constexpr (Arrays::kMasters) master.at[k] = updated;
-      param.at[k] = round(updated, at + k);
-    }
+    for (int k = 0; k < N; ++k) param.at[k] = Rule::template step<float>(param.at[k], g.at[k], h, values.state.at[k]);
     store<N, Use::once>(buffer + at, values.state);
-    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, master);
-    store<N, Use::again>(this->param + at, param);
+    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, param);
+    store<N, Use::again>(this->param + at, round(param, at));
   }
 };
 
 template <class Rule, class P, class G, class M, bool kRandom, class Table>
-__global__ void __launch_bounds__(kThreads) element_kernel(const Table __grid_constant__ table, UpdateCall call) {
+__global__ void __launch_bounds__(kThreads, blocks_of(3)) element_kernel(const Table __grid_constant__ table, UpdateCall call) {
   const Span span = span_of(table, chunk_from_the_end());
   if (call.status->skip != 0) return restore<P, M>(table, span);
   const int32_t group = table.group_of[span.tensor];
@@ -71,6 +62,17 @@ __global__ void __launch_bounds__(kThreads) element_kernel(const Table __grid_co
 }
 
 }  // namespace
+
+template <class Rule, class Table>
+void ElementKernels<Rule, Table>::load(Dtypes d) {
+  with_types(d, [](auto p, auto g, auto m) {
+    using P = of<decltype(p)>;
+    using G = of<decltype(g)>;
+    using M = of<decltype(m)>;
+    load_kernel(element_kernel<Rule, P, G, M, false, Table>);
+    if constexpr (sizeof(M) == 2) load_kernel(element_kernel<Rule, P, G, M, true, Table>);
+  });
+}
 
 template <class Rule, class Table>
 void ElementKernels<Rule, Table>::update(Dtypes d, const Table& table, int32_t blocks, const UpdateCall& call,
@@ -87,7 +89,9 @@ void ElementKernels<Rule, Table>::update(Dtypes d, const Table& table, int32_t b
   });
 }
 #define FUSED_SAM_SMALL_LAUNCHERS(Rule) template struct ElementKernels<Rule, SmallTable>;
-#define FUSED_SAM_LARGE_LAUNCHERS(Rule) template struct ElementKernels<Rule, LargeTable>;
+#define FUSED_SAM_LARGE_LAUNCHERS(Rule)             \
+  template struct ElementKernels<Rule, MiddleTable>; \
+  template struct ElementKernels<Rule, LargeTable>;
 FUSED_SAM_ELEMENT_RULES(FUSED_SAM_SMALL_LAUNCHERS)
 #if FUSED_SAM_LARGE_TABLES
 FUSED_SAM_ELEMENT_RULES(FUSED_SAM_LARGE_LAUNCHERS)

@@ -7,7 +7,8 @@
 #include "core/storage.h"
 #include "cuda/launch_table.h"
 
-// 1 if large tables are compiled: the toolkit must pass them, and FUSED_SAM_SMALL_TABLES halves the time of a build.
+// 1 if middle and large tables are compiled: the toolkit must pass them, and FUSED_SAM_SMALL_TABLES halves the time of
+// a build.
 #if CUDART_VERSION >= 12010 && !defined(FUSED_SAM_SMALL_TABLES)
 #define FUSED_SAM_LARGE_TABLES 1
 #else
@@ -28,12 +29,12 @@ struct VectorDtypes {
   Dtype x, y, out;
 };
 
-// Scratch memory of a reduction on the device: a ticket counter, 0 between launches, and a sum per chunk.
+// Scratch memory of a reduction on the device: a ticket counter, 0 between launches, and a sum per block.
 struct Slots {
-  float* sums;  // [sum][chunk]
+  float* sums;  // [sum][block]
   unsigned int* ticket;
-  int64_t first;  // slot of this launch's first chunk
-  int64_t count;  // chunks of all launches
+  int32_t first;  // slot of this launch's first block
+  int32_t count;  // blocks of all launches
   bool last;      // True if this launch adds up the slots of all launches
 };
 
@@ -45,9 +46,20 @@ struct NormCall {
   float eps;
 };
 
+// Numbers per tensor are those of the launch's tensors.
+struct SquaresCall {
+  const float* unbias;     // null, or T_w is made of the second moments, see preconditioner() in core/formulas.h
+  float* sums;             // of T_w g, and `rows` further on of the weights
+  int32_t rows;
+  uint8_t weights_column;  // of params or masters
+  bool weights;            // True if the weights' squares are asked for
+};
+
 struct PerturbCall {
   const StatusOf<float>* status;
   uint64_t seed;
+  const float* factors;  // null, or what multiplies each tensor's length
+  const float* unbias;   // as in SquaresCall
   bool stochastic_rounding;  // True if bf16 and fp16 params are rounded at random, else to nearest
 };
 
@@ -67,33 +79,45 @@ struct Coefficients {
 };
 
 // Each launcher throws std::runtime_error with the kernel's name if a launch fails. `blocks` is the grid: the launch's
-// chunks. Table is SmallTable or LargeTable; for Adam it is SmallAdamTable or LargeAdamTable.
+// chunks, and fewer in reductions. Table is SmallTable, MiddleTable or LargeTable; for Adam SmallAdamTable and so on.
+//
+// `load` loads the kernels onto the current device, which the driver otherwise does at the first launch. It might then
+// wait for the device, which a capture does not allow. `fitting` returns how many blocks of a reduction an SM can hold.
 template <class Table>
 struct NormKernels {
+  static void load(Dtypes);
+  static int fitting(Dtypes);
   static void norm(Dtypes, const Table&, int32_t blocks, Slots, StatusOf<float>*, const NormCall&, cudaStream_t);
+  static void squares(Dtypes, const Table&, int32_t blocks, Slots, const SquaresCall&, cudaStream_t);
 };
 template <class Table>
 struct PerturbKernels {
-  // random: True if a group has a mask, or params are rounded stochastically.
+  static void load(Dtypes);
+  // random: True if a group has a mask, params are rounded stochastically, or T_w is made of the second moments.
   static void perturb(Dtypes, const Table&, int32_t blocks, const PerturbCall&, bool random, cudaStream_t);
   static void restore(Dtypes, const Table&, int32_t blocks, cudaStream_t);
 };
 template <class Table>
 struct SgdKernels {
+  static void load(Dtypes);
   static void sgd(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
 };
 template <class Table>
 struct AdamKernels {
+  static void load(Dtypes);
   // ticket: 0 between launches.
   static void adam(Dtypes, const Table&, int32_t blocks, const UpdateCall&, unsigned int* ticket, cudaStream_t);
 };
 // Of a rule in core/rules.h.
 template <class Rule, class Table>
 struct ElementKernels {
+  static void load(Dtypes);
   static void update(Dtypes, const Table&, int32_t blocks, const UpdateCall&, cudaStream_t);
 };
 template <class Table>
 struct VectorKernels {
+  static void load(VectorDtypes);
+  static int fitting(VectorDtypes);
   // reset: True if `sums` start from zero.
   static void dot(VectorDtypes, const Table&, int32_t blocks, Slots, float* sums, bool reset, cudaStream_t);
   // status: null, or nothing is written where skip is set.

@@ -63,13 +63,18 @@ struct LaunchTable {
 };
 
 // A kernel's arguments may take 4 KB, and 32,764 bytes from CUDA 12.1 on; 64 bytes are left for the other arguments.
+// Every launch copies its table whole. The middle tables are for models such as ResNet-50, of 161 tensors.
 constexpr int kOtherArguments = 64;
 using SmallTable = LaunchTable<kColumns, AnyGroup, 64, 24>;
+using MiddleTable = LaunchTable<kColumns, AnyGroup, 224, 36>;
 using LargeTable = LaunchTable<kColumns, AnyGroup, 600, 90>;
 using SmallAdamTable = LaunchTable<kAdamColumns, AdamGroup, 44, 15>;
+using MiddleAdamTable = LaunchTable<kAdamColumns, AdamGroup, 176, 24>;
 using LargeAdamTable = LaunchTable<kAdamColumns, AdamGroup, 400, 66>;
 static_assert(sizeof(SmallTable) + kOtherArguments <= 4096, "SmallTable exceeds what any driver passes");
 static_assert(sizeof(SmallAdamTable) + kOtherArguments <= 4096, "SmallAdamTable exceeds what any driver passes");
+static_assert(sizeof(MiddleTable) <= 12 * 1024, "MiddleTable takes more than 12 KB");
+static_assert(sizeof(MiddleAdamTable) <= 14 * 1024, "MiddleAdamTable takes more than 14 KB");
 static_assert(sizeof(LargeTable) + kOtherArguments <= 32764, "LargeTable exceeds what CUDA 12.1 passes");
 static_assert(sizeof(LargeAdamTable) + kOtherArguments <= 32764, "LargeAdamTable exceeds what CUDA 12.1 passes");
 static_assert(LargeTable::kGroups <= 256 && LargeAdamTable::kGroups <= 256, "group_of holds 8 bits");

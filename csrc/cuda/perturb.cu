@@ -12,6 +12,7 @@ template <class P, class G, class M>
 struct PerturbArrays {
   static constexpr int kPack = 16 / int(sizeof(P));
   static constexpr int kElements = kElementsInFlight;
+  static constexpr bool kLean = false;
   static constexpr bool kMasters = !std::is_same<P, M>::value;
 
   const M* from;  // the master, or the param itself
@@ -24,17 +25,18 @@ struct PerturbArrays {
     Pack<M, N> w;
     Pack<G, N> g;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const {
-    return uintptr_t(from) | uintptr_t(param) | uintptr_t(backup) | uintptr_t(grad);
+  FUSED_SAM_METHOD int32_t head() const { return before_vector(param); }
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const {
+    return uintptr_t(from + at) | uintptr_t(param + at) | (kMasters ? uintptr_t(0) : uintptr_t(backup + at));
   }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
+  FUSED_SAM_METHOD uintptr_t other(int32_t at) const { return uintptr_t(grad + at); }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
     return {fused_sam::load<N, kMasters ? Use::once : Use::again>(from + at),
-            fused_sam::load<N, Use::once>(grad + at)};
+            load_other<N, Use::once, kSplit>(grad + at)};
   }
   template <int N>
-  FUSED_SAM_METHOD void write(const Registers<N>& values, const Pack<P, N>& perturbed, int64_t at) const {
+  FUSED_SAM_METHOD void write(const Registers<N>& values, const Pack<P, N>& perturbed, int32_t at) const {
     // The backup is not read until the second backward pass is over.
     if constexpr (!kMasters) store<N, Use::once>(backup + at, values.w);
     store<N, Use::again>(param + at, perturbed);
@@ -49,14 +51,13 @@ struct Perturb : PerturbArrays<P, G, M> {
       : PerturbArrays<P, G, M>(arrays), step(step), eta(eta) {}
 
   template <int N>
-  FUSED_SAM_METHOD void finish(const typename PerturbArrays<P, G, M>::template Registers<N>& values, int32_t i,
+  FUSED_SAM_METHOD void finish(const typename PerturbArrays<P, G, M>::template Registers<N>& values, int32_t at,
                                int) const {
-    Pack<P, N> result;
+    Pack<float, N> w = widened(values.w);
+    const Pack<float, N> g = widened(values.g);
 #pragma unroll
-    for (int k = 0; k < N; ++k)
-      result.at[k] =
-          Narrow<P, float>::of(perturbed<kAdaptive, float>(widen(values.w.at[k]), widen(values.g.at[k]), step, eta));
-    this->template write<N>(values, result, int64_t(i) * N);
+    for (int k = 0; k < N; ++k) w.at[k] = perturbed<kAdaptive, float>(w.at[k], g.at[k], step, eta);
+    this->template write<N>(values, narrowed<P, N>(w), at);
   }
 };
 
@@ -66,8 +67,9 @@ struct PerturbAtRandom : PerturbArrays<P, G, M> {
   using Base = PerturbArrays<P, G, M>;
   static constexpr int kElements = kElementsInFlight / 2;  // the random numbers take registers
 
-  float step, eta, mask_prob;
-  bool stochastic_rounding;
+  float step, eta;
+  bool masked, stochastic_rounding;
+  uint32_t limit;  // of the words in the mask
   RngStream mask, words;
 
   FUSED_SAM_METHOD PerturbAtRandom(const Base& arrays, float step, float eta, float mask_prob, bool stochastic_rounding,
@@ -75,35 +77,79 @@ struct PerturbAtRandom : PerturbArrays<P, G, M> {
       : Base(arrays),
         step(step),
         eta(eta),
-        mask_prob(mask_prob),
+        masked(mask_prob < 1),
         stochastic_rounding(stochastic_rounding),
+        limit(masked ? mask_limit(mask_prob) : 0),
         mask(mask),
         words(words) {}
 
   template <int N>
-  FUSED_SAM_METHOD void finish(const typename Base::template Registers<N>& values, int32_t i, int) const {
-    const int64_t at = int64_t(i) * N;
-    float w[N];
+  FUSED_SAM_METHOD void finish(const typename Base::template Registers<N>& values, int32_t at, int) const {
+    const Pack<float, N> w = widened(values.w), g = widened(values.g);
+    Pack<float, N> moved;
 #pragma unroll
-    for (int k = 0; k < N; ++k) {
-      w[k] = widen(values.w.at[k]);
-      const float moved = perturbed<kAdaptive, float>(w[k], widen(values.g.at[k]), step, eta);
-      if (mask_prob >= 1 || in_mask(mask(at + k), mask_prob)) w[k] = moved;
+    for (int k = 0; k < N; ++k) moved.at[k] = perturbed<kAdaptive, float>(w.at[k], g.at[k], step, eta);
+    if (masked) {
+#pragma unroll
+      for (int k = 0; k < N; ++k)
+        if (mask(at + k) >= limit) moved.at[k] = w.at[k];
     }
-    Pack<P, N> result;
-    if (!Base::kMasters && sizeof(P) == 2 && stochastic_rounding) {
+    if (!Base::kMasters && sizeof(P) == 2 && stochastic_rounding)
+      this->template write<N>(values, narrowed_at_random<P, N>(moved, words, at), at);
+    else
+      this->template write<N>(values, narrowed<P, N>(moved), at);
+  }
+};
+
+// Precond-SAM: T_w is made of Adam's second moments v, which are fp32.
+template <class P, class G, class M>
+struct PerturbPreconditioned : PerturbArrays<P, G, M> {
+  using Base = PerturbArrays<P, G, M>;
+  static constexpr int kElements = kElementsInFlight / 2;  // the second moments and random numbers take registers
+
+  const float* second_moment;
+  float step, unbias, eps;
+  bool stochastic_rounding;
+  RngStream words;
+
+  FUSED_SAM_METHOD PerturbPreconditioned(const Base& arrays, const float* second_moment, float step, float unbias,
+                                         float eps, bool stochastic_rounding, const RngStream& words)
+      : Base(arrays),
+        second_moment(second_moment),
+        step(step),
+        unbias(unbias),
+        eps(eps),
+        stochastic_rounding(stochastic_rounding),
+        words(words) {}
+
+  template <int N>
+  struct Registers {
+    typename Base::template Registers<N> of_base;
+    Pack<float, N> v;
+  };
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const {
+    return Base::addresses(at) | uintptr_t(second_moment + at);
+  }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
+    return {Base::template load<N, kSplit>(at), fused_sam::load<N, Use::once>(second_moment + at)};
+  }
+  template <int N>
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t at, int) const {
+    Pack<float, N> w = widened(values.of_base.w);
+    const Pack<float, N> g = widened(values.of_base.g);
 #pragma unroll
-      for (int k = 0; k < N; ++k) result.at[k] = AtRandom<P>::of(w[k], words(at + k));
-    } else {
-#pragma unroll
-      for (int k = 0; k < N; ++k) result.at[k] = Narrow<P, float>::of(w[k]);
-    }
-    this->template write<N>(values, result, at);
+    for (int k = 0; k < N; ++k) w.at[k] += step * (preconditioner<float>(values.v.at[k], unbias, eps) * g.at[k]);
+    if (!Base::kMasters && sizeof(P) == 2 && stochastic_rounding)
+      this->template write<N>(values.of_base, narrowed_at_random<P, N>(w, words, at), at);
+    else
+      this->template write<N>(values.of_base, narrowed<P, N>(w), at);
   }
 };
 
 template <class P, class G, class M, bool kRandom, class Table>
-__global__ void __launch_bounds__(kThreads) perturb_kernel(const Table __grid_constant__ table, PerturbCall call) {
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(P) == 4 ? 3 : 4))
+    perturb_kernel(const Table __grid_constant__ table, PerturbCall call) {
   const Span span = span_of(table, chunk_from_the_end());
   void* param = table.data[kParam][span.tensor];
   void* clean = table.data[kBackup][span.tensor];  // the backup or the master
@@ -117,10 +163,17 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Table __grid_co
                                 static_cast<P*>(param) + span.begin,
                                 kMasters ? nullptr : static_cast<M*>(clean) + span.begin,
                                 static_cast<const G*>(table.data[kGrad][span.tensor]) + span.begin};
-  const float step = group.rho * call.status->inverse_norm;
+  float step = group.rho * call.status->inverse_norm;
+  if (call.factors != nullptr) step *= call.factors[span.tensor];
   if constexpr (kRandom) {
     const RngStream mask = rng_stream(table, span, call.seed, call.status->rng_offset, Draw::mask);
     const RngStream words = rng_stream(table, span, call.seed, call.status->rng_offset, Draw::round_perturbed);
+    if (call.unbias != nullptr) {
+      PerturbPreconditioned<P, G, M> operation(arrays, state_of(table, kState0, span), step, call.unbias[span.tensor],
+                                               group.eta, call.stochastic_rounding, words);
+      run(operation, span.length);
+      return;
+    }
     const float masked_step = step / group.mask_prob;
     if (group.adaptive) {
       PerturbAtRandom<P, G, M, true> operation(arrays, masked_step, group.eta, group.mask_prob,
@@ -143,11 +196,29 @@ __global__ void __launch_bounds__(kThreads) perturb_kernel(const Table __grid_co
 // ---- restore ----------------------------------------------------------------------------------------------
 
 template <class P, class M, class Table>
-__global__ void __launch_bounds__(kThreads) restore_kernel(const Table __grid_constant__ table) {
+__global__ void __launch_bounds__(kThreads, blocks_of(4)) restore_kernel(const Table __grid_constant__ table) {
   restore<P, M>(table, span_of(table, chunk_from_the_end()));
 }
 
 }  // namespace
+
+// The type of the params that restore writes from backups: fp16 is copied as bf16.
+template <class P, class M>
+using Restored = std::conditional_t<std::is_same<P, M>::value && sizeof(P) == 2, bf16, P>;
+template <class P, class M>
+using RestoredFrom = std::conditional_t<std::is_same<P, M>::value, Restored<P, M>, M>;
+
+template <class Table>
+void PerturbKernels<Table>::load(Dtypes d) {
+  with_types(d, [](auto p, auto g, auto m) {
+    using P = of<decltype(p)>;
+    using G = of<decltype(g)>;
+    using M = of<decltype(m)>;
+    load_kernel(perturb_kernel<P, G, M, false, Table>);
+    load_kernel(perturb_kernel<P, G, M, true, Table>);
+    load_kernel(restore_kernel<Restored<P, M>, RestoredFrom<P, M>, Table>);
+  });
+}
 
 template <class Table>
 void PerturbKernels<Table>::perturb(Dtypes d, const Table& table, int32_t blocks, const PerturbCall& call, bool random,
@@ -165,16 +236,13 @@ void PerturbKernels<Table>::perturb(Dtypes d, const Table& table, int32_t blocks
 
 template <class Table>
 void PerturbKernels<Table>::restore(Dtypes d, const Table& table, int32_t blocks, cudaStream_t stream) {
-  if (d.param == Dtype::f32)
-    launch("restore", d, blocks, stream, restore_kernel<float, float, Table>, table);
-  else if (!d.has_masters())  // fp16 is copied as bf16
-    launch("restore", d, blocks, stream, restore_kernel<bf16, bf16, Table>, table);
-  else if (d.param == Dtype::bf16)
-    launch("restore", d, blocks, stream, restore_kernel<bf16, float, Table>, table);
-  else
-    launch("restore", d, blocks, stream, restore_kernel<f16, float, Table>, table);
+  with_types(d, [&](auto p, auto, auto m) {
+    using P = of<decltype(p)>;
+    using M = of<decltype(m)>;
+    launch("restore", d, blocks, stream, restore_kernel<Restored<P, M>, RestoredFrom<P, M>, Table>, table);
+  });
 }
-FUSED_SAM_LAUNCHERS(PerturbKernels, SmallTable, LargeTable);
+FUSED_SAM_LAUNCHERS(PerturbKernels, SmallTable, MiddleTable, LargeTable);
 
 cudaError_t kernels_fit_device() {
   cudaFuncAttributes attributes;

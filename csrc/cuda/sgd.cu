@@ -32,44 +32,40 @@ struct Sgd : UpdateArrays<P, G, M> {
     Pack<G, N> g;
     Pack<float, kHasMomentum ? N : 1> m;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const {
-    return uintptr_t(this->param) | uintptr_t(this->clean) | uintptr_t(this->grad) | uintptr_t(momentum_buffer);
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const {
+    return Arrays::addresses(at) | (kHasMomentum ? uintptr_t(momentum_buffer + at) : uintptr_t(0));
   }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
     Registers<N> values;
     values.w = fused_sam::load<N, Use::once>(this->clean + at);
-    values.g = fused_sam::load<N, Use::once>(this->grad + at);
+    values.g = load_other<N, Use::once, kSplit>(this->grad + at);
     if constexpr (kHasMomentum) values.m = fused_sam::load<N, Use::once>(momentum_buffer + at);
     return values;
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t i, int) const {
-    const int64_t at = int64_t(i) * N;
-    Pack<M, Arrays::kMasters ? N : 1> master;
-    Pack<P, N> param;
+  FUSED_SAM_METHOD void finish(Registers<N>& values, int32_t at, int) const {
+    Pack<float, N> param = widened(values.w);
+    const Pack<float, N> g = widened(values.g);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float w = widen(values.w.at[k]);
-      const float d = sgd_gradient<float>(w, widen(values.g.at[k]), h);
+      const float w = param.at[k];
+      const float d = sgd_gradient<float>(w, g.at[k], h);
       float m = d;
       if constexpr (kHasMomentum)
         values.m.at[k] = m =
             sgd_momentum<kMode == Momentum::dampened || kMode == Momentum::any, float>(values.m.at[k], d, h);
-      float updated = sgd_weight<kMode == Momentum::nesterov, float>(w, m, d, h);
-      if (kMode == Momentum::any && h.nesterov) updated = sgd_weight<true, float>(w, m, d, h);
-      if constexpr (Arrays::kMasters) master.at[k] = updated;
-      param.at[k] = round(updated, at + k);
+      param.at[k] = sgd_weight<kMode == Momentum::nesterov, float>(w, m, d, h);
+      if (kMode == Momentum::any && h.nesterov) param.at[k] = sgd_weight<true, float>(w, m, d, h);
     }
     if constexpr (kHasMomentum) store<N, Use::once>(momentum_buffer + at, values.m);
-    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, master);
-    store<N, Use::again>(this->param + at, param);
+    if constexpr (Arrays::kMasters) store<N, Use::once>(this->clean + at, param);
+    store<N, Use::again>(this->param + at, round(param, at));
   }
 };
 
 template <class P, class G, class M, bool kRandom, class Table>
-__global__ void __launch_bounds__(kThreads) sgd_kernel(const Table __grid_constant__ table, UpdateCall call) {
+__global__ void __launch_bounds__(kThreads, blocks_of(3)) sgd_kernel(const Table __grid_constant__ table, UpdateCall call) {
   const Span span = span_of(table, chunk_from_the_end());
   if (call.status->skip != 0) return restore<P, M>(table, span);
   const int32_t group = table.group_of[span.tensor];
@@ -97,6 +93,17 @@ __global__ void __launch_bounds__(kThreads) sgd_kernel(const Table __grid_consta
 }  // namespace
 
 template <class Table>
+void SgdKernels<Table>::load(Dtypes d) {
+  with_types(d, [](auto p, auto g, auto m) {
+    using P = of<decltype(p)>;
+    using G = of<decltype(g)>;
+    using M = of<decltype(m)>;
+    load_kernel(sgd_kernel<P, G, M, false, Table>);
+    if constexpr (sizeof(M) == 2) load_kernel(sgd_kernel<P, G, M, true, Table>);
+  });
+}
+
+template <class Table>
 void SgdKernels<Table>::sgd(Dtypes d, const Table& table, int32_t blocks, const UpdateCall& call, cudaStream_t stream) {
   with_types(d, [&](auto p, auto g, auto m) {
     using P = of<decltype(p)>;
@@ -108,6 +115,6 @@ void SgdKernels<Table>::sgd(Dtypes d, const Table& table, int32_t blocks, const 
     launch("sgd", d, blocks, stream, sgd_kernel<P, G, M, false, Table>, table, call);
   });
 }
-FUSED_SAM_LAUNCHERS(SgdKernels, SmallTable, LargeTable);
+FUSED_SAM_LAUNCHERS(SgdKernels, SmallTable, MiddleTable, LargeTable);
 
 }  // namespace fused_sam

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <numeric>
+#include <optional>
 #include <type_traits>
 
 #include "cuda/device.h"
@@ -58,19 +59,34 @@ Columns::Columns(int device, std::vector<int64_t> sizes, const std::vector<int32
     chunk_ = chunk_for(elements, device_attribute(cudaDevAttrMultiProcessorCount, device),
                        tuning_of(device_attribute(cudaDevAttrComputeCapabilityMajor, device)));
   }
+  if ((chunk_ & (chunk_ - 1)) != 0)
+    for (int64_t size : sizes_)
+      if (size >> 32 != 0)  // the random streams rely on it: tuning.h
+        throw std::invalid_argument("a tensor of 2^32 elements or more needs a chunk size that is a power of 2");
   cut(launches_, group_ids);
 }
 
 template <class L>
 void Columns::cut(L& launches, const std::vector<int32_t>& group_ids) const {
   using Small = typename L::Small;
+  using Middle = typename L::Middle;
   using Large = typename L::Large;
-  // The small table if it suffices: its argument is copied and read faster.
-  launches.plans = plan_launches(sizes_, group_ids, chunk_, Small::kTensors, Small::kGroups);
-  const bool large = launches.plans.size() > 1 && takes_large_tables();
-  if (large) launches.plans = plan_launches(sizes_, group_ids, chunk_, Large::kTensors, Large::kGroups);
-  launches.small.resize(large ? 0 : launches.plans.size());
-  launches.large.resize(large ? launches.plans.size() : 0);
+  // The smallest table that suffices: its argument is copied and read faster.
+  const auto plan = [&](int tensors, int groups) {
+    launches.plans = plan_launches(sizes_, group_ids, chunk_, tensors, groups);
+  };
+  plan(Small::kTensors, Small::kGroups);
+  if (launches.plans.size() <= 1 || !takes_large_tables()) {
+    launches.small.resize(launches.plans.size());
+  } else {
+    plan(Middle::kTensors, Middle::kGroups);
+    if (launches.plans.size() <= 1) {
+      launches.middle.resize(launches.plans.size());
+    } else {
+      plan(Large::kTensors, Large::kGroups);
+      launches.large.resize(launches.plans.size());
+    }
+  }
   launches.each([this](auto& table, const LaunchPlan& plan) {
     table.count = int32_t(plan.tensors.size());
     table.chunk = int32_t(chunk_);
@@ -87,6 +103,8 @@ int64_t Columns::chunks() const {
 void Columns::check(const char* what, const Addresses& addresses, int64_t element_size, bool check_memory,
                     bool may_miss) const {
   if (addresses.size() != sizes_.size()) throw std::invalid_argument("every tensor of the table needs an address");
+  std::optional<OnDevice> guard;
+  if (check_memory) guard.emplace(device_);  // asking for an address makes a context on the current device
   for (size_t i = 0; i < addresses.size(); ++i) {
     if (sizes_[i] == 0) continue;
     if (addresses[i] == 0 && !may_miss)
@@ -109,17 +127,29 @@ void Columns::run(L& launches, bool from_the_end, F&& launch) {
   const OnDevice guard(device_);
   const size_t count = launches.plans.size();
   for (size_t n = 0; n < count; ++n) {
-    const size_t k = from_the_end ? count - 1 - n : n;
-    if (launches.large.empty())
-      launch(launches.small[k], launches.plans[k]);
-    else if constexpr (FUSED_SAM_LARGE_TABLES)
-      launch(launches.large[k], launches.plans[k]);
+    launches.at(from_the_end ? count - 1 - n : n, launch);
   }
+}
+
+void Columns::set_fitting(int on_an_sm) {
+  fitting_ = int64_t(std::max(on_an_sm, 1)) * device_attribute(cudaDevAttrMultiProcessorCount, device_);
+}
+
+int32_t Columns::reduction_blocks(const LaunchPlan& plan) const {
+  return int32_t(fused_sam::reduction_blocks(plan.chunks(), fitting_));
+}
+
+int64_t Columns::reduction_blocks() const {
+  int64_t blocks = 0;
+  for (const LaunchPlan& plan : launches_.plans) blocks += reduction_blocks(plan);
+  return blocks;
 }
 
 Slots Columns::slots(uintptr_t workspace, const LaunchPlan& plan) const {
   float* sums = at<float>(workspace + kTicketBytes, "workspace");
-  return Slots{sums, at<unsigned int>(workspace, "workspace"), plan.first_chunk, chunks(),
+  int32_t first = 0;
+  for (const LaunchPlan* before = launches_.plans.data(); before != &plan; ++before) first += reduction_blocks(*before);
+  return Slots{sums, at<unsigned int>(workspace, "workspace"), first, int32_t(reduction_blocks()),
                &plan == &launches_.plans.back()};
 }
 
@@ -140,6 +170,17 @@ CudaTable::CudaTable(Dtype param, Dtype grad, Dtype master, int device, std::vec
   if (!rng_streams_.empty() && rng_streams_.size() != sizes_.size())
     throw std::invalid_argument("every tensor of the table needs a stream of random numbers");
   set_rng_streams(launches_);
+  const OnDevice guard(device_);
+  if (!launches_.plans.empty()) launches_.at(0, [this](const auto& table, const LaunchPlan&) {
+    using Launched = TableOf<decltype(table)>;
+    NormKernels<Launched>::load(dtypes_);
+    PerturbKernels<Launched>::load(dtypes_);
+    SgdKernels<Launched>::load(dtypes_);
+#define FUSED_SAM_LOAD(Rule) ElementKernels<Rule, Launched>::load(dtypes_);
+    FUSED_SAM_ELEMENT_RULES(FUSED_SAM_LOAD)
+#undef FUSED_SAM_LOAD
+    set_fitting(NormKernels<Launched>::fitting(dtypes_));
+  });
 }
 
 template <class L>
@@ -190,6 +231,10 @@ void CudaTable::make_adam_launches() {
   if (!adam_launches_.plans.empty()) return;
   cut(adam_launches_, group_ids_);
   set_rng_streams(adam_launches_);
+  const OnDevice guard(device_);
+  if (!adam_launches_.plans.empty()) adam_launches_.at(0, [this](const auto& table, const LaunchPlan&) {
+    AdamKernels<TableOf<decltype(table)>>::load(dtypes_);
+  });
   // The columns that were set before are in the other launches.
   for (Column column : {kParam, kBackup, kGrad, kState0}) {
     Addresses present(sizes_.size(), 0);
@@ -201,7 +246,11 @@ void CudaTable::make_adam_launches() {
   }
 }
 
-int64_t CudaTable::workspace_bytes() const { return kTicketBytes + chunks() * int64_t(sizeof(float)); }
+int64_t CudaTable::workspace_bytes() const {
+  int64_t most = reduction_blocks();  // of squares: two sums per chunk of one launch
+  for (const LaunchPlan& plan : launches_.plans) most = std::max(most, 2 * int64_t(plan.chunks()));
+  return kTicketBytes + most * int64_t(sizeof(float));
+}
 
 // ---- a table's primitives ---------------------------------------------------------------------------------
 
@@ -224,21 +273,65 @@ void CudaTable::norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_
   }
   auto* numbers = at<StatusOf<float>>(status, "status");
   run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
-    NormKernels<TableOf<decltype(table)>>::norm(dtypes_, table, plan.chunks(), slots(workspace, plan), numbers, call,
-                                                stream_of(stream));
+    NormKernels<TableOf<decltype(table)>>::norm(dtypes_, table, reduction_blocks(plan), slots(workspace, plan),
+                                                numbers, call, stream_of(stream));
+  });
+}
+
+void CudaTable::check_numbers(uintptr_t numbers, const char* what) const {
+  check_aligned(numbers, 4, what);
+  if (numbers == 0) return;
+  for (int64_t size : sizes_)
+    if (size == 0) throw std::invalid_argument(std::string("a table with a number per tensor (") + what +
+                                               ") has no empty tensors");
+}
+
+void CudaTable::check_second_moments(uintptr_t unbias) {
+  check_numbers(unbias, "unbias");
+  if (unbias == 0) return;
+  launches_.each([](const auto& table, const LaunchPlan& plan) {
+    for (size_t i = 0; i < plan.tensors.size(); ++i)
+      if (table.data[kState0][i] == nullptr)
+        throw std::invalid_argument("tensor " + std::to_string(plan.tensors[i]) + " lacks Adam's second moment");
+  });
+}
+
+void CudaTable::squares(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t unbias, uintptr_t sums,
+                        bool weights, uintptr_t workspace, uintptr_t stream) {
+  check_groups(groups.size());
+  float* to = at<float>(sums, "sums");
+  check_numbers(sums, "sums");
+  check_second_moments(unbias);
+  set_perturb_groups(launches_, groups);
+  const auto column = uint8_t(dtypes_.has_masters() ? kMaster : kParam);
+  run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
+    const float* of_launch = unbias == 0 ? nullptr : reinterpret_cast<const float*>(unbias) + plan.tensors.front();
+    const SquaresCall call{of_launch, to + plan.tensors.front(), int32_t(sizes_.size()), column, weights};
+    // Each launch adds up its own slots, so that the next one can use them again.
+    const Slots own{at<float>(workspace + kTicketBytes, "workspace"), at<unsigned int>(workspace, "workspace"), 0,
+                    plan.chunks(), true};
+    NormKernels<TableOf<decltype(table)>>::squares(dtypes_, table, plan.chunks(), own, call, stream_of(stream));
   });
 }
 
 void CudaTable::perturb(const std::vector<PerturbGroupOf<double>>& groups, uintptr_t status, uint64_t seed,
-                        bool stochastic_rounding, uintptr_t stream) {
+                        bool stochastic_rounding, uintptr_t stream, uintptr_t factors, uintptr_t unbias) {
   check_groups(groups.size());
-  bool random = stochastic_rounding;
+  check_numbers(factors, "factors");
+  check_second_moments(unbias);
+  bool masked = false;
   for (const LaunchPlan& plan : launches_.plans)
-    for (int32_t id : plan.group_ids) random = random || groups[size_t(id)].mask_prob < 1;
-  check_rng_streams(random);
+    for (int32_t id : plan.group_ids) masked = masked || groups[size_t(id)].mask_prob < 1;
+  if (masked && unbias != 0) throw std::invalid_argument("a table with second moments has no mask");
+  check_rng_streams(masked || stochastic_rounding);
   set_perturb_groups(launches_, groups);
-  const PerturbCall call{at<const StatusOf<float>>(status, "status"), seed, stochastic_rounding};
+  const auto* numbers = at<const StatusOf<float>>(status, "status");
+  const bool random = masked || stochastic_rounding || unbias != 0;
   run(launches_, true, [&](const auto& table, const LaunchPlan& plan) {
+    const auto of_launch = [&](uintptr_t all) {
+      return all == 0 ? nullptr : reinterpret_cast<const float*>(all) + plan.tensors.front();
+    };
+    const PerturbCall call{numbers, seed, of_launch(factors), of_launch(unbias), stochastic_rounding};
     PerturbKernels<TableOf<decltype(table)>>::perturb(dtypes_, table, plan.chunks(), call, random, stream_of(stream));
   });
 }
@@ -331,11 +424,19 @@ void cuda_finish_norm(uintptr_t status, FinishNorm how, double eps, int device, 
 CudaVectorPair::CudaVectorPair(Dtype x, Dtype y, int device, std::vector<int64_t> sizes, int64_t chunk)
     : Columns(device, sizes, std::vector<int32_t>(sizes.size(), 0), chunk), x_(x), y_(y) {
   if (!supports_vectors(x, y)) throw std::invalid_argument("no CUDA kernel for vectors of these dtypes");
+  const OnDevice guard(device_);
+  if (!launches_.plans.empty()) launches_.at(0, [this](const auto& table, const LaunchPlan&) {
+    using Launched = TableOf<decltype(table)>;
+    VectorKernels<Launched>::load({x_, y_, x_});
+    set_fitting(VectorKernels<Launched>::fitting({x_, y_, x_}));
+  });
 }
 
 bool supports_vectors(Dtype x, Dtype y) { return has_cuda_instance(VectorDtypes{x, y, x}); }
 
-int64_t CudaVectorPair::workspace_bytes() const { return kTicketBytes + 3 * chunks() * int64_t(sizeof(float)); }
+int64_t CudaVectorPair::workspace_bytes() const {
+  return kTicketBytes + 3 * reduction_blocks() * int64_t(sizeof(float));
+}
 
 void CudaVectorPair::set(Column column, const char* what, const Addresses& addresses, Dtype dtype) {
   check(what, addresses, size_of(dtype), false, false);
@@ -348,8 +449,8 @@ void CudaVectorPair::dot(const Addresses& x, const Addresses& y, uintptr_t sums,
   set(kY, "y", y, y_);
   auto* numbers = at<float>(sums, "sums");
   run(launches_, false, [&](const auto& table, const LaunchPlan& plan) {
-    VectorKernels<TableOf<decltype(table)>>::dot(VectorDtypes{x_, y_, x_}, table, plan.chunks(), slots(workspace, plan),
-                                                 numbers, reset, stream_of(stream));
+    VectorKernels<TableOf<decltype(table)>>::dot(VectorDtypes{x_, y_, x_}, table, reduction_blocks(plan),
+                                                 slots(workspace, plan), numbers, reset, stream_of(stream));
   });
 }
 

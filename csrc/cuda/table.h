@@ -22,26 +22,35 @@ struct DeviceRate {
   bool is_double = false;
 };
 
-// A table cut into launches of Small tables, or of Large ones if one small table does not hold it.
-template <class SmallTable, class LargeTable>
+// A table cut into launches of Small tables, or of Middle or Large ones if one smaller table does not hold it.
+template <class SmallTable, class MiddleTable, class LargeTable>
 struct Launches {
   using Small = SmallTable;
+  using Middle = MiddleTable;
   using Large = LargeTable;
 
   std::vector<LaunchPlan> plans;
-  // One entry per launch, in one of the two.
+  // One entry per launch, in one of the three.
   std::vector<Small> small;
+  std::vector<Middle> middle;
   std::vector<Large> large;
 
-  // f(table, plan) for each.
+  // f(table, plan) for the k-th launch.
+  template <class F>
+  void at(size_t k, F&& f) {
+    if (!small.empty()) return f(small[k], plans[k]);
+    if constexpr (FUSED_SAM_LARGE_TABLES) {
+      if (!middle.empty()) return f(middle[k], plans[k]);
+      f(large[k], plans[k]);
+    }
+  }
   template <class F>
   void each(F&& f) {
-    for (size_t k = 0; k < small.size(); ++k) f(small[k], plans[k]);
-    for (size_t k = 0; k < large.size(); ++k) f(large[k], plans[k]);
+    for (size_t k = 0; k < plans.size(); ++k) at(k, f);
   }
 };
-using TableLaunches = Launches<SmallTable, LargeTable>;
-using AdamLaunches = Launches<SmallAdamTable, LargeAdamTable>;
+using TableLaunches = Launches<SmallTable, MiddleTable, LargeTable>;
+using AdamLaunches = Launches<SmallAdamTable, MiddleAdamTable, LargeAdamTable>;
 
 // Columns of addresses.
 class Columns {
@@ -55,6 +64,8 @@ class Columns {
   int64_t chunk() const { return chunk_; }
   int64_t chunks() const;
   int64_t launches() const { return int64_t(launches_.plans.size()); }
+  // Blocks of the launches of a reduction.
+  int64_t reduction_blocks() const;
 
  protected:
   template <class L>
@@ -66,12 +77,17 @@ class Columns {
   void fill(L& launches, Column, const Addresses&) const;
   template <class L, class F>
   void run(L& launches, bool from_the_end, F&& launch);
+  // The grid of a reduction over the launch, and its slots.
+  int32_t reduction_blocks(const LaunchPlan& plan) const;
   Slots slots(uintptr_t workspace, const LaunchPlan& plan) const;
+  // Sets fitting_ from that of the reduction on an SM.
+  void set_fitting(int on_an_sm);
 
   int device_;
   std::vector<int64_t> sizes_;
   int64_t chunk_;
   TableLaunches launches_;
+  int64_t fitting_ = 1;  // blocks of a reduction that the GPU holds at a time
 };
 
 // Arguments of an update besides its groups.
@@ -106,8 +122,11 @@ class CudaTable : public Columns {
   // groups: null for the norm of g itself.
   void norm(const std::vector<PerturbGroupOf<double>>* groups, uintptr_t status, const NormCall&, uintptr_t workspace,
             uintptr_t stream);
+  // unbias, factors: addresses of a number per tensor, or 0. With `unbias`, state buffer 0 has the second moments.
+  void squares(const std::vector<PerturbGroupOf<double>>&, uintptr_t unbias, uintptr_t sums, bool weights,
+               uintptr_t workspace, uintptr_t stream);
   void perturb(const std::vector<PerturbGroupOf<double>>&, uintptr_t status, uint64_t seed, bool stochastic_rounding,
-               uintptr_t stream);
+               uintptr_t stream, uintptr_t factors = 0, uintptr_t unbias = 0);
   void sgd(const std::vector<SgdGroupOf<double>>&, const UpdateArguments&);
   void adam(const std::vector<AdamGroupOf<double>>&, const UpdateArguments&);
   // A rule of core/rules.h.
@@ -122,6 +141,9 @@ class CudaTable : public Columns {
   void set_rng_streams(L& launches) const;
   void check_groups(size_t groups) const;
   void check_rng_streams(bool random) const;
+  // Checks numbers per tensor, which need every tensor of the table in a launch, and the second moments.
+  void check_numbers(uintptr_t numbers, const char* what) const;
+  void check_second_moments(uintptr_t unbias);
   // Checks the arguments, fills in the groups by set(group of the launch, group), and calls launch(table, blocks, call)
   // for each launch.
   template <class L, class Group, class Set, class Launch>

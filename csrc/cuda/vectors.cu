@@ -14,6 +14,7 @@ template <class X, class Y>
 struct Dot {
   static constexpr int kPack = kPackOfBoth<X, Y>;
   static constexpr int kElements = kElementsInFlight;
+  static constexpr bool kLean = true;
 
   const X* x;
   const Y* y;
@@ -24,17 +25,19 @@ struct Dot {
     Pack<X, N> x;
     Pack<Y, N> y;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(x) | uintptr_t(y); }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
-    return {fused_sam::load<N, Use::again>(x + at), fused_sam::load<N, Use::again>(y + at)};
+  FUSED_SAM_METHOD int32_t head() const { return before_vector(x); }
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const { return uintptr_t(x + at); }
+  FUSED_SAM_METHOD uintptr_t other(int32_t at) const { return uintptr_t(y + at); }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
+    return {fused_sam::load<N, Use::again>(x + at), load_other<N, Use::again, kSplit>(y + at)};
   }
   template <int N>
   FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t, int) {
+    const Pack<float, N> x = widened(values.x), y = widened(values.y);
 #pragma unroll
     for (int k = 0; k < N; ++k) {
-      const float a = widen(values.x.at[k]), b = widen(values.y.at[k]);
+      const float a = x.at[k], b = y.at[k];
       sums[0] += a * b;
       sums[1] += a * a;
       sums[2] += b * b;
@@ -43,16 +46,20 @@ struct Dot {
 };
 
 template <class X, class Y, class Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_of(4))
     dot_kernel(const Table __grid_constant__ table, Slots slots, float* sums, bool reset) {
-  const Span span = span_of(table, int32_t(blockIdx.x));
-  Dot<X, Y> operation{static_cast<const X*>(table.data[kX][span.tensor]) + span.begin,
-                      static_cast<const Y*>(table.data[kY][span.tensor]) + span.begin,
-                      {}};
-  run(operation, span.length);
-  if (reduce(operation.sums, slots)) {
+  float mine[3] = {0, 0, 0};
+  for_each_chunk(table, [&](const Span& span) {
+    Dot<X, Y> operation{static_cast<const X*>(table.data[kX][span.tensor]) + span.begin,
+                        static_cast<const Y*>(table.data[kY][span.tensor]) + span.begin,
+                        {}};
+    run(operation, span.length);
 #pragma unroll
-    for (int k = 0; k < 3; ++k) sums[k] = reset ? operation.sums[k] : sums[k] + operation.sums[k];
+    for (int k = 0; k < 3; ++k) mine[k] += operation.sums[k];
+  });
+  if (reduce(mine, slots)) {
+#pragma unroll
+    for (int k = 0; k < 3; ++k) sums[k] = reset ? mine[k] : sums[k] + mine[k];
   }
 }
 
@@ -62,6 +69,7 @@ template <class X, class Y, class O>
 struct Axpby {
   static constexpr int kPack = kPackOfBoth<X, Y>;
   static constexpr int kElements = kElementsInFlight;
+  static constexpr bool kLean = false;
 
   const X* x;
   const Y* y;
@@ -73,24 +81,25 @@ struct Axpby {
     Pack<X, N> x;
     Pack<Y, N> y;
   };
-  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(x) | uintptr_t(y) | uintptr_t(out); }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    const int64_t at = int64_t(i) * N;
-    return {fused_sam::load<N, Use::again>(x + at), fused_sam::load<N, Use::again>(y + at)};
+  FUSED_SAM_METHOD int32_t head() const { return before_vector(out); }
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const { return uintptr_t(x + at) | uintptr_t(out + at); }
+  FUSED_SAM_METHOD uintptr_t other(int32_t at) const { return uintptr_t(y + at); }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
+    return {fused_sam::load<N, Use::again>(x + at), load_other<N, Use::again, kSplit>(y + at)};
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t i, int) const {
-    Pack<O, N> result;
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t at, int) const {
+    const Pack<float, N> x = widened(values.x), y = widened(values.y);
+    Pack<float, N> result;
 #pragma unroll
-    for (int k = 0; k < N; ++k)
-      result.at[k] = Narrow<O, float>::of(axpby<float>(a, widen(values.x.at[k]), b, widen(values.y.at[k])));
-    store<N, Use::again>(out + int64_t(i) * N, result);
+    for (int k = 0; k < N; ++k) result.at[k] = axpby<float>(a, x.at[k], b, y.at[k]);
+    store<N, Use::again>(out + at, narrowed<O, N>(result));
   }
 };
 
 template <class X, class Y, class O, class Table>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, blocks_of(4))
     axpby_kernel(const Table __grid_constant__ table, Coefficients coefficients, const StatusOf<float>* status) {
   if (status != nullptr && status->skip != 0) return;
   const Span span = span_of(table, chunk_from_the_end());
@@ -115,6 +124,26 @@ static void with_types(VectorDtypes d, F&& call) {
 }
 
 template <class Table>
+void VectorKernels<Table>::load(VectorDtypes d) {
+  with_types(d, [](auto x, auto y) {
+    using X = of<decltype(x)>;
+    using Y = of<decltype(y)>;
+    load_kernel(dot_kernel<X, Y, Table>);
+    load_kernel(axpby_kernel<X, Y, X, Table>);
+    if constexpr (!std::is_same<X, Y>::value) load_kernel(axpby_kernel<X, Y, Y, Table>);
+  });
+}
+
+template <class Table>
+int VectorKernels<Table>::fitting(VectorDtypes d) {
+  int blocks = 0;
+  with_types(d, [&](auto x, auto y) {
+    blocks = blocks_that_fit(dot_kernel<of<decltype(x)>, of<decltype(y)>, Table>);
+  });
+  return blocks;
+}
+
+template <class Table>
 void VectorKernels<Table>::dot(VectorDtypes d, const Table& table, int32_t blocks, Slots slots, float* sums, bool reset,
                                cudaStream_t stream) {
   with_types(d, [&](auto x, auto y) {
@@ -134,6 +163,6 @@ void VectorKernels<Table>::axpby(VectorDtypes d, const Table& table, int32_t blo
       launch("axpby", d, blocks, stream, axpby_kernel<X, Y, Y, Table>, table, coefficients, status);
   });
 }
-FUSED_SAM_LAUNCHERS(VectorKernels, SmallTable, LargeTable);
+FUSED_SAM_LAUNCHERS(VectorKernels, SmallTable, MiddleTable, LargeTable);
 
 }  // namespace fused_sam

@@ -12,30 +12,67 @@
 
 namespace fused_sam {
 
-// A span's random numbers for one purpose.
+// A span's random numbers for one purpose. The elements of a span have one upper half of their numbers (tuning.h), so
+// that word() of core/rng.h needs only the lower half of each.
 struct RngStream {
-  StreamKey key;
-  int64_t begin;  // first element of the span within the tensor
+  uint32_t low;   // of the span's first element, plus the key
+  uint32_t high;  // of all its elements, with the key
 
-  FUSED_SAM_METHOD uint32_t operator()(int64_t i) const { return word(key, begin + i); }
+  FUSED_SAM_METHOD uint32_t operator()(int32_t at) const { return mix(mix(low + uint32_t(at)) ^ high); }
 };
 
 template <class Table>
 FUSED_SAM_DEVICE RngStream rng_stream(const Table& table, const Span& span, uint64_t seed, float rng_offset,
                                       Draw purpose) {
-  return RngStream{stream_key(seed, uint32_t(rng_offset), table.rng_stream[span.tensor], purpose), span.begin};
+  const StreamKey key = stream_key(seed, uint32_t(rng_offset), table.rng_stream[span.tensor], purpose);
+  const uint64_t begin = uint64_t(span.begin);
+  return RngStream{uint32_t(begin) + key.a, key.b + uint32_t(begin >> 32) * 0x9e3779b9u};
 }
 
-// Rounds fp32 to T, for element i of the span.
+#if defined(__CUDA_ARCH__)
+// Return two fp32 numbers as bf16, with the word's lower half added to each below the place where it is cut off. An
+// infinite number has no lower bits, so that nothing carries into its upper ones. Nothing is added to a NaN, whose upper
+// bits are a NaN: those of arithmetic have all bits set, and a widened one has no lower bits.
+FUSED_SAM_DEVICE uint32_t pair_at_random(bf16, float first, float second, uint32_t word, uint32_t other_word) {
+  const uint32_t a = float_bits(first) + (first == first ? word & 0xffffu : 0u);
+  const uint32_t b = float_bits(second) + (second == second ? other_word & 0xffffu : 0u);
+  return __byte_perm(a, b, 0x7632);  // both upper halves
+}
+#endif
+
+// Return a pack of fp32 numbers as T, rounded stochastically. at: the pack's first element in the span.
+template <class T, int N>
+FUSED_SAM_DEVICE Pack<T, N> narrowed_at_random(const Pack<float, N>& wide, const RngStream& words, int32_t at) {
+  Pack<T, N> pack;
+  if constexpr (kOnGpu && std::is_same<T, bf16>::value && N % 2 == 0) {
+    uint32_t pairs[N / 2];
+#pragma unroll
+    for (int k = 0; k < N; k += 2)
+      pairs[k / 2] = pair_at_random(T{}, wide.at[k], wide.at[k + 1], words(at + k), words(at + k + 1));
+    memcpy(&pack, pairs, sizeof(pack));
+  } else {
+#pragma unroll
+    for (int k = 0; k < N; ++k) pack.at[k] = AtRandom<T>::of(wide.at[k], words(at + k));
+  }
+  return pack;
+}
+
+// Rounds a pack of fp32 numbers to T. at: its first element in the span.
 template <class T, bool kRandom>
 struct Rounding {
-  FUSED_SAM_METHOD T operator()(float x, int64_t) const { return Narrow<T, float>::of(x); }
+  template <int N>
+  FUSED_SAM_METHOD Pack<T, N> operator()(const Pack<float, N>& wide, int32_t) const {
+    return narrowed<T, N>(wide);
+  }
 };
 template <class T>
 struct Rounding<T, true> {
   RngStream words;
 
-  FUSED_SAM_METHOD T operator()(float x, int64_t i) const { return AtRandom<T>::of(x, words(i)); }
+  template <int N>
+  FUSED_SAM_METHOD Pack<T, N> operator()(const Pack<float, N>& wide, int32_t at) const {
+    return narrowed_at_random<T, N>(wide, words, at);
+  }
 };
 
 template <class T, bool kRandom, class Table>
@@ -51,27 +88,26 @@ template <class To, class From>
 struct Copy {
   static constexpr int kPack = 16 / int(sizeof(To));
   static constexpr int kElements = kElementsInFlight;
+  static constexpr bool kLean = false;
 
   To* to;
   const From* from;
 
   template <int N>
   using Registers = Pack<From, N>;
-  FUSED_SAM_METHOD uintptr_t addresses() const { return uintptr_t(to) | uintptr_t(from); }
-  template <int N>
-  FUSED_SAM_METHOD Registers<N> load(int32_t i) const {
-    return fused_sam::load<N, Use::once>(from + int64_t(i) * N);
+  FUSED_SAM_METHOD int32_t head() const { return before_vector(to); }
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const { return uintptr_t(to + at); }
+  FUSED_SAM_METHOD uintptr_t other(int32_t at) const { return uintptr_t(from + at); }
+  template <int N, bool kSplit>
+  FUSED_SAM_METHOD Registers<N> load(int32_t at) const {
+    return load_other<N, Use::once, kSplit>(from + at);
   }
   template <int N>
-  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t i, int) const {
-    if constexpr (std::is_same<To, From>::value) {
-      store<N, Use::again>(to + int64_t(i) * N, values);
-    } else {
-      Pack<To, N> rounded;
-#pragma unroll
-      for (int k = 0; k < N; ++k) rounded.at[k] = Narrow<To, float>::of(values.at[k]);
-      store<N, Use::again>(to + int64_t(i) * N, rounded);
-    }
+  FUSED_SAM_METHOD void finish(const Registers<N>& values, int32_t at, int) const {
+    if constexpr (std::is_same<To, From>::value)
+      store<N, Use::again>(to + at, values);
+    else
+      store<N, Use::again>(to + at, narrowed<To, N>(widened(values)));
   }
 };
 
@@ -113,6 +149,7 @@ FUSED_SAM_DEVICE float grad_factor(float sign, const UpdateCall& call) {
 template <class P, class G, class M>
 struct UpdateArrays {
   static constexpr bool kMasters = !std::is_same<P, M>::value;
+  static constexpr bool kLean = false;
 
   P* param;
   M* clean;  // the backup or the master; may be `param`, so that no pointer here is __restrict__
@@ -123,6 +160,10 @@ struct UpdateArrays {
       : param(static_cast<P*>(table.data[kParam][span.tensor]) + span.begin),
         clean(static_cast<M*>(table.data[kBackup][span.tensor]) + span.begin),
         grad(static_cast<const G*>(table.data[kGrad][span.tensor]) + span.begin) {}
+
+  FUSED_SAM_METHOD int32_t head() const { return before_vector(param); }
+  FUSED_SAM_METHOD uintptr_t addresses(int32_t at) const { return uintptr_t(param + at) | uintptr_t(clean + at); }
+  FUSED_SAM_METHOD uintptr_t other(int32_t at) const { return uintptr_t(grad + at); }
 };
 
 // Return the span's part of a state buffer.

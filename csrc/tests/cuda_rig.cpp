@@ -87,10 +87,11 @@ Rig::Rig(const Case& c)
     : c(c),
       group_ids(ids(c.sizes.size())),
       params(arrays(c.param, c.sizes, c.offset)),
-      backups(arrays(c.param, c.sizes, 0)),
-      masters(arrays(c.master, c.sizes, 0)),
-      grads(arrays(c.grad, c.sizes, 0)),
-      state{arrays(Dtype::f32, c.sizes, 0), arrays(Dtype::f32, c.sizes, 0), arrays(Dtype::f32, c.sizes, 0)},
+      backups(arrays(c.param, c.sizes, c.other_offset)),
+      masters(arrays(c.master, c.sizes, c.other_offset)),
+      grads(arrays(c.grad, c.sizes, c.grad_offset)),
+      state{arrays(Dtype::f32, c.sizes, c.other_offset), arrays(Dtype::f32, c.sizes, c.other_offset),
+            arrays(Dtype::f32, c.sizes, c.other_offset)},
       table(c.param, c.grad, c.master, 0, c.sizes, group_ids, rng_streams(c.sizes.size()), c.chunk),
       workspace(size_t(table.workspace_bytes()) + 64) {
   std::mt19937 random(1);

@@ -26,6 +26,8 @@ struct Case {
   int64_t offset = 0;                // elements by which the params are misaligned
   bool separate = true;              // True if the backups are memory of their own
   fused_sam::Dtype master = param;   // fp32 with masters; otherwise the params' dtype
+  int64_t grad_offset = 0;           // elements by which the grads are misaligned
+  int64_t other_offset = 0;          // and all other arrays
 
   bool has_masters() const { return master != param; }
 };

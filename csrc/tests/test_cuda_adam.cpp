@@ -127,5 +127,6 @@ int main() {
   test_adam();
   test_adam_counts_every_step_once();
   test_columns_in_any_order();
+  CHECK(cuda_shim::machine().unloaded_launches == 0);
   return fused_sam_test::result();
 }

@@ -48,6 +48,9 @@ void test_bad_input() {
   CHECK_WORDS(table(Dtype::f32, Dtype::f32, Dtype::f32, 7), "cudaErrorInvalidDevice");
   CHECK_WORDS(table(Dtype::f32, Dtype::f32, Dtype::f32, 0, -1), "negative");
   CHECK_WORDS(CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {1, 2}, {0, 0}, {1}, 0), "needs a stream of random");
+  CHECK_WORDS(CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {5, int64_t(1) << 32}, {0, 0}, {}, 12288),
+              "chunk size that is a power of 2");
+  CudaTable(Dtype::f32, Dtype::f32, Dtype::f32, 0, {(int64_t(1) << 32) - 1}, {0}, {}, 12288);
   CHECK_WORDS(rig.table.set_masters(addresses(rig.params)), "masters are fp32, and their params bf16 or fp16");
   CHECK_WORDS(Rig({Dtype::bf16, Dtype::f32, {3}, 0, 0, true, Dtype::f32}).table.set_backups({16}), "has no backups");
   CHECK_WORDS(rig.table.set_state(3, addresses(rig.params)), "the state buffers 0, 1 and 2");
@@ -88,6 +91,7 @@ void test_bad_input() {
 
 void test_device_guard() {
   Rig rig({Dtype::f32, Dtype::f32, {100}, 0});
+  cuda_shim::machine().contexts = {0, 1};
   cuda_shim::machine().current_device = 1;
   rig.norm(true);
   CHECK(cuda_shim::machine().current_device == 1);
@@ -95,6 +99,32 @@ void test_device_guard() {
   CHECK_WORDS(rig.norm(true), "kernel norm");
   CHECK(cuda_shim::machine().current_device == 1);
   cuda_shim::machine().current_device = 0;
+}
+
+// A process that trains on GPU 1 takes no memory on GPU 0, which is current from the start.
+void test_no_context_on_another_device() {
+  cuda_shim::Machine& machine = cuda_shim::machine();
+  const std::set<int> own = {1};
+  const auto with_current = [&](auto&& call) {
+    machine.contexts = own;
+    machine.current_device = 0;
+    call();
+    CHECK(machine.contexts == own);
+  };
+  Array weight(Dtype::f32, 3, 0), grad(Dtype::f32, 3, 0);
+  for (int64_t i = 0; i < 3; ++i) weight.set(i, 1), grad.set(i, 1);
+  StatusOf<float> status{};
+  CudaTable table(Dtype::f32, Dtype::f32, Dtype::f32, 1, {3}, {0}, {}, 0);
+  std::vector<char> workspace(size_t(table.workspace_bytes()) + 16, 0);
+  const uintptr_t scratch = (reinterpret_cast<uintptr_t>(workspace.data()) + 15) / 16 * 16;
+  const uintptr_t at = reinterpret_cast<uintptr_t>(&status);
+  with_current([&] { table.set_params({weight.address()}); });
+  with_current([&] { table.set_grads({grad.address()}); });
+  with_current([&] { table.norm(nullptr, at, NormCall{true, true, {false, false}, 0}, scratch, 0); });
+  with_current([&] { cuda_finish_norm(at, {false, true}, 0, 1, 0); });
+  with_current([&] { CHECK(device_unavailable_reason(1).empty()); });
+  CHECK(status.update_norm > 1.7 && status.update_norm < 1.8);
+  machine.current_device = 0;
 }
 
 void test_reasons() {
@@ -121,6 +151,7 @@ void test_reasons() {
 int main() {
   test_bad_input();
   test_device_guard();
+  test_no_context_on_another_device();
   test_reasons();
   return fused_sam_test::result();
 }

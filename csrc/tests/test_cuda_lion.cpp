@@ -119,5 +119,6 @@ int main() {
   test_nan_stays_nan();
   test_launches();
   test_rates_on_the_device();
+  CHECK(cuda_shim::machine().unloaded_launches == 0);
   return fused_sam_test::result();
 }

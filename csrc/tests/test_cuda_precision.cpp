@@ -2,6 +2,7 @@
 #include <cmath>
 
 #include "core/rng.h"
+#include "cuda_runtime.h"
 #include "tests/check.h"
 #include "tests/cuda_rig.h"
 
@@ -113,5 +114,6 @@ void test_random_numbers() {
 int main() {
   test_masters();
   test_random_numbers();
+  CHECK(cuda_shim::machine().unloaded_launches == 0);
   return fused_sam_test::result();
 }

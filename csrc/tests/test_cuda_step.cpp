@@ -95,7 +95,31 @@ void test_unaligned_and_own_backup() {
     }
 }
 
-// The tables fill a launch, or have one tensor more or less. Old drivers take small tables, and new ones large tables.
+// Gradients in the middle of a bucket, and tensors that all begin in the middle of a vector, as shards of flat params do.
+void test_misaligned_grads_and_shards() {
+  for (int64_t offset : {1, 3, 4, 5})
+    for (Dtype param : {Dtype::f32, Dtype::bf16, Dtype::f16})
+      for (Dtype grad : {param, Dtype::f32}) {
+        check_step({param, grad, {5000, 7, 4096, 9}, 0, 0, true, param, offset});
+        check_step({param, grad, {5000, 7, 4096, 9}, 333, offset, true, param, offset, offset});
+        check_step({param, grad, {5000, 7, 4096, 1}, 0, offset, true, param, 0, offset});
+      }
+}
+
+// The blocks of a reduction take one chunk or several, and their number does not matter to an update.
+void test_blocks_of_a_reduction() {
+  for (int fitting : {1, 2, 3, 8}) {
+    cuda_shim::machine().blocks_per_sm = fitting;
+    check_step({Dtype::f32, Dtype::f32, {33333, 0, 555, 4097}, 333});
+    Rig rig({Dtype::f32, Dtype::f32, {33333, 0, 555, 4097}, 333});
+    const int64_t blocks = rig.table.reduction_blocks(), chunks = rig.table.chunks();
+    CHECK(blocks <= 2 * fitting && (chunks + blocks - 1) / blocks == (chunks + 2 * fitting - 1) / (2 * fitting));
+  }
+  cuda_shim::machine().blocks_per_sm = 2;
+}
+
+// The tables fill a launch, or have one tensor more or less. Old drivers take small tables, and new ones also middle and
+// large ones.
 void test_full_tables() {
   for (int driver : {13000, 12000}) {
     cuda_shim::machine().driver = driver;
@@ -107,6 +131,11 @@ void test_full_tables() {
       check_step({Dtype::f32, Dtype::f32, sizes, 4});
       Rig rig({Dtype::f32, Dtype::f32, sizes, 4});
       CHECK(rig.table.launches() == (count - 1) / slots + 1);
+    }
+    for (int count : {SmallTable::kTensors + 1, MiddleTable::kTensors, MiddleTable::kTensors + 1}) {
+      check_step({Dtype::f32, Dtype::f32, Sizes(size_t(count), 6), 4});
+      Rig rig({Dtype::f32, Dtype::f32, Sizes(size_t(count), 6), 4});
+      CHECK(rig.table.launches() == (driver == 13000 ? 1 : (count - 1) / SmallTable::kTensors + 1));
     }
   }
   cuda_shim::machine().driver = 13000;
@@ -225,6 +254,8 @@ int main() {
   test_size_matrix();
   test_dtypes();
   test_unaligned_and_own_backup();
+  test_misaligned_grads_and_shards();
+  test_blocks_of_a_reduction();
   test_full_tables();
   test_skip();
   test_chain_of_tables();
@@ -232,5 +263,6 @@ int main() {
   test_rates_on_the_device();
   test_finish_norm_in_a_launch_of_its_own();
   test_spans_beyond_32_bits();
+  CHECK(cuda_shim::machine().unloaded_launches == 0);
   return fused_sam_test::result();
 }

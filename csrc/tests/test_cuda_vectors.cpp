@@ -1,7 +1,9 @@
 // dot and axpby in the CUDA kernels' source on the host (cuda_shim/) equal formulas in double.
+#include <array>
 #include <cmath>
 #include <utility>
 
+#include "cuda_runtime.h"
 #include "tests/check.h"
 #include "tests/cuda_rig.h"
 
@@ -12,7 +14,9 @@ namespace {
 
 void test_vectors() {
   const Sizes sizes = {33333, 0, 555, 1, 4096};
-  for (int64_t chunk : {int64_t(333), int64_t(0)})
+  // Elements by which x and y are misaligned, and the chunk.
+  const std::vector<std::array<int64_t, 3>> cases = {{0, 0, 333}, {0, 0, 0}, {0, 3, 0}, {1, 1, 0}, {4, 1, 333}};
+  for (const auto& [x_offset, y_offset, chunk] : cases)
     for (const auto& [dx, dy] : std::vector<std::pair<Dtype, Dtype>>{{Dtype::f32, Dtype::f32},
                                                                     {Dtype::bf16, Dtype::bf16},
                                                                     {Dtype::f16, Dtype::f16},
@@ -20,7 +24,7 @@ void test_vectors() {
                                                                     {Dtype::f32, Dtype::bf16},
                                                                     {Dtype::f16, Dtype::f32},
                                                                     {Dtype::f32, Dtype::f16}}) {
-      Arrays x = arrays(dx, sizes, 0), y = arrays(dy, sizes, 0);
+      Arrays x = arrays(dx, sizes, x_offset), y = arrays(dy, sizes, y_offset);
       std::mt19937 random(2);
       double xy = 0, xx = 0, yy = 0;
       for (size_t t = 0; t < sizes.size(); ++t) {
@@ -82,5 +86,6 @@ void test_vectors() {
 
 int main() {
   test_vectors();
+  CHECK(cuda_shim::machine().unloaded_launches == 0);
   return fused_sam_test::result();
 }

@@ -47,6 +47,8 @@ void test_perturbation() {
   CHECK(scaled_gradient<true>(-3.0, 2.0, 0.5) == 7.0);
   CHECK(perturbed<false>(1.0, 2.0, 0.25, 9.0) == 1.5);
   CHECK(perturbed<true>(-3.0, 2.0, 0.5, 1.0) == -3.0 + 0.5 * 16 * 2);
+  CHECK(preconditioner(4.0, 1.5, 1.0) == 0.25);
+  CHECK(preconditioner(0.0f, 1.5f, 0.5f) == 2.0f);
   // T is multiplied twice, because its square would overflow and T * (T * g) does not.
   CHECK(std::isfinite(perturbed<true>(1e25f, 1e-30f, 1.0f, 0.0f)));
 }

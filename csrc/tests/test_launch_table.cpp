@@ -41,7 +41,7 @@ void check_plan(const Sizes& sizes, const Numbers& groups, int64_t chunk, int ma
 }
 
 void test_slots_of_tensors() {
-  for (int count : {1, LargeTable::kTensors - 1, LargeTable::kTensors, LargeTable::kTensors + 1, 1000}) {
+  for (int count : {1, MiddleTable::kTensors, LargeTable::kTensors - 1, LargeTable::kTensors, LargeTable::kTensors + 1, 1000}) {
     const Sizes sizes(size_t(count), 256);
     check_plan(sizes, Numbers(sizes.size(), 0), 4096, LargeTable::kTensors, LargeTable::kGroups);
     const Numbers groups(sizes.size(), 0);
@@ -103,9 +103,22 @@ void test_chunk_size() {
   CHECK(chunk_for(0, 132, hopper) == kTile && chunk_for(1000, 132, hopper) == kTile);
   CHECK(chunk_for(25'600'000, 132, hopper) == kTile);
   CHECK(chunk_for(100'000'000, 132, hopper) == 2 * kTile);
+  CHECK(chunk_for(120'000'000, 132, hopper) == 2 * kTile && chunk_for(140'000'000, 132, hopper) == 4 * kTile);
   CHECK(chunk_for(int64_t(1) << 40, 132, hopper) == kLongestChunk);
   for (int64_t elements = 1; elements < int64_t(1) << 40; elements *= 3)
-    for (int major : {8, 9, 10, 12}) CHECK(chunk_for(elements, 1, tuning_of(major)) % kTile == 0);
+    for (int major : {8, 9, 10, 12})
+      for (int sm_count : {0, 1, 132}) {
+        const int64_t chunk = chunk_for(elements, sm_count, tuning_of(major));
+        CHECK(chunk % kTile == 0 && (chunk & (chunk - 1)) == 0 && chunk <= kLongestChunk);
+      }
+}
+
+void test_blocks_of_a_reduction() {
+  CHECK(reduction_blocks(0, 660) == 0 && reduction_blocks(1, 660) == 1 && reduction_blocks(660, 660) == 660);
+  CHECK(reduction_blocks(661, 660) == 331);   // of two chunks each, one of one
+  CHECK(reduction_blocks(6250, 660) == 625);  // of ten each
+  CHECK(reduction_blocks(7, 0) == 1);
+  CHECK(reduction_blocks(INT32_MAX, 660) <= 660);
 }
 
 void test_numbers_of_a_group() {
@@ -139,6 +152,7 @@ int main() {
   test_sizes_beyond_32_bits();
   test_matrix();
   test_chunk_size();
+  test_blocks_of_a_reduction();
   test_numbers_of_a_group();
   test_columns();
   return fused_sam_test::result();

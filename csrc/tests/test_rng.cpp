@@ -115,6 +115,15 @@ void test_in_mask() {
   CHECK(in_mask(0, 0x1p-24f) && !in_mask(0x100, 0x1p-24f) && !in_mask(0, 0.0f));
   CHECK(in_mask(0xffffffffu, 1.0f) && !in_mask(0xffffffffu, 1.0f - 0x1p-24f));
   CHECK(in_mask(0x7fffffffu, 0.5f) && !in_mask(0x80000000u, 0.5f));
+  for (float p : {1e-30f, 0x1p-25f, 0x1p-24f, 0.1f, 0.25f, 1.0f / 3, 0.5f, 0.999f, 1.0f - 0x1p-24f}) {
+    const uint32_t limit = mask_limit(p);
+    for (int64_t distance = -513; distance <= 513; ++distance) {
+      const int64_t near = int64_t(limit) + distance;
+      if (near < 0 || near > 0xffffffff) continue;
+      CHECK(in_mask(uint32_t(near), p) == (uint32_t(near) < limit));
+    }
+    CHECK(in_mask(0, p) == (0 < limit) && in_mask(0xffffffffu, p) == (0xffffffffu < limit));
+  }
 }
 
 }  // namespace

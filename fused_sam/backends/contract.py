@@ -5,6 +5,7 @@ primitive leaves for the next (norm, skip flag) stay in a `Status` on the tensor
 for the device.
 
     SAM step      norm, perturb, second backward pass, norm (the check that the new gradients are finite), update
+    per tensor    squares in place of the first norm, and a factor per row in perturb
     update        undo the perturbation and take one step of the base optimizer's rule, in one pass
     methods       dot, axpby, ema: over two vectors, such as the two gradients of a step
 """
@@ -22,11 +23,12 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 # Places in the status. csrc/core/status.h holds the same order.
-SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED = range(8)
-STATUS_SIZE = 8
+SUM, ASCENT_NORM, INVERSE_NORM, SKIP, UPDATE_NORM, RNG_OFFSET, PERTURBED, UPDATED, SKIPPED_STEPS = range(9)
+STATUS_SIZE = 9
 
-# What a primitive draws random numbers for: part of the number of their stream, see rng.py and csrc/core/rng.h.
-MASK, ROUND_PERTURBED, ROUND_UPDATED = range(3)
+# What random numbers are drawn for: part of the number of their stream, see rng.py and csrc/core/rng.h. Kernels draw
+# all but the last, which are normal numbers of methods (engine/noise.py).
+MASK, ROUND_PERTURBED, ROUND_UPDATED, NOISE = range(4)
 
 # Places of the results of `dot`.
 XY, XX, YY = range(3)
@@ -86,7 +88,7 @@ class PerturbGroup(NamedTuple):
 
     rho: float  # length of the perturbation
     adaptive: bool = False  # True if the perturbation is scaled by the weights (ASAM)
-    eta: float = 0.0  # ASAM's offset
+    eta: float = 0.0  # ASAM's offset; in a table with second moments, Adam's eps
     mask_prob: float = 1.0  # share of the elements that are perturbed, drawn at random (ESAM's beta)
 
 
@@ -181,10 +183,11 @@ class Status:
         marks: on the host, how many tables the perturbation and the update of this step have written, at the places
             PERTURBED and UPDATED; see Backend. UPDATED then counts what the `updated` hook writes. On the CPU it is
             `host`.
+        marks_address: of the first mark.
         pending: a write to a vector that has not been counted yet: marks[UPDATED] before it, tensors, new values.
     """
 
-    __slots__ = ("address", "device", "host", "marks", "pending", "values")
+    __slots__ = ("address", "device", "host", "marks", "marks_address", "pending", "values")
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -195,6 +198,7 @@ class Status:
         else:
             self.values = torch.zeros(STATUS_SIZE, dtype=status_dtype(device), device=device)
         self.marks = array("d", bytes(8 * STATUS_SIZE)) if self.host is None else self.host
+        self.marks_address = self.marks.buffer_info()[0]
         self.pending: tuple[float, list[Tensor], list[Tensor]] | None = None
         self.address = self.values.data_ptr()
 
@@ -228,6 +232,11 @@ class Status:
         """How many primitives have drawn random numbers: a whole number, counted by the engine."""
         return self.values[RNG_OFFSET]
 
+    @property
+    def skipped_steps(self) -> Tensor:
+        """How many steps in a row were skipped, up to the last one that `finish_norm` has begun."""
+        return self.values[SKIPPED_STEPS]
+
 
 @dataclass(eq=False)
 class Table:
@@ -250,6 +259,12 @@ class Table:
     # Optimizer state by name, in the arithmetic's dtype. None in a column: the parameter's group does not use it.
     rule: UpdateRule | None = None
     state: dict[str, list[Tensor | None]] = field(default_factory=dict)
+    # What `perturb` multiplies the length of each row's e by: a number per row, of status_dtype; None: 1.
+    factors: Tensor | None = None
+    # Precond-SAM: Adam's second moments v, in the arithmetic's dtype, and `unbias` = 1 / sqrt(1 - beta2^step) of each
+    # row, of status_dtype. They make T_w = (sqrt(v) * unbias + eta)^(-1/2), whether a group is adaptive or not.
+    second_moments: list[Tensor] = field(default_factory=list)
+    unbias: Tensor | None = None
     # Random numbers: element i of row r draws number i of the stream (seed, rng_offset, rng_streams[r], purpose).
     stochastic_rounding: bool = False  # of bf16 and fp16 parameters; never together with masters
     seed: int = 0  # 64 bits
@@ -307,6 +322,8 @@ class Backend(ABC):
     def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
         """Turn the sum of squares into a norm and a skip flag.
 
+        Without keep_skip a step begins. The flag that is there is then the last step's, and counts in SKIPPED_STEPS.
+
         Args:
             ascent: True writes `ascent_norm` and `inverse_norm`, False `update_norm`.
             keep_skip: True keeps a skip flag that is already set.
@@ -333,11 +350,21 @@ class Backend(ABC):
         self.finish_norm(status, ascent=groups is not None, keep_skip=keep_skip, eps=eps)
 
     @abstractmethod
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        """Write each row's sum of squares of T_w g to `sums[0]` and, with `weights`, that of the params to `sums[1]`.
+
+        With masters, the params are the masters.
+
+        Args:
+            sums: shape (2, rows), of `status_dtype`, on the tensors' device.
+        """
+
+    @abstractmethod
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        """Copy params to backups; then, unless skip is set, params += rho * inverse_norm * T_w^2 g.
+        """Copy params to backups; then, unless skip is set, params += rho * inverse_norm * factors[row] * T_w^2 g.
 
         Where a group's mask_prob is below 1, only elements drawn at random, by rho / mask_prob (arXiv 2110.03141).
-        With masters, params = masters + rho * ..., and no backup is written.
+        With masters, params = masters + rho * ..., and no backup is written. A table with second moments has no mask.
         """
 
     @abstractmethod
@@ -393,6 +420,8 @@ class Backend(ABC):
 def finish_norm(status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
     """Compute norms and the skip flag from the sum of squares, see Backend.finish_norm."""
     values = status.values
+    if not keep_skip:
+        count_skipped_step(values)
     norm = values[SUM].sqrt()
     not_finite = ~values[SUM].isfinite()
     if ascent:
@@ -403,3 +432,8 @@ def finish_norm(status: Status, *, ascent: bool, keep_skip: bool, eps: float) ->
     else:
         values[UPDATE_NORM] = norm
     values[SKIP] = (not_finite | (values[SKIP] != 0)) if keep_skip else not_finite
+
+
+def count_skipped_step(values: Tensor) -> None:
+    """Add 1 to a status's skipped steps in a row if the step that ends was skipped, else start again from 0."""
+    values[SKIPPED_STEPS] = (values[SKIPPED_STEPS] + 1) * (values[SKIP] != 0)

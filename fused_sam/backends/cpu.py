@@ -19,7 +19,7 @@ from .contract import (
     VectorPair,
     bump_versions,
 )
-from .native import CODES, addresses, fill
+from .native import CODES, address_of, addresses, fill
 
 _cpu: ModuleType | Any
 try:
@@ -74,8 +74,17 @@ class Cpu(Backend):
         for i, table in enumerate(tables):
             _native(table).norm(groups, status.address, i == 0, i == last, keep_skip, eps, threads)
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        assert sums.dtype is torch.float64 and sums.is_contiguous()
+        unbias, threads = address_of(table.unbias), torch.get_num_threads()
+        _native(table).squares(groups, unbias, sums.data_ptr(), weights, threads)
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        _native(table).perturb(groups, status.address, torch.get_num_threads())
+        if table.factors is None and table.unbias is None:
+            _native(table).perturb(groups, status.address, torch.get_num_threads())
+        else:
+            factors, unbias = address_of(table.factors), address_of(table.unbias)
+            _native(table).perturb(groups, status.address, torch.get_num_threads(), factors, unbias)
         bump_versions(table.params)
 
     def update(

@@ -105,11 +105,26 @@ class Cuda(Backend):
             groups, _status(status, device), reset, finish, keep_skip, eps, workspace.data_ptr(), self._stream(device)
         )
 
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        native, workspace = self._table(table)
+        device = table.params[0].device
+        native.squares(
+            groups, 0 if table.unbias is None else _address(table.unbias, device, "unbias"),
+            _address(sums, device, "sums"), weights, workspace.data_ptr(), self._stream(device),
+        )  # fmt: skip
+
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         native, _ = self._table(table)
         device = table.params[0].device
         native.perturb(
-            groups, _status(status, device), table.seed & _WORD64, table.stochastic_rounding, self._stream(device)
+            groups,
+            _status(status, device),
+            table.seed & _WORD64,
+            table.stochastic_rounding,
+            self._stream(device),
+            0 if table.factors is None else _address(table.factors, device, "factors"),
+            0 if table.unbias is None else _address(table.unbias, device, "unbias"),
+            status.marks_address,
         )
         bump_versions(table.params)
 
@@ -130,6 +145,7 @@ class Cuda(Backend):
             table.seed & _WORD64,
             table.stochastic_rounding,
             self._stream(device),
+            status.marks_address,
         )
         bump_versions(table.params)
         bump_versions(table.masters)
@@ -169,9 +185,9 @@ class Cuda(Backend):
             address = _address(coefficients, device, "coefficients")
         else:
             a, b = coefficients
-        skip = 0 if status is None else _status(status, device)
+        skip, marks = (0, 0) if status is None else (_status(status, device), status.marks_address)
         x, y, code = addresses(pair.x), addresses(pair.y), _CODES[out[0].dtype]
-        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device))
+        found[0].axpby(x, y, code, addresses(out), address, a, b, skip, self._stream(device), marks)
         bump_versions(out)
         return None
 
@@ -195,7 +211,9 @@ class Cuda(Backend):
                 table.native[0].set_grads(grads)
                 table.bound_grads = grads
             return table.native
-        device = _one_device(table.params, table.backups, table.masters, *table.state.values())
+        device = _one_device(
+            table.params, table.backups, table.masters, table.second_moments, *table.state.values()
+        )
         native = self._build(table, device)
         if grads:
             native.set_grads(grads)

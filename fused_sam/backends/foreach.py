@@ -49,13 +49,6 @@ def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.dtype is dtype else t.to(dtype) for t in tensors]
 
 
-def weight_scale(weights: list[Tensor], group: PerturbGroup) -> list[Tensor]:
-    """Return T_w = |w| + eta."""
-    scale = torch._foreach_abs(weights)
-    torch._foreach_add_(scale, group.eta)
-    return list(scale)
-
-
 @dataclass
 class Rows(Generic[AnyGroup]):
     """The rows of a table that belong to one parameter group."""
@@ -102,12 +95,31 @@ def by_group(table: Table, groups: Sequence[AnyGroup]) -> list[Rows[AnyGroup]]:
     ]
 
 
-def scaled_grads(rows: Rows[PerturbGroup]) -> list[Tensor]:
-    """Return T_w g."""
-    grads = widen(rows.of(rows.table.grads))
+def weight_scale(rows: Rows[PerturbGroup]) -> list[Tensor] | None:
+    """Return T_w: |w| + eta, or of the second moments; None for 1."""
+    table, eta = rows.table, rows.group.eta
+    if table.unbias is not None:
+        scale = torch._foreach_sqrt(rows.of(table.second_moments))
+        torch._foreach_mul_(scale, table.unbias[rows.numbers].tolist())
+        torch._foreach_add_(scale, eta)
+        torch._foreach_sqrt_(scale)
+        torch._foreach_reciprocal_(scale)
+        return list(scale)
     if not rows.group.adaptive:
+        return None
+    scale = torch._foreach_abs(rows.weights())
+    torch._foreach_add_(scale, eta)
+    return list(scale)
+
+
+def scaled_grads(rows: Rows[PerturbGroup], power: int = 1) -> list[Tensor]:
+    """Return T_w^power g. Do not write to it."""
+    grads = widen(rows.of(rows.table.grads))
+    scale = weight_scale(rows)
+    if scale is None:
         return grads
-    scale = weight_scale(rows.weights(), rows.group)
+    if power == 2:
+        torch._foreach_mul_(scale, scale)
     torch._foreach_mul_(scale, grads)
     return scale
 
@@ -188,6 +200,15 @@ class Foreach(Backend):
             status.sum_of_squares.add_(norms.to(status.values.dtype).square().sum())
 
     @torch.no_grad()
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        for rows in by_group(table, groups):
+            columns = [scaled_grads(rows), *([rows.weights()] if weights else [])]
+            for place, column in enumerate(columns):
+                wider = torch.promote_types(column[0].dtype, sums.dtype)
+                norms = torch.stack(torch._foreach_norm(column, 2, dtype=wider))
+                sums[place, rows.numbers] = norms.to(sums.dtype).square()
+
+    @torch.no_grad()
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
         if table.backups:
             torch._foreach_copy_(table.backups, table.params)
@@ -197,13 +218,11 @@ class Foreach(Backend):
             return
         for rows in by_group(table, groups):
             h = rows.group
-            params, weights, e = rows.of(table.params), rows.weights(), widen(rows.of(table.grads))
-            if h.adaptive:
-                scale = weight_scale(weights, h)
-                torch._foreach_mul_(scale, scale)
-                torch._foreach_mul_(scale, e)
-                e = scale
+            params, weights, e = rows.of(table.params), rows.weights(), scaled_grads(rows, power=2)
             perturbed, length = weights, h.rho * inverse / h.mask_prob
+            if table.factors is not None:
+                factors = table.factors[rows.numbers] * length
+                e, length = list(torch._foreach_mul(e, factors.tolist())), 1.0
             if table.masters or h.mask_prob < 1:
                 perturbed = list(torch._foreach_add(weights, e, alpha=length))
             else:

@@ -37,3 +37,10 @@ def fill(native: Any, table: Table) -> None:
                 native.set_state(buffers.index(name), addresses(column))
             else:
                 native.set_steps(addresses(column))
+    elif table.second_moments:
+        native.set_state(0, addresses(table.second_moments))
+
+
+def address_of(numbers: Tensor | None) -> int:
+    """Return the address of numbers of a table's rows; 0 for None."""
+    return 0 if numbers is None else numbers.data_ptr()

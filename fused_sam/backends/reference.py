@@ -43,9 +43,14 @@ def widen(x: Tensor) -> Tensor:
     return x.to(arithmetic_dtype(x.dtype))
 
 
-def weight_scale(w: Tensor, group: PerturbGroup) -> Tensor | float:
-    """Return T_w: |w| + eta for ASAM (arXiv 2102.11600), 1 for SAM."""
-    return widen(w).abs() + group.eta if group.adaptive else 1.0
+def weight_scale(table: Table, i: int, group: PerturbGroup) -> Tensor | float:
+    """Return T_w of row i: 1 for SAM, |w| + eta for ASAM (arXiv 2102.11600).
+
+    For Precond-SAM (arXiv 2502.02407) (sqrt(v_hat) + eps)^(-1/2), v_hat being Adam's second moment without its bias.
+    """
+    if table.unbias is not None:
+        return (table.second_moments[i].sqrt() * table.unbias[i] + group.eta).rsqrt()
+    return widen((table.masters or table.params)[i]).abs() + group.eta if group.adaptive else 1.0
 
 
 def grad_factor(maximize: bool, status: Status, grad_scale: Tensor | None, max_norm: float) -> float:
@@ -156,9 +161,17 @@ class Reference(Backend):
 
     @torch.no_grad()
     def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
-        for w, g, k in zip(table.masters or table.params, table.grads, table.group_ids, strict=True):
-            x = g if groups is None else weight_scale(w, groups[k]) * widen(g)
+        for i, (g, k) in enumerate(zip(table.grads, table.group_ids, strict=True)):
+            x = g if groups is None else weight_scale(table, i, groups[k]) * widen(g)
             status.sum_of_squares.add_(x.to(status.values.dtype).square().sum())
+
+    @torch.no_grad()
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
+        for i, (g, k) in enumerate(zip(table.grads, table.group_ids, strict=True)):
+            x = weight_scale(table, i, groups[k]) * widen(g)
+            sums[0, i] = x.to(sums.dtype).square().sum()
+            if weights:
+                sums[1, i] = (table.masters or table.params)[i].to(sums.dtype).square().sum()
 
     @torch.no_grad()
     def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
@@ -171,7 +184,9 @@ class Reference(Backend):
         for i, k in enumerate(table.group_ids):
             w, h = widen((table.masters or table.params)[i]), groups[k]
             length = float(h.rho * status.inverse_norm / h.mask_prob)
-            perturbed = w + length * (weight_scale(w, h) ** 2 * widen(table.grads[i]))
+            if table.factors is not None:
+                length *= float(table.factors[i])
+            perturbed = w + length * (weight_scale(table, i, h) ** 2 * widen(table.grads[i]))
             if h.mask_prob < 1:
                 perturbed = torch.where(mask_of(key_of(table, i, status, MASK), w, h.mask_prob), perturbed, w)
             table.params[i].copy_(rounded(table, i, perturbed, status, ROUND_PERTURBED))

@@ -5,18 +5,24 @@ purpose make up. Nothing is stored, threads share nothing, and every backend dra
 is the 32-bit one that C. Wellons found by search ("Prospecting for hash functions", 2018), applied once before and once
 after the key's second half is mixed in.
 
-torch has no unsigned 32-bit arithmetic on every device: words are int64 numbers from 0 to 2^32 - 1 here.
+torch has no unsigned 32-bit arithmetic on every device: words are int64 numbers from 0 to 2^32 - 1 here. Normal numbers
+are drawn by torch alone, so they have a faster form of the same words, in int32 with its wrap-around.
 """
 
 from __future__ import annotations
+
+import math
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _WORD = 0xFFFFFFFF
+_CHUNK = 1 << 15  # numbers drawn at a time on the CPU, so that they stay in its cache; a power of two
+_Word = TypeVar("_Word", int, Tensor)
 
 
-def mix(x: Tensor) -> Tensor:
+def mix(x: _Word) -> _Word:
     x = x ^ (x >> 16)
     x = (x * 0x7FEB352D) & _WORD
     x = x ^ (x >> 15)
@@ -29,7 +35,7 @@ def stream_key(seed: int, draw: int, stream: int, purpose: int) -> tuple[int, in
     low, high = seed & _WORD, (seed >> 32) & _WORD
 
     def mixed(x: int) -> int:
-        return int(mix(torch.tensor(x & _WORD)))
+        return mix(x & _WORD)
 
     a = mixed(mixed(low + draw * 0x9E3779B9) + stream * 0x85EBCA6B + purpose * 0xC2B2AE35)
     b = mixed(mixed(high ^ a) + 0x27D4EB2F)
@@ -38,9 +44,53 @@ def stream_key(seed: int, draw: int, stream: int, purpose: int) -> tuple[int, in
 
 def random_words(key: tuple[int, int], like: Tensor) -> Tensor:
     """One word for each element of `like`, in the order in which they lie in memory: int64, 0 to 2^32 - 1."""
+    return words_at(key, _positions(like))
+
+
+def words_at(key: tuple[int, int], i: Tensor) -> Tensor:
+    """The words of these numbers: int64, 0 to 2^32 - 1."""
     a, b = key
-    i = _positions(like)
     return mix(mix((i + a) & _WORD) ^ ((b + (i >> 32) * 0x9E3779B9) & _WORD))
+
+
+def normal_of(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a standard normal number for each word, from its upper 23 bits: never beyond 5.3 in size."""
+    odd = (words >> 9).to(dtype) * 2.0**-22 + (2.0**-23 - 1)  # 2 u - 1 for u in the middle of one of 2^23 steps, exact
+    return torch.erfinv(odd) * math.sqrt(2)
+
+
+def fill_normal(key: tuple[int, int], out: Tensor) -> None:
+    """Write number i of the stream, as a standard normal number, to the element at place i of a dense tensor's memory.
+
+    The same numbers as normal_of(random_words(key, out), out.dtype).
+    """
+    flat = out.as_strided((out.numel(),), (1,))
+    chunk = _CHUNK if out.device.type == "cpu" else 1 << 26
+    first = torch.arange(min(chunk, flat.numel()), dtype=torch.int32, device=out.device)
+    for start in range(0, flat.numel(), chunk):  # no chunk crosses a multiple of 2^32
+        part = flat[start : start + chunk]
+        a, b = key[0] + start, key[1] + (start >> 32) * 0x9E3779B9
+        words = _mix_int32_(_mix_int32_(first[: part.numel()] + _signed(a)) ^ _signed(b))
+        high = words.bitwise_right_shift_(9).bitwise_and_(0x7FFFFF)
+        torch.erfinv(part.copy_(high).mul_(2.0**-22).add_(2.0**-23 - 1), out=part)
+        part.mul_(math.sqrt(2))
+
+
+def _mix_int32_(x: Tensor) -> Tensor:
+    """As `mix`, in place in the 32 bits of an int32 tensor, whose products wrap around."""
+    shifted = torch.empty_like(x)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 0)):
+        torch.bitwise_right_shift(x, shift, out=shifted)
+        x.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))  # the shift repeats the sign
+        if factor:
+            x.mul_(_signed(factor))
+    return x
+
+
+def _signed(word: int) -> int:
+    """Return the int32 with the bits of a word."""
+    word &= _WORD
+    return word - (1 << 32) if word >> 31 else word
 
 
 def _positions(t: Tensor) -> Tensor:

@@ -13,7 +13,10 @@ from .presets import PRESETS
 
 
 def _default(name: str) -> str:
-    return ", ".join(f"{data} {getattr(preset, name)}" for data, preset in PRESETS.items())
+    """Return an option's default for each data set."""
+    values = {data: getattr(preset, name) for data, preset in PRESETS.items()}
+    texts = {data: ",".join(map(str, v)) if isinstance(v, tuple) else str(v) for data, v in values.items()}
+    return "; ".join(f"{data} {text}" for data, text in texts.items())
 
 
 def demo(
@@ -33,12 +36,12 @@ def demo(
         typer.Option(
             metavar="X,...",
             help="SAM's rho: one value, or several to choose from on the validation split.",
-            show_default="a grid",
+            show_default=_default("rhos"),
         ),
     ] = None,
     lr: Annotated[
         list[str] | None,
-        typer.Option(metavar="X,...", help="Learning rate: one, or several to choose from.", show_default="a grid"),
+        typer.Option(metavar="X,...", help="Learning rates: every one is trained.", show_default=_default("lrs")),
     ] = None,
     seeds: Annotated[
         str | None,
@@ -51,9 +54,13 @@ def demo(
         typer.Option(metavar="N", help="Epochs; sgd-2x takes twice as many.", show_default=_default("epochs")),
     ] = None,
     noise: Annotated[
-        str,
-        typer.Option(metavar="FRACTION", help="Fraction of training and validation labels to replace at random."),
-    ] = "0.4",
+        list[str] | None,
+        typer.Option(
+            metavar="FRACTION,...",
+            help="Fraction of training and validation labels to replace at random; several are tried in turn.",
+            show_default="0.4",
+        ),
+    ] = None,
     batch_size: Annotated[
         str | None,
         typer.Option(metavar="N", help="Images per step.", show_default=_default("batch_size")),
@@ -62,8 +69,9 @@ def demo(
         str,
         typer.Option(metavar="NAME", help="Backend of fused_sam.SAM; `python -m fused_sam info` lists them."),
     ] = "auto",
-    threads: Annotated[
-        str | None, typer.Option(metavar="N", help="Threads for torch.", show_default="torch's own choice")
+    processes: Annotated[
+        str | None,
+        typer.Option(metavar="N", help="Runs at the same time, each on one thread.", show_default="one per core"),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="The figure: .png, .pdf or .svg.")] = Path(
         "fused_sam_demo.png"
@@ -72,8 +80,9 @@ def demo(
 ) -> None:
     """Train a small network on images with wrong labels: SGD, SGD for twice the epochs, and fused SAM.
 
-    Learning rates and rho are chosen on a validation split with labels as wrong as the training labels.
-    The accuracies shown are those on clean test labels.
+    Every learning rate is trained to the last epoch. rho, and the learning rate and the epoch of early stopping, are
+    chosen on a validation split with labels as wrong as the training labels. The accuracies shown are those on clean
+    test labels.
     """
     try:
         settings = read_settings(
@@ -84,10 +93,10 @@ def demo(
             lr=lr or [],
             seeds=seeds,
             epochs=epochs,
-            noise=noise,
+            noise=noise or ["0.4"],
             batch_size=batch_size,
             backend=backend,
-            threads=threads,
+            processes=processes,
             output=output,
             json=json,
         )
@@ -99,6 +108,6 @@ def demo(
 
 def _run(settings: Settings) -> None:
     # Imported here, so that --help and errors in options are fast.
-    from .experiment import run
+    from .run import run
 
     run(settings)

@@ -1,11 +1,12 @@
-"""The figure shows accuracy and losses over gradient passes, and each seed's final accuracies side by side.
+"""The figure shows accuracy on clean labels over the length of training, and over the learning rate or the noise.
 
-Lines are means over seeds; bands extend one standard deviation to each side. The horizontal axis is cost: an epoch of
-SAM is two gradient passes over the training data.
+Lines are means over seeds; bands extend one standard deviation to each side. Solid lines are last epochs, dotted ones
+stop early where the validation split says so.
 """
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, NullLocator
 
-from .tuning import Outcome
+from .summary import difference, last, middle_lr, stopped
+from .sweep import Result
 
 # Okabe and Ito's colours, which colour-blind readers can distinguish too.
 COLOURS = {"sgd": "#0072B2", "sgd-2x": "#E69F00", "sam": "#009E73"}
@@ -40,67 +43,88 @@ STYLE: Any = {
 }
 
 
-def draw(path: Path, outcomes: Sequence[Outcome], data: str, noise: float) -> None:
+def draw(path: Path, by_noise: Sequence[Sequence[Result]], data: str) -> None:
     """Write the figure in the format of the path's ending."""
+    results = by_noise[0]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 7), dpi=150, layout="constrained")
+        figure = Figure(figsize=(10, 4.8), dpi=150, layout="constrained")
         FigureCanvasAgg(figure)
-        (accuracy, finals), (train, test) = figure.subplots(2, 2)
-        _curves(accuracy, outcomes, "test_accuracy", "Test accuracy on clean labels, %", factor=100)
-        _finals(finals, outcomes, "At the end, %: one line per seed, dots are means")
-        _curves(train, outcomes, "train_loss", "Training loss on noisy labels")
-        _curves(test, outcomes, "test_loss", "Test loss on clean labels")
-        figure.suptitle(
-            f"SGD and SAM on {data} with {noise:.0%} of the training labels replaced at random",
-            x=0.01,
-            ha="left",
-            fontsize=13,
-            color=INK,
-        )
-        figure.legend(
-            *accuracy.get_legend_handles_labels(), loc="outside lower center", ncols=len(outcomes) + 1, fontsize=10
-        )
+        left, right = figure.subplots(1, 2, sharey=True)
+        _curves(left, results)
+        if len(by_noise) > 1:
+            _over_noise(right, by_noise)
+        else:
+            _over_rates(right, results)
+        left.set_ylabel("accuracy on clean test labels, %  (higher is better)")
+        figure.suptitle(_title(results, data), x=0.01, ha="left", fontsize=13, color=INK)
+        handles = [Line2D([], [], color=COLOURS[r.method.name], label=_label(r)) for r in results]
+        handles += [
+            Line2D([], [], color=INK, label="last epoch"),
+            Line2D([], [], color=INK, linestyle=":", label="stopped early"),
+        ]
+        figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), fontsize=10)
         figure.savefig(path)
 
 
-def _curves(axes: Axes, outcomes: Sequence[Outcome], field: str, title: str, factor: float = 1) -> None:
-    late_values = []  # without the steep first fifth, which would flatten the rest of the plot
-    for outcome in outcomes:
-        x = np.array(outcome.runs[0].curve.passes)
-        values = factor * np.array([getattr(run.curve, field) for run in outcome.runs])
+def _title(results: Sequence[Result], data: str) -> str:
+    start = f"{data}, {results[0].noise:.0%} wrong labels"
+    by_name = {result.method.name: result for result in results}
+    if "sam" not in by_name or "sgd" not in by_name:
+        return start
+    gain, _ = difference(last(by_name["sam"]), last(by_name["sgd"]))
+    helped, _ = difference(stopped(by_name["sam"]), stopped(by_name["sgd"]))
+    rates = f", mean of {len(results[0].runs)} learning rates" if len(results[0].runs) > 1 else ""
+    return (
+        f"{start}: SAM {gain:+.1f} points over SGD at the last epoch{rates},\n"
+        f"{helped:+.1f} with learning rate and epoch chosen on a validation split"
+    )
+
+
+def _label(result: Result) -> str:
+    return result.method.label + ("" if result.rho is None else f", rho {result.rho:g}")
+
+
+def _curves(axes: Axes, results: Sequence[Result]) -> None:
+    rate = middle_lr(results[0])
+    for result in sorted(results, key=lambda r: -r.method.stretch):  # the longer curve begins as the shorter one
+        runs = result.runs[rate]
+        x = np.array(runs[0].curve.passes)
+        values = 100 * np.array([run.curve.test_accuracy for run in runs])
         mean, deviation = values.mean(0), values.std(0)
-        colour = COLOURS[outcome.method.name]
-        axes.plot(x, mean, color=colour, label=f"{outcome.method.label} ({_chosen(outcome)})")
+        colour = COLOURS[result.method.name]
+        axes.plot(x, mean, color=colour, linewidth=2 if result.method.stretch == 1 else 4)
         axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)
         axes.plot(x[-1], mean[-1], "o", color=colour, markersize=5)
-        late = x >= 0.2 * x[-1]
-        late_values += [mean[late] - deviation[late], mean[late] + deviation[late]]
-    shown = np.concatenate(late_values)
-    shown = shown[np.isfinite(shown)]  # a run may have diverged
-    if shown.size and shown.max() > shown.min():
-        margin = 0.04 * (shown.max() - shown.min())
-        axes.set_ylim(shown.min() - margin, shown.max() + margin)
-    axes.set(title=title, xlabel="gradient passes over the training data")
+    axes.set(title=f"Over the length of training, learning rate {rate:g}", xlabel="gradient passes over the data")
     axes.set_xlim(left=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def _finals(axes: Axes, outcomes: Sequence[Outcome], title: str) -> None:
-    values = 100 * np.array([[run.test_accuracy for run in outcome.runs] for outcome in outcomes])
-    x = np.arange(len(outcomes))
-    axes.plot(x, values, color="#bbbbbb", linewidth=1, marker="o", markersize=3)
-    for i, outcome in enumerate(outcomes):
-        mean = values[i].mean()
-        axes.plot(i, mean, "o", color=COLOURS[outcome.method.name], markersize=9, zorder=3)
-        axes.annotate(
-            f"{mean:.1f}", (i, mean), (9, 0), textcoords="offset points", va="center", color=INK, fontweight="bold"
-        )
-    axes.set_xticks(x, [outcome.method.label for outcome in outcomes])
-    axes.set_xlim(-0.4, len(outcomes) - 0.6)
-    axes.grid(axis="x", visible=False)
-    axes.set_title(title)
+def _over_rates(axes: Axes, results: Sequence[Result]) -> None:
+    rates = sorted(results[0].runs)
+    for result in results:
+        colour = COLOURS[result.method.name]
+        _line(axes, rates, [last(result, lr) for lr in rates], colour, "-")
+        _line(axes, rates, [stopped(result, lr) for lr in rates], colour, ":")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(rates))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xticklabels([f"{rate:g}" for rate in rates])
+    axes.set(title="Over the learning rate", xlabel="learning rate")
 
 
-def _chosen(outcome: Outcome) -> str:
-    rho = "" if outcome.winner.rho is None else f", rho {outcome.winner.rho:g}"
-    return f"lr {outcome.winner.lr:g}{rho}"
+def _over_noise(axes: Axes, by_noise: Sequence[Sequence[Result]]) -> None:
+    noises = [100 * results[0].noise for results in by_noise]
+    for i, result in enumerate(by_noise[0]):
+        colour = COLOURS[result.method.name]
+        _line(axes, noises, [last(results[i]) for results in by_noise], colour, "-")
+        _line(axes, noises, [stopped(results[i]) for results in by_noise], colour, ":")
+    axes.xaxis.set_major_locator(FixedLocator(noises))
+    axes.set(title="Over the noise (last epoch: mean of the rates)", xlabel="wrong labels, %")
+
+
+def _line(axes: Axes, x: Sequence[float], values: Sequence[Sequence[float]], colour: str, style: str) -> None:
+    mean = np.array([statistics.fmean(v) for v in values])
+    axes.plot(x, mean, style, color=colour, marker="o", markersize=4)
+    if style == "-":
+        deviation = np.array([np.std(v) for v in values])
+        axes.fill_between(x, mean - deviation, mean + deviation, color=colour, alpha=0.18, linewidth=0)

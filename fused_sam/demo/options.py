@@ -6,6 +6,7 @@ All checks of options run here, before any training starts.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from .presets import PRESETS, Preset
 
 FASHION_FOLDER = Path("/usr/share/datasets/fashion-mnist")  # the folder of Debian's package dataset-fashion-mnist
 FIGURE_TYPES = (".png", ".pdf", ".svg")
-MAX_THREADS = 1024
+MAX_PROCESSES = 1024
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,14 @@ class Settings:
     data: str
     data_dir: Path  # of fashion-mnist
     methods: tuple[Method, ...]
-    sgd_lrs: tuple[float, ...]
-    sam_lrs: tuple[float, ...]
+    lrs: tuple[float, ...]
     rhos: tuple[float, ...]
     seeds: int
     epochs: int
-    noise: float
+    noises: tuple[float, ...]
     batch_size: int
     backend: str
-    threads: int | None
+    processes: int
     output: Path
     json: Path | None
     preset: Preset
@@ -53,10 +53,10 @@ def read_settings(
     lr: Sequence[str],
     seeds: str | None,
     epochs: str | None,
-    noise: str,
+    noise: Sequence[str],
     batch_size: str | None,
     backend: str,
-    threads: str | None,
+    processes: str | None,
     output: Path,
     json: Path | None,
 ) -> Settings:
@@ -70,20 +70,18 @@ def read_settings(
     if data_dir is not None and data != "fashion-mnist":
         raise DemoError("--data-dir goes with --data fashion-mnist only")
     preset = PRESETS[data]
-    lrs = _numbers("--lr", lr, "more than 0", lambda x: x > 0)
     settings = Settings(
         data=data,
         data_dir=data_dir or FASHION_FOLDER,
         methods=_methods(optimizer),
-        sgd_lrs=lrs or preset.sgd_lrs,
-        sam_lrs=lrs or preset.sam_lrs,
+        lrs=tuple(sorted(_numbers("--lr", lr, "more than 0", lambda x: x > 0) or preset.lrs)),
         rhos=_numbers("--rho", rho, "0 or more", lambda x: x >= 0) or preset.rhos,
         seeds=preset.seeds if seeds is None else _whole("--seeds", seeds),
         epochs=preset.epochs if epochs is None else _whole("--epochs", epochs),
-        noise=_number("--noise", noise, "from 0 to 1", lambda x: 0 <= x <= 1),
+        noises=_numbers("--noise", noise, "from 0 to 1", lambda x: 0 <= x <= 1),
         batch_size=preset.batch_size if batch_size is None else _whole("--batch-size", batch_size),
         backend=backend,
-        threads=None if threads is None else _whole("--threads", threads, MAX_THREADS),
+        processes=available_cores() if processes is None else _whole("--processes", processes, MAX_PROCESSES),
         output=output,
         json=json,
         preset=preset,
@@ -97,6 +95,11 @@ def read_settings(
     if json is not None:
         _check_writable("--json", json)
     return settings
+
+
+def available_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _words(values: Sequence[str]) -> list[str]:

@@ -1,4 +1,4 @@
-"""At its end the demo prints two tables and one sentence, and writes the JSON file."""
+"""At its end the demo prints its tables and the headline, and writes the JSON file."""
 
 from __future__ import annotations
 
@@ -18,114 +18,114 @@ from rich.table import Table
 from fused_sam.info import __version__
 
 from .options import Settings
-from .training import Clock
-from .tuning import Outcome
+from .summary import chosen_lr, last, mean_and_deviation, sentences, stopped
+from .sweep import Result
 from .versus import Spread, Versus
 
-# A mean difference of more than this number of standard errors counts as a win or a loss.
-SIGNIFICANT_ERRORS = 2.0
+
+def protocol(settings: Settings) -> str:
+    """Return the protocol of the accuracies in one line."""
+    rates = ", ".join(f"{lr:g}" for lr in settings.lrs)
+    rho = "rho and " if len(settings.rhos) > 1 and any(m.is_sam for m in settings.methods) else ""
+    return (
+        f"Constant learning rates {rates}; momentum 0.9, weight decay 5e-4, batches of {settings.batch_size}; "
+        f"{rho}early stopping by validation labels that are as wrong; test labels are clean and choose nothing."
+    )
 
 
-def results_table(outcomes: Sequence[Outcome], epochs: int) -> Table:
-    """Return the table of accuracies, costs and times per optimizer."""
-    seeds = len(outcomes[0].runs)
-    spread = f"mean ± standard deviation of {seeds} seeds" if seeds > 1 else "one seed"
-    table = _table(f"Accuracy on clean test labels ({spread})")
+def results_table(results: Sequence[Result], settings: Settings) -> Table:
+    """Return the table of accuracies of one noise level."""
+    rates = len(settings.lrs)
+    seeds = f"mean ± deviation of {settings.seeds} seeds" if settings.seeds > 1 else "1 seed"
+    table = _table(f"{settings.data}, {results[0].noise:.0%} wrong labels: % right on clean test labels, {seeds}")
     table.add_column("optimizer", no_wrap=True)
-    for name in ("lr", "rho", "passes", "accuracy, %", "ms/step", "in optimizer"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for outcome in outcomes:
-        clock = Clock.median([run.clock for run in outcome.runs])
-        table.add_row(
-            outcome.method.label,
-            f"{outcome.winner.lr:g}",
-            "" if outcome.winner.rho is None else f"{outcome.winner.rho:g}",
-            str(outcome.method.cost(epochs)),
-            accuracy(outcome),
-            f"{clock.total * 1e3:.2f}",
-            f"{clock.optimizer / clock.total:.0%}",
-        )
+    table.add_column("rho", justify="right")
+    if rates > 1:
+        table.add_column(f"last epoch,\n{rates} rates", justify="right", no_wrap=True)
+        table.add_column("last epoch,\nworst rate", justify="right", no_wrap=True)
+    table.add_column("last epoch,\nchosen rate", justify="right", no_wrap=True)
+    table.add_column("stopped,\nchosen rate", justify="right", no_wrap=True)
+    for result in results:
+        cells = [mean_and_deviation(last(result, chosen_lr(result))), mean_and_deviation(stopped(result))]
+        if rates > 1:
+            worst = min(result.runs, key=lambda lr: statistics.fmean(last(result, lr)))
+            cells = [mean_and_deviation(last(result)), mean_and_deviation(last(result, worst)), *cells]
+        table.add_row(result.method.label, "" if result.rho is None else f"{result.rho:g}", *cells)
+    return table
+
+
+def noise_table(by_noise: Sequence[Sequence[Result]]) -> Table:
+    """Return the table of several noise levels: both summaries of every optimizer."""
+    table = _table("Over the noise: last epoch, mean of the rates / stopped early at the chosen rate, %")
+    table.add_column("wrong labels", justify="right")
+    for result in by_noise[0]:
+        table.add_column(result.method.label, justify="right", no_wrap=True)
+    for results in by_noise:
+        cells = (f"{statistics.fmean(last(r)):.1f} / {statistics.fmean(stopped(r)):.1f}" for r in results)
+        table.add_row(f"{results[0].noise:.0%}", *cells)
     return table
 
 
 def versus_table(versus: Versus) -> Table:
-    """Return the table of times of fused and unfused SAM."""
-    table = _table("SAM's step, fused and unfused alternately, median (quartiles)")
-    table.add_column("")
-    for name in (f"fused ({versus.backend})", "unfused", "unfused / fused"):
-        table.add_column(name, justify="right", no_wrap=True)
-    rows = (
-        ("optimizer, ms", versus.fused_optimizer, versus.unfused_optimizer, versus.optimizer_ratio),
-        ("whole step, ms", versus.fused_step, versus.unfused_step, versus.step_ratio),
-    )
-    for name, fused, unfused, ratio in rows:
-        table.add_row(name, _spread(fused, 1e3), _spread(unfused, 1e3), _spread(ratio, 1, "x"))
+    """Return the table of the times of a step."""
+    table = _table("Time of a training step, alternately: median (quartiles)")
+    for name in ("", "step, ms", "in optimizer, ms", "step / SGD's"):
+        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    labels = {
+        "sgd": "SGD", "fused": f"SAM, fused ({versus.backend})", "unfused": "SAM, public package",
+    }  # fmt: skip
+    for name, label in labels.items():
+        table.add_row(
+            label,
+            _spread(versus.step[name], 1e3),
+            _spread(versus.optimizer[name], 1e3),
+            _spread(versus.over_sgd[name], 1, "x") if name != "sgd" else "",
+        )
     return table
 
 
-def accuracy(outcome: Outcome) -> str:
-    """Return the mean test accuracy in %, with its standard deviation over seeds."""
-    values = [100 * run.test_accuracy for run in outcome.runs]
-    deviation = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{deviation}"
-
-
-def closing_sentence(outcomes: Sequence[Outcome]) -> str:
-    """Return a sentence about SAM's gain over each other optimizer, compared seed by seed on the same data."""
-    sam = next((outcome for outcome in outcomes if outcome.method.is_sam), None)
-    others = [outcome for outcome in outcomes if not outcome.method.is_sam]
-    if sam is None or not others:
-        reached = (f"{outcome.method.phrase} reaches {accuracy(outcome)} %" for outcome in outcomes)
-        return f"On clean test labels {' and '.join(reached)}."
-    comparisons = [_comparison(sam, other) for other in others]
-    return f"On clean test labels SAM {', and '.join(comparisons)}."
-
-
-def _comparison(sam: Outcome, other: Outcome) -> str:
-    gains = [100 * (a.test_accuracy - b.test_accuracy) for a, b in zip(sam.runs, other.runs, strict=True)]
-    gain, name = statistics.fmean(gains), other.method.phrase
-    if len(gains) == 1:
-        return f"is {abs(gain):.1f} points {'ahead of' if gain > 0 else 'behind'} {name} on the one seed"
-    error = statistics.stdev(gains) / math.sqrt(len(gains))
-    size = f"{abs(gain):.1f} ± {error:.1f} points"
-    ahead = f"ahead on {sum(g > 0 for g in gains)} of {len(gains)} seeds"
-    if abs(gain) <= SIGNIFICANT_ERRORS * error:
-        return f"is not clearly apart from {name} ({gain:+.1f} ± {error:.1f} points, {ahead})"
-    return f"{'beats' if gain > 0 else 'loses to'} {name} by {size} ({ahead})"
-
-
-def write_json(path: Path, settings: Settings, outcomes: Sequence[Outcome], versus: Versus | None) -> None:
-    """Write settings, machine, every trial's validation accuracy and every run of the winners; times in seconds."""
-    content = {
+def content(settings: Settings, by_noise: Sequence[Sequence[Result]], versus: Versus | None) -> dict[str, Any]:
+    """Return what the JSON file holds: settings, machine, every run of every optimizer; times in seconds."""
+    levels = []
+    for results in by_noise:
+        optimizers = [
+            {
+                "optimizer": result.method.name,
+                "passes": result.method.cost(settings.epochs),
+                "rho": result.rho,
+                "validation_accuracy_of_rho": {f"{rho:g}": score for rho, score in result.scores.items()},
+                "chosen_lr": chosen_lr(result),
+                "last": last(result),
+                "stopped": stopped(result),
+                "runs": [
+                    {"lr": lr, "seed": run.seed, "best_epoch": run.best_epoch + 1, "curve": asdict(run.curve)}
+                    for lr, runs in result.runs.items()
+                    for run in runs
+                ],
+            }
+            for result in results
+        ]
+        levels.append({"noise": results[0].noise, "optimizers": optimizers, "conclusion": sentences(results)})
+    return {
         "settings": asdict(settings),
+        "protocol": protocol(settings),
         "machine": {
             "fused_sam": __version__,
             "torch": torch.__version__,
             "python": platform.python_version(),
             "processor": platform.machine(),
-            "threads": torch.get_num_threads(),
         },
-        "outcomes": [
-            {
-                "optimizer": outcome.method.name,
-                "passes": outcome.method.cost(settings.epochs),
-                "trials": [
-                    {"lr": trial.lr, "rho": trial.rho, "validation_accuracy": score}
-                    for trial, score in zip(outcome.trials, outcome.validation, strict=True)
-                ],
-                "chosen": {"lr": outcome.winner.lr, "rho": outcome.winner.rho},
-                "runs": [{key: value for key, value in asdict(run).items() if key != "trial"} for run in outcome.runs],
-            }
-            for outcome in outcomes
-        ],
-        "fused_against_unfused": versus and asdict(versus),
-        "conclusion": closing_sentence(outcomes),
+        "levels": levels,
+        "times": versus and asdict(versus),
     }
-    path.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file; numbers that are not finite become null."""
+    path.write_text(json.dumps(_plain(values), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: paths become text, and numbers that are not finite become null."""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

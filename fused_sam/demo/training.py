@@ -2,13 +2,14 @@
 
     loss.backward();  first_step();  loss.backward();  second_step()        (SGD: loss.backward();  step())
 
-Every optimizer gets the same network, batches, momentum and cosine schedule, which is stretched to the run.
+Every optimizer gets the same network, batches, momentum and weight decay. The learning rate stays constant, so that the
+curve of a run is also the curve of every shorter run.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 
@@ -24,13 +25,14 @@ from .model import mlp
 from .unfused import UnfusedSAM
 
 MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
 
 Optimizer = torch.optim.SGD | SAM | UnfusedSAM
 
 
 @dataclass(frozen=True)
 class Trial:
-    """Holds the options of a run. The validation split chooses between trials."""
+    """Holds the options of a run."""
 
     method: Method
     lr: float
@@ -48,7 +50,8 @@ class Curve:
     passes: list[int]  # gradient passes over the training data so far
     train_loss: list[float]  # mean over the epoch, noisy labels, at the unperturbed weights
     test_loss: list[float]
-    test_accuracy: list[float]
+    test_accuracy: list[float]  # clean labels
+    validation_accuracy: list[float]  # noisy labels
 
 
 @dataclass(frozen=True)
@@ -70,21 +73,42 @@ class Run:
 
     trial: Trial
     seed: int
-    validation_accuracy: float  # noisy labels
     curve: Curve
-    clock: Clock  # median over the steps
 
     @property
     def test_accuracy(self) -> float:
-        """The accuracy on clean labels at the end of training."""
+        """The accuracy on clean labels after the last epoch."""
         return self.curve.test_accuracy[-1]
+
+    @property
+    def validation_accuracy(self) -> float:
+        """The accuracy on noisy validation labels after the last epoch."""
+        return self.curve.validation_accuracy[-1]
+
+    @property
+    def best_epoch(self) -> int:
+        """The index of the epoch that early stopping takes: the first of the highest validation accuracy."""
+        return self.curve.validation_accuracy.index(max(self.curve.validation_accuracy))
+
+    @property
+    def stopped_accuracy(self) -> float:
+        """The accuracy on clean labels after the epoch that early stopping takes."""
+        return self.curve.test_accuracy[self.best_epoch]
 
 
 def make_optimizer(model: nn.Module, trial: Trial, backend: str) -> torch.optim.SGD | SAM:
     """Return the optimizer of a trial."""
     if trial.rho is None:
-        return torch.optim.SGD(model.parameters(), lr=trial.lr, momentum=MOMENTUM)
-    return SAM(model.parameters(), torch.optim.SGD, rho=trial.rho, backend=backend, lr=trial.lr, momentum=MOMENTUM)
+        return torch.optim.SGD(model.parameters(), lr=trial.lr, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    return SAM(
+        model.parameters(),
+        torch.optim.SGD,
+        rho=trial.rho,
+        backend=backend,
+        lr=trial.lr,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
 
 
 def step(model: nn.Module, optimizer: Optimizer, batch: Part) -> tuple[Tensor, Clock]:
@@ -121,39 +145,23 @@ def evaluate(model: nn.Module, part: Part) -> tuple[float, float]:
 
 
 def train(
-    task: Task,
-    trial: Trial,
-    seed: int,
-    *,
-    epochs: int,
-    batch_size: int,
-    backend: str = "auto",
-    on_epoch: Callable[[int], None] = lambda passes: None,
+    task: Task, trial: Trial, seed: int, *, epochs: int, batch_size: int, widths: Sequence[int], backend: str = "auto"
 ) -> Run:
-    """Train for epochs * trial.method.stretch epochs.
-
-    Args:
-        on_epoch: is called after each epoch with the number of passes over the data that it took.
-    """
+    """Train for epochs * trial.method.stretch epochs, and evaluate after each."""
     method = trial.method
-    epochs *= method.stretch
-    model = mlp(task.train.x.shape[1], CLASSES, seed)
+    model = mlp(task.train.x.shape[1], CLASSES, seed, widths)
     optimizer = make_optimizer(model, trial, backend)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     generator = torch.Generator().manual_seed(seed)
-    curve = Curve([], [], [], [])
-    clocks: list[Clock] = []
-    for epoch in range(1, epochs + 1):
+    curve = Curve([], [], [], [], [])
+    for epoch in range(1, epochs * method.stretch + 1):
         losses = []
         for batch in batches(task.train, batch_size, generator):
-            loss, clock = step(model, optimizer, batch)
+            loss, _ = step(model, optimizer, batch)
             losses.append(loss * len(batch))
-            clocks.append(clock)
-        schedule.step()
         test_loss, test_accuracy = evaluate(model, task.test)
         curve.passes.append(epoch * method.passes)
         curve.train_loss.append(torch.stack(losses).sum().item() / len(task.train))
         curve.test_loss.append(test_loss)
         curve.test_accuracy.append(test_accuracy)
-        on_epoch(method.passes)
-    return Run(trial, seed, evaluate(model, task.validation)[1], curve, Clock.median(clocks))
+        curve.validation_accuracy.append(evaluate(model, task.validation)[1])
+    return Run(trial, seed, curve)

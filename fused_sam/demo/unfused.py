@@ -16,8 +16,10 @@ from torch import Tensor
 class UnfusedSAM(torch.optim.SGD):
     """Adds first_step() and second_step() to torch.optim.SGD. Every weight needs a gradient."""
 
-    def __init__(self, params: Iterable[Tensor], rho: float, lr: float, momentum: float) -> None:
-        super().__init__(params, lr=lr, momentum=momentum)
+    def __init__(
+        self, params: Iterable[Tensor], rho: float, lr: float, momentum: float, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
         self.rho = rho
         self._backup: list[Tensor] = []
 

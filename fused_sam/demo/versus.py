@@ -1,7 +1,7 @@
-"""This module times fused against unfused SAM in one process: the same network, data and steps, in alternate blocks.
+"""This module times a step of SGD, fused SAM and unfused SAM in one process, in alternate blocks.
 
-Both start from the same weights and get the same batches. The cost of a block is the median of its steps. The report
-gives the median and the quartiles over blocks, and over neighbouring blocks' ratios.
+All start from the same weights and get the same batches. The cost of a block is the median of its steps. The report
+gives the median and the quartiles over blocks, and over the ratios of blocks in the same round.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from dataclasses import dataclass
 from itertools import islice
 
 import torch
-from torch import nn
-
-from fused_sam.sam import SAM
 
 from .data import CLASSES, Part, Task
+from .methods import METHODS
 from .model import mlp
-from .training import MOMENTUM, Clock, Trial, batches, step
+from .training import MOMENTUM, WEIGHT_DECAY, Clock, Optimizer, Trial, batches, make_optimizer, step
 from .unfused import UnfusedSAM
 
 ROUNDS = 15
-STEPS = 10  # per block
+STEPS = 20  # per block
 
 
 @dataclass(frozen=True)
@@ -42,42 +40,39 @@ class Spread:
 
 @dataclass(frozen=True)
 class Versus:
-    """Holds seconds per step, and ratios of unfused to fused."""
+    """Holds seconds per step of "sgd", "fused" and "unfused", and ratios to SGD's whole step."""
 
     backend: str
-    fused_optimizer: Spread
-    fused_step: Spread
-    unfused_optimizer: Spread
-    unfused_step: Spread
-    optimizer_ratio: Spread
-    step_ratio: Spread
+    optimizer: dict[str, Spread]
+    step: dict[str, Spread]
+    over_sgd: dict[str, Spread]
 
 
-def compare(task: Task, trial: Trial, batch_size: int, backend: str) -> Versus:
-    """Time both with the learning rate and rho of the trial."""
-    models = [mlp(task.train.x.shape[1], CLASSES, seed=0) for _ in range(2)]
-    lr, rho = trial.lr, trial.rho or 0.0
-    fused = SAM(models[0].parameters(), torch.optim.SGD, rho=rho, backend=backend, lr=lr, momentum=MOMENTUM)
-    unfused = UnfusedSAM(models[1].parameters(), rho=rho, lr=lr, momentum=MOMENTUM)
-    peers: list[tuple[nn.Module, SAM | UnfusedSAM]] = [(models[0], fused), (models[1], unfused)]
-    streams = [_endless(task.train, batch_size) for _ in peers]
-
-    blocks: list[list[Clock]] = [[], []]
+def compare(task: Task, trial: Trial, batch_size: int, widths: Sequence[int], backend: str) -> Versus:
+    """Time all three with the learning rate and rho of the trial, which is one of SAM."""
+    models = {name: mlp(task.train.x.shape[1], CLASSES, 0, widths) for name in ("sgd", "fused", "unfused")}
+    options = {"lr": trial.lr, "momentum": MOMENTUM, "weight_decay": WEIGHT_DECAY}
+    fused = make_optimizer(models["fused"], trial, backend)
+    optimizers: dict[str, Optimizer] = {
+        "sgd": make_optimizer(models["sgd"], Trial(METHODS["sgd"], trial.lr, None), backend),
+        "fused": fused,
+        "unfused": UnfusedSAM(models["unfused"].parameters(), rho=trial.rho or 0.0, **options),
+    }
+    streams = {name: _endless(task.train, batch_size) for name in models}
+    blocks: dict[str, list[Clock]] = {name: [] for name in models}
     for round_ in range(-1, ROUNDS):  # the first round warms up
-        for i in (0, 1) if round_ % 2 else (1, 0):
-            model, optimizer = peers[i]
-            clocks = [step(model, optimizer, batch)[1] for batch in islice(streams[i], STEPS)]
+        for name in sorted(models, reverse=round_ % 2 == 0):
+            clocks = [step(models[name], optimizers[name], batch)[1] for batch in islice(streams[name], STEPS)]
             if round_ >= 0:
-                blocks[i].append(Clock.median(clocks))
-    pairs = list(zip(*blocks, strict=True))
+                blocks[name].append(Clock.median(clocks))
     return Versus(
-        backend=fused.backend,
-        fused_optimizer=Spread.of([f.optimizer for f, _ in pairs]),
-        fused_step=Spread.of([f.total for f, _ in pairs]),
-        unfused_optimizer=Spread.of([u.optimizer for _, u in pairs]),
-        unfused_step=Spread.of([u.total for _, u in pairs]),
-        optimizer_ratio=Spread.of([u.optimizer / f.optimizer for f, u in pairs]),
-        step_ratio=Spread.of([u.total / f.total for f, u in pairs]),
+        backend=getattr(fused, "backend", backend),
+        optimizer={name: Spread.of([c.optimizer for c in clocks]) for name, clocks in blocks.items()},
+        step={name: Spread.of([c.total for c in clocks]) for name, clocks in blocks.items()},
+        over_sgd={
+            name: Spread.of([a.total / b.total for a, b in zip(clocks, blocks["sgd"], strict=True)])
+            for name, clocks in blocks.items()
+        },
     )
 
 

@@ -38,6 +38,9 @@ Group = dict[str, Any]  # one of an optimizer's param_groups
 
 BASE_OPTIONS = "base_options"  # a group's key for the base optimizer's options that are named as SAM's are
 
+# Keys that torch's learning-rate schedulers write into groups.
+_OF_SCHEDULERS = ("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr")
+
 
 class Base(Protocol):
     """What SAM asks of a base optimizer."""
@@ -47,6 +50,7 @@ class Base(Protocol):
     rule: UpdateRule | None  # None if it is not fused
     keeps_dtypes: bool  # True if loaded state keeps the dtype that it was saved with, instead of the parameter's
     clashes: tuple[str, ...]  # its options that are named as SAM's own are; a group has them in BASE_OPTIONS
+    without_decay: bool  # True if the method applies the weight decay itself; of fused ones
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         """Return for each parameter group its hyper-parameters, and the names of the state that its update uses."""
@@ -140,6 +144,7 @@ class FusedBase:
 
     keeps_dtypes = True
     clashes: tuple[str, ...] = ()
+    without_decay = False
 
     def __init__(self, fused: Fused, inner: Optimizer) -> None:
         self._inner = inner
@@ -151,6 +156,8 @@ class FusedBase:
 
     def numbers(self, groups: Sequence[Group]) -> tuple[list[Any], tuple[tuple[str, ...], ...]]:
         numbers = list(map(self._numbers, groups))
+        if self.without_decay:
+            numbers = [group._replace(weight_decay=0.0) for group in numbers]
         return numbers, tuple(map(self._state, numbers))
 
     def step(
@@ -200,6 +207,7 @@ class WrappedBase:
     """Any other optimizer class, on the facade's own groups and state."""
 
     rule: UpdateRule | None = None
+    without_decay = False
 
     def __init__(self, optimizer: Optimizer, inner: Optimizer, clashes: tuple[str, ...]) -> None:
         self._optimizer = optimizer
@@ -240,9 +248,28 @@ class WrappedBase:
 
     def upgrade(self, state: dict[Tensor, dict[str, Any]], groups: list[Group]) -> None:
         # A parameter may have state of a method alone, in which the optimizer would look for its step.
-        counted = {p: entry for p, entry in state.items() if "step" in entry} or state
+        # An optimizer's own numbers, such as MADGRAD's, are under names instead of parameters.
+        counted = {p: entry for p, entry in state.items() if isinstance(p, Tensor) and "step" in entry} or state
         with self._sharing(counted, groups):
             self._inner.__setstate__({"state": counted, "param_groups": groups})
+
+    def add_group(self, group: Group, sam: Group) -> None:
+        """Add a group by the optimizer's own add_param_group(), which may split it.
+
+        Args:
+            sam: SAM's options of the group.
+        """
+        groups = self._optimizer.param_groups
+        before = len(groups)
+        self._inner.state, self._inner.param_groups = self._optimizer.state, groups
+        own = {name: value for name, value in group.items() if name not in sam and name != BASE_OPTIONS}
+        try:
+            self._inner.add_param_group({**own, **group.get(BASE_OPTIONS, {})})
+        except BaseException:
+            del groups[before:]
+            raise
+        for added in groups[before:]:
+            _give(added, sam, {}, self.clashes)
 
     def modes(self) -> list[str]:
         """Return which of train() and eval() the optimizer has. Schedule-free ones evaluate with other weights."""
@@ -278,34 +305,33 @@ def make_base(
     It gets the groups without SAM's options, whose names `own` lists, and with their BASE_OPTIONS. Where an option of
     the base optimizer has the name of one of SAM's, it stays in BASE_OPTIONS.
 
-    Raises what `base` raises for options that it does not take, and TypeError if it does not make an optimizer.
+    Its groups become those of `optimizer`. They may be parts of the given ones: MuonWithAdamW splits them.
+
+    Raises what `base` raises for options that it does not take, ValueError instead of an assert without a message, and
+    TypeError if it does not make an optimizer of these parameters.
     """
-    sams = []
-    for group in optimizer.param_groups:
-        sams.append({name: group.pop(name) for name in own})
-        group.update(group.pop(BASE_OPTIONS, {}))
-    given = [group.keys() & set(own) for group in optimizer.param_groups]
+    groups = optimizer.param_groups
+    taken = [_take(group, own) for group in groups]
+    params = [list(group["params"]) for group in groups]
+    given = [group.keys() & set(own) for group in groups]
     try:
-        inner = base(optimizer.param_groups, **options)
-    except BaseException:
-        for group, sam in zip(optimizer.param_groups, sams, strict=True):
-            group.update(sam)  # a user's dict, which may be used again
+        inner = base(groups, **options)
+        if not isinstance(inner, Optimizer):
+            raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
+        cls = type(inner)
+        check_base_class(cls)
+        origins = _origins(inner.param_groups, groups, params, base)
+        clashes = tuple(name for name in own if name in inner.defaults)
+        for k, names in enumerate(given):
+            check_base_options(names, clashes, cls.__name__, k)
+    except BaseException as error:
+        for group, (sam, hidden) in zip(groups, taken, strict=True):
+            group.update({**sam, **hidden})  # a user's dict, which may be used again
+        if isinstance(error, AssertionError) and not error.args:
+            raise _without_words(base, groups, own) from error
         raise
-    if not isinstance(inner, Optimizer):
-        raise TypeError(f"base_optimizer {base!r} returned {type(inner).__name__}, not a torch.optim.Optimizer")
-    cls = type(inner)
-    check_base_class(cls)
-    if [list(map(id, group["params"])) for group in inner.param_groups] != [
-        list(map(id, group["params"])) for group in optimizer.param_groups
-    ]:
-        raise TypeError(f"base_optimizer {base!r} made an optimizer of other parameters than those it was given")
-    clashes = tuple(name for name in own if name in inner.defaults)
-    for k, names in enumerate(given):
-        check_base_options(names, clashes, cls.__name__, k)
-    for group, sam in zip(inner.param_groups, sams, strict=True):
-        if clashes:
-            group[BASE_OPTIONS] = {name: group[name] for name in clashes}
-        group.update(sam)
+    for group, k in zip(inner.param_groups, origins, strict=True):
+        _give(group, *taken[k], clashes)
     optimizer.param_groups = inner.param_groups
     for p, entry in inner.state.items():  # Adagrad fills its state before the first step
         optimizer.state.setdefault(p, entry)
@@ -314,6 +340,66 @@ def make_base(
             if cls in fused.classes:
                 return FusedBase(fused, inner)
     return WrappedBase(optimizer, inner, clashes)
+
+
+def _take(group: Group, own: Sequence[str]) -> tuple[Group, Group]:
+    """Take SAM's options and a scheduler's out of a group, and put the base optimizer's BASE_OPTIONS in.
+
+    Base optimizers that assert the keys of their groups would refuse a group that a scheduler has written to.
+    """
+    sam = {name: group.pop(name) for name in own}
+    hidden = {name: group.pop(name) for name in _OF_SCHEDULERS if name in group}
+    group.update(group.pop(BASE_OPTIONS, {}))
+    return sam, hidden
+
+
+def _give(group: Group, sam: Group, hidden: Group, clashes: Sequence[str]) -> None:
+    """Give a group of the base optimizer what _take took out, and its options that are named as SAM's a place apart."""
+    if clashes:
+        group[BASE_OPTIONS] = {name: group[name] for name in clashes}
+    group.update({**sam, **hidden})
+
+
+def _origins(
+    made: list[Group], groups: list[Group], params: list[list[Tensor]], base: Callable[..., Optimizer]
+) -> list[int]:
+    """Return for each group that the base optimizer made the place of the given group that it is a part of.
+
+    A base optimizer may split groups and reorder parameters within them. Names of parameters follow.
+
+    Raises:
+        TypeError: the groups are of other parameters than the given ones, or mix those of several groups.
+    """
+    place = {id(p): (k, i) for k, of_group in enumerate(params) for i, p in enumerate(of_group)}
+    names = [group.get("param_names") for group in groups]
+    of_dict = {id(group): k for k, group in enumerate(groups)}
+    found = [[place.get(id(p), (-1, 0)) for p in group["params"]] for group in made]
+    if sorted(x for places in found for x in places) != sorted(place.values()):
+        raise TypeError(f"base_optimizer {base!r} made an optimizer of other parameters than those it was given")
+    origins = []
+    for group, places in zip(made, found, strict=True):
+        of = {k for k, _ in places} or {of_dict.get(id(group), 0)}
+        if len(of) > 1:
+            raise TypeError(f"base_optimizer {base!r} joined groups: pass their parameters as one group")
+        k = of.pop()
+        origins.append(k)
+        given = names[k]
+        if given is not None and places != [(k, i) for i in range(len(given))]:
+            group["param_names"] = [given[i] for _, i in places]
+    return origins
+
+
+def _without_words(base: Callable[..., Optimizer], groups: list[Group], own: Sequence[str]) -> ValueError:
+    """Return the error for a base optimizer that refuses its groups by an assert that says nothing."""
+    title = getattr(base, "__name__", repr(base))
+    listed = "; ".join(
+        f"group {k}: {', '.join(name for name in group if name not in own)}" for k, group in enumerate(groups)
+    )
+    return ValueError(
+        f"{title} refused its parameter groups by an assert without a message. They have these keys, besides SAM's: "
+        f"{listed}. Give every group the keys that {title} asks for (Keller Jordan's Muon: use_muon and its options, "
+        "parameters without names)"
+    )
 
 
 def check_base_options(names: Collection[str], clashes: Collection[str], base: str, k: int) -> None:

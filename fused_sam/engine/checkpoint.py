@@ -24,7 +24,8 @@ _OLD_KEYS = {
     "idle": "idle_params",
 }
 
-# State of a wrapped base optimizer that has its parameter's shape. Other state (Adafactor's rows and columns) may not.
+# State of torch's other optimizers that has its parameter's shape. Adafactor's rows and columns do not have it, and
+# optimizers of other packages may keep less under these names too.
 _OF_PARAM_SHAPE = ("momentum_buffer", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 # Options that distinguish the classes; newer ones (maximize, foreach, ...) may be absent from an old checkpoint.
@@ -49,6 +50,7 @@ def check_state_dict(
     clashes: tuple[str, ...],
     *,
     fused: bool,
+    torchs: bool,
 ) -> dict[str, Any]:
     """Return a copy of an optimizer's state_dict that fits `groups`.
 
@@ -56,6 +58,7 @@ def check_state_dict(
         own: names of SAM's options; those that the state_dict lacks keep their value in `groups`.
         clashes: names of the base optimizer's options that are named as SAM's are.
         fused: True if the base optimizer is fused: all its state has the parameter's shape, except for scalars.
+        torchs: True if it is one of torch's other optimizers, some of whose state has that shape.
 
     Raises:
         ValueError: it is not an optimizer's, or of other parameters.
@@ -87,8 +90,8 @@ def check_state_dict(
         if isinstance(entry, Mapping):
             entry = {name: value for name, value in entry.items() if name not in _FOREIGN_BACKUPS}
             if key in params:
-                _check_shapes(key, entry, params[key], fused=fused)
-        if entry or key not in params:
+                _check_shapes(key, entry, params[key], None if fused else _OF_PARAM_SHAPE if torchs else ())
+        if key not in params or entry:
             state[key] = entry
     for saved, group in zip(saved_groups, groups, strict=True):
         for name in own:
@@ -110,9 +113,10 @@ def _own_group(saved: Mapping[str, Any], clashes: tuple[str, ...]) -> dict[str, 
     return group
 
 
-def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor, *, fused: bool) -> None:
+def _check_shapes(key: Any, entry: Mapping[str, Any], p: Tensor, names: tuple[str, ...] | None) -> None:
+    """Check that the state of these names, or all of it, has the parameter's shape."""
     for name, value in entry.items():
-        if not isinstance(value, Tensor) or name == "step" or not (fused or name in _OF_PARAM_SHAPE):
+        if not isinstance(value, Tensor) or name == "step" or not (names is None or name in names):
             continue
         if value.shape != p.shape:
             raise ValueError(

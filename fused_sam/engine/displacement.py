@@ -1,93 +1,125 @@
-"""Parameters that are displaced against the momentum between steps, for methods of one pass.
+"""Parameters that are displaced between steps, for methods of one pass.
 
-The displacement is a perturbation with v in place of g: norm and perturb along -v, with a backup. The next update
-undoes it. It has a status of its own, because whether the last update was skipped is still to be read.
+A displacement is a perturbation along a vector that is known before the step, such as the momentum, with a backup. The
+next update undoes it. It has a status of its own, because whether the last update was skipped is still to be read.
 """
 
 from __future__ import annotations
 
 import operator
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fused_sam.backends.contract import RNG_OFFSET, Status
+from fused_sam.backends.contract import RNG_OFFSET, PerturbGroup, Status
 
 from .calls import GradSnapshot
 from .plan import Plan
+from .stepper import Stepper, with_twins
 
 _EMPTY: dict[str, Any] = {}
 
 
-class Displacement:
-    """Displaces a stepper's parameters against the base optimizer's momentum.
+class Displacement(ABC):
+    """Displaces a stepper's parameters between two steps.
 
     Attributes:
         status: the numbers of the last displacement.
         ready: True if the displacement of the coming step was decided, and made if it was to be.
     """
 
-    def __init__(self, stepper: Any) -> None:
-        self._stepper = stepper
+    def __init__(self, stepper: Stepper) -> None:
+        self.stepper = stepper
         self.status: Status | None = None
         self.ready = False
-        self._sorted: tuple[Plan, list[Any], GradSnapshot] | None = None  # the momentum as it was found last
 
-    def names(self) -> list[str]:
-        """Return for each parameter group the name of its momentum in the state; "" if it has none."""
-        stepper = self._stepper
-        rule = stepper.base.rule
-        first = rule.buffers()[0] if rule is not None else ""
-        _, used = stepper.base.numbers(stepper.optimizer.param_groups)
-        return [first if first in names else "" for names in used]
+    @abstractmethod
+    def begun(self) -> bool:
+        """Return True if parameters can be displaced: mostly from the second step on."""
 
-    def has_momentum(self) -> bool:
-        """Return True if any parameter has a momentum."""
-        names = set(self.names()) - {""}
-        return any(name in entry for entry in self._stepper.optimizer.state.values() for name in names)
+    @abstractmethod
+    def write(self, groups: list[PerturbGroup], status: Status) -> bool:
+        """Displace clean parameters, so that `undo` restores what an exception has left; return True if any moved."""
 
     @torch.no_grad()
     def displace(self, *, wanted: bool) -> None:
-        """Displace clean parameters by rho along -v, if `wanted` and if there is momentum."""
-        stepper = self._stepper
-        self._displace(stepper, wanted)
-        self.ready = True  # last, so that train() repeats what an exception has ended
-
-    def _displace(self, stepper: Any, wanted: bool) -> None:
+        """Displace clean parameters, if `wanted` and if it has begun."""
+        stepper = self.stepper
         if stepper.perturbed is not None:  # in part, by a displacement that an exception has ended
             stepper.undo()
-        groups = [g._replace(rho=-g.rho) for g in stepper.perturb_groups()]
-        if not wanted or all(g.rho == 0 for g in groups) or not self.has_momentum():
-            return
-        plan = stepper.current_plan()
-        momentum = self._momentum(plan)
-        calls = plan.perturb_calls(momentum, stepper.perturb_flags(), stepper.optimizer.state)
-        if not calls:
-            return
-        if self.status is None or self.status.device != stepper.status.device:
-            self.status = Status(stepper.status.device)
-        status = self.status
-        status.values[RNG_OFFSET] = stepper.status.rng_offset
-        plan.attach(calls, momentum)
-        try:
-            stepper.norm(plan, calls, momentum, groups, status, keep_skip=False)
-            stepper.write_perturbation(calls, groups, status)
-        finally:
-            plan.detach(calls)
-        stepper.after_write(perturbed=True)
+        groups = stepper.perturb_groups()
+        if wanted and stepper.any_perturbed(groups) and self.begun() and self.write(groups, self.new_status()):
+            stepper.after_write(perturbed=True)
+        self.ready = True  # last, so that train() repeats what an exception has ended
+
+    def new_status(self) -> Status:
+        """Return the status of the coming displacement, on the parameters' device."""
+        theirs = self.stepper.status
+        if self.status is None or self.status.device != theirs.device:
+            self.status = Status(theirs.device)
+        self.status.values[RNG_OFFSET] = theirs.rng_offset
+        return self.status
 
     def restore(self) -> None:
         """Restore the clean parameters; a displacement after that draws the numbers of the last one."""
-        stepper = self._stepper
+        stepper = self.stepper
         if stepper.perturbed is not None:
             stepper.restore()
             if stepper.settings.precision.stochastic_rounding:
                 stepper.rewind_rng()
 
-    def _momentum(self, plan: Plan) -> GradSnapshot:
-        """Return the momentum of every parameter that has any, sorted again only if other tensors hold it."""
-        state = self._stepper.optimizer.state
+
+class AlongVector(Displacement):
+    """Displaces by sign * rho * v / ||v||, where `vector` gives v."""
+
+    sign = 1.0
+
+    @abstractmethod
+    def vector(self, plan: Plan) -> GradSnapshot:
+        """Return v: a tensor, or None, for each of the plan's parameters."""
+
+    def write(self, groups: list[PerturbGroup], status: Status) -> bool:
+        stepper = self.stepper
+        plan = stepper.current_plan()
+        vector = self.vector(plan)
+        calls = plan.perturb_calls(vector, stepper.perturb_flags(), stepper.optimizer.state)
+        if not calls:
+            return False
+        groups = [g._replace(rho=self.sign * g.rho) for g in groups]
+        if plan.has_twins:
+            groups = with_twins(groups)
+        plan.attach(calls, vector)
+        try:
+            stepper.norm(plan, calls, vector, groups, status, keep_skip=False)
+            stepper.write_perturbation(calls, groups, status)
+        finally:
+            plan.detach(calls)
+        return True
+
+
+class AlongState(AlongVector):
+    """Displaces along vectors of the optimizer's state.
+
+    The vectors are sorted again only if other tensors hold them.
+    """
+
+    def __init__(self, stepper: Stepper) -> None:
+        super().__init__(stepper)
+        self._sorted: tuple[Plan, list[Any], GradSnapshot] | None = None  # as they were found last
+
+    @abstractmethod
+    def names(self) -> Sequence[str]:
+        """Return for each parameter group the name of its vector in the state; "" if it has none."""
+
+    def begun(self) -> bool:
+        names = set(self.names()) - {""}
+        return any(name in entry for entry in self.stepper.optimizer.state.values() for name in names)
+
+    def vector(self, plan: Plan) -> GradSnapshot:
+        state = self.stepper.optimizer.state
         by_group = self.names()
         n = len(by_group)
         names = [by_group[k % n] for k in plan.group_ids]
@@ -99,3 +131,25 @@ class Displacement:
             held = [state.get(p, _EMPTY).get(name) for p, name in zip(plan.params, names, strict=True)]
             self._sorted = plan, held, plan.snapshot_of(parts)
         return self._sorted[2]
+
+
+class AgainstMomentum(AlongState):
+    """Displaces against the base optimizer's momentum."""
+
+    sign = -1.0
+
+    def names(self) -> Sequence[str]:
+        stepper = self.stepper
+        rule = stepper.base.rule
+        first = rule.buffers()[0] if rule is not None else ""
+        _, used = stepper.base.numbers(stepper.optimizer.param_groups)
+        return [first if first in names else "" for names in used]
+
+
+class AlongLastGradient(AlongState):
+    """Displaces along the gradient of the last update, which the method keeps in the state under this name."""
+
+    NAME = "last_gradient"
+
+    def names(self) -> Sequence[str]:
+        return [self.NAME] * len(self.stepper.optimizer.param_groups)

@@ -1,12 +1,42 @@
-"""A guard makes evaluating, saving or averaging a model an error while its weights are perturbed."""
+"""A guard makes evaluating, saving or averaging a model an error while its weights are perturbed.
+
+Averaging is one without a guard too: AveragedModel.update_parameters() is given the model, and so its parameters.
+"""
 
 from __future__ import annotations
 
+import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+_optimizers: weakref.WeakSet[Any] = weakref.WeakSet()  # all SAM optimizers
+_REFUSES = "_refuses_perturbed_weights"
+
+
+def refuse_averages_of_perturbed(optimizer: Any) -> None:
+    """Make it an error to give this optimizer's parameters to AveragedModel.update_parameters() while perturbed."""
+    _optimizers.add(optimizer)
+    update = AveragedModel.update_parameters
+    if not hasattr(update, _REFUSES):
+        AveragedModel.update_parameters = _refusing(update)  # type: ignore[method-assign]
+
+
+def _refusing(update: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(update)
+    def update_parameters(self: Any, model: nn.Module) -> Any:
+        for optimizer in list(_optimizers):
+            if optimizer.stepper.perturbed:
+                held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+                if any(id(p) in held for p in model.parameters()):
+                    optimizer.refuse_perturbed("AveragedModel.update_parameters() was called")
+        return update(self, model)
+
+    setattr(update_parameters, _REFUSES, True)
+    return update_parameters
 
 
 class Guard:

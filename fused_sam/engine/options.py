@@ -23,6 +23,7 @@ class Option:
         low, high: the smallest and largest value.
         open_low, open_high: True excludes that value itself.
         choices: the values of a string.
+        names: True if a sequence of names may take the place of a string out of `choices`; its value is a tuple.
         fixed: True if it cannot change after construction.
         help: one sentence for documentation.
     """
@@ -36,13 +37,14 @@ class Option:
         open_low: bool = False,
         open_high: bool = False,
         choices: tuple[str, ...] = (),
+        names: bool = False,
         type: type | None = None,
         fixed: bool = False,
         help: str = "",
     ) -> None:
         self.default = default
         self.low, self.high, self.open_low, self.open_high = low, high, open_low, open_high
-        self.choices, self.fixed = choices, fixed
+        self.choices, self.names, self.fixed = choices, names, fixed
         self.type = type or (str if choices else default.__class__)
         self.help = help
         self.name = ""
@@ -72,8 +74,11 @@ class Option:
         """
         title = f"{method}'s option {self.name}"
         if self.choices:
+            if self.names and isinstance(value, (list, tuple)) and value and all(isinstance(x, str) for x in value):
+                return tuple(value)
             if value not in self.choices:
-                raise ValueError(f"{title} must be {' or '.join(map(repr, self.choices))}, not {value!r}")
+                others = ", or a sequence of names" if self.names else ""
+                raise ValueError(f"{title} must be {' or '.join(map(repr, self.choices))}{others}, not {value!r}")
             return value
         if self.type is bool:
             if isinstance(value, (str, Tensor)) or value not in (True, False):

@@ -32,9 +32,13 @@ class Rows:
     native: Any = None  # the backend's own form for these rows
 
 
-def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPair]]:
-    """Yield the rows of two vectors, by dtype and layout. Rows that no kernel can take go to the reference backend."""
-    key = tuple(
+def pairs_of(plan: Plan, x: Vector, y: Vector, out: Vector | None = None) -> Iterator[tuple[Rows, VectorPair]]:
+    """Yield the rows of two vectors, by dtype and layout. Rows that no kernel can take go to the reference backend.
+
+    Args:
+        out: a third vector that the rows will be written to; it has a tensor where both others have one.
+    """
+    key: Any = tuple(
         None
         if a is None or b is None or not a.numel()
         else (
@@ -49,6 +53,11 @@ def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPai
         )
         for a, b, p, dense in zip(x, y, plan.local_params, plan.dense, strict=True)
     )
+    if out is not None:
+        key = tuple(
+            None if kind is None else (*kind[:2], kind[2] and _fits(p, o), o.dtype)  # type: ignore[arg-type, union-attr]
+            for kind, p, o in zip(key, plan.local_params, out, strict=True)
+        )
     rows = plan.pairs.get(key)
     if rows is None:
         rows = _sorted_rows(plan, key)
@@ -59,8 +68,13 @@ def pairs_of(plan: Plan, x: Vector, y: Vector) -> Iterator[tuple[Rows, VectorPai
         row.native = pair.native
 
 
-def _sorted_rows(plan: Plan, key: tuple[tuple[torch.dtype, torch.dtype, bool] | None, ...]) -> list[Rows]:
-    buckets: dict[tuple[tuple[torch.dtype, torch.dtype, bool], float], list[int]] = {}
+def _fits(p: Tensor, out: Tensor) -> bool:
+    """Return True if a kernel can write the tensor as it writes a parameter of this layout."""
+    return same_layout(p, out) and out.data_ptr() != 0 and not out.is_neg()
+
+
+def _sorted_rows(plan: Plan, key: tuple[tuple[Any, ...] | None, ...]) -> list[Rows]:
+    buckets: dict[tuple[tuple[Any, ...], float], list[int]] = {}
     for i, kind in enumerate(key):
         if kind is not None:
             fraction = 1.0 if plan.sharding is None else plan.sharding.fractions[i]
@@ -102,7 +116,8 @@ def axpby(
         status: if given, nothing is written where skip is set, and the write is counted: a hook that an exception has
             ended runs again without the writes that it has made.
     """
-    if out is not x and out is not y:
+    third = out is not x and out is not y
+    if third:
         x = [None if o is None else t for t, o in zip(x, out, strict=True)]
     if isinstance(a, Tensor) or isinstance(b, Tensor):
         device = device_of(plan)
@@ -110,17 +125,22 @@ def axpby(
         coefficients: Any = torch.stack(numbers)
     else:
         coefficients = numbers = (float(a), float(b))  # type: ignore[assignment]
-    for row, pair in pairs_of(plan, x, y):
+    for row, pair in pairs_of(plan, x, y, out if third else None):
         if status is not None and _is_done(plan, status):
             continue
         to: list[Tensor] = [out[i] for i in row.numbers]  # type: ignore[misc]
         if to[0].dtype in (pair.x[0].dtype, pair.y[0].dtype):
             row.backend.axpby(pair, to, coefficients, status)
             continue
-        # A third dtype takes two passes.
-        for kept, column, c in ((0.0, pair.x, numbers[0]), (1.0, pair.y, numbers[1])):
-            step = torch.stack([torch.full_like(c, kept), c]) if isinstance(c, Tensor) else (kept, c)
-            row.backend.axpby(VectorPair(to, column), to, step, status)
+        # A third dtype takes two passes, of which the second one alone writes `out`, and is counted.
+        part = [torch.empty_like(t) for t in to]
+        row.backend.axpby(VectorPair(part, pair.x), part, _after(0.0, numbers[0]))
+        row.backend.axpby(VectorPair(part, pair.y), to, _after(1.0, numbers[1]), status)
+
+
+def _after(kept: float, c: Number) -> Any:
+    """Return the coefficients `kept` and c, on the device if c is there."""
+    return torch.stack([torch.full_like(c, kept), c]) if isinstance(c, Tensor) else (kept, c)
 
 
 def ema(plan: Plan, x: Vector, y: Vector, decay: float, status: Status | None = None) -> None:

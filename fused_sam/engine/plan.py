@@ -445,6 +445,10 @@ class Plan:
         self.masters.init_missing()
         return self._calls(rows, self._own_codes(), self._add_backups)
 
+    def codes_of(self, present: Sequence[bool]) -> bytes:
+        """Return codes for these parameters, where no gradient matters."""
+        return bytes(code if on else ABSENT for code, on in zip(self._own_codes(), present, strict=True))
+
     def _own_codes(self) -> bytes:
         """Return codes for copying between parameters and backups, where no gradient matters."""
         return bytes(

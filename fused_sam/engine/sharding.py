@@ -44,6 +44,32 @@ def like(part: Tensor, p: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=p.shape, stride=p.stride())
 
 
+def positions_of(p: Tensor) -> Tensor:
+    """Return where the elements of this process's part of a DTensor lie in the whole: int64, of the part's shape."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, starts = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # type: ignore[attr-defined]
+    part = local(p)
+    found = torch.zeros((), dtype=torch.int64, device=part.device)
+    for dim, (start, size, stride) in enumerate(zip(starts, part.shape, p.stride(), strict=True)):
+        along = stride * torch.arange(start, start + size, device=part.device)
+        found = found + along.view([-1 if d == dim else 1 for d in range(part.dim())])
+    return found
+
+
+def sums_of_rows(p: Tensor, values: Tensor) -> Tensor:
+    """Return the sum of each row of `values`, this process's part of something that is sharded as p is: [rows, 1, ...].
+
+    A row is all that has one place in the first dimension.
+    """
+    sums = values.sum(dim=tuple(range(1, values.dim())), keepdim=True)
+    if is_sharded(p):
+        for dim, placement in enumerate(p.placements):  # type: ignore[attr-defined]
+            if placement.is_shard() and not placement.is_shard(0):
+                torch.distributed.all_reduce(sums, group=p.device_mesh.get_group(dim))  # type: ignore[attr-defined]
+    return sums
+
+
 def gradient_of(p: Tensor) -> Tensor | None:
     """Return the gradient of p, sharded as p is."""
     g = p.grad

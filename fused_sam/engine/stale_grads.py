@@ -25,16 +25,19 @@ WATCHED = 4
 class BackwardWatch:
     """Notices backward passes that reach an optimizer's parameters.
 
+    Args:
+        every: True watches all of them instead of WATCHED, for a step or two.
+
     Attributes:
         ran: True if there was one since it was set to False.
     """
 
-    def __init__(self, params: Iterable[Tensor]) -> None:
+    def __init__(self, params: Iterable[Tensor], *, every: bool = False) -> None:
         self.ran = False
         self._handles: list[Any] = []
         ready = (p for p in params if not is_lazy(p))
         trainable = [p for p in ready if p.requires_grad and p.is_leaf and not p.is_inference()]
-        self._params = trainable[:: len(trainable) // WATCHED + 1]
+        self._params = trainable[:: 1 if every else len(trainable) // WATCHED + 1]
         watch = weakref.ref(self)
 
         def note(_: Tensor) -> None:

@@ -21,6 +21,7 @@ from torch.optim import Optimizer
 
 from fused_sam import backends
 from fused_sam.backends.contract import (
+    LION,
     LOW_PRECISION,
     PERTURBED,
     RNG_OFFSET,
@@ -30,19 +31,22 @@ from fused_sam.backends.contract import (
     UPDATED,
     PerturbGroup,
     Status,
+    count_skipped_step,
 )
 
 from .base_optimizers import WrappedBase, fused_names, make_base
 from .calls import GradSnapshot, KernelCall, UpdatePlan
-from .displacement import Displacement
+from .loop_checks import FIRST_LOOK, LossCheck, PassCheck, look
 from .options import check_group, overrides
 from .parameters import device_of, is_distributed
 from .plan import Plan, Precision
 from .rounding import warn_of_rounding
 from .stale_grads import BackwardWatch, any_grads
+from .tensor_norms import SecondMoments, TensorNorms
 from .user_warnings import warn_of_plain_step
 
 _PERTURB = itemgetter("perturb")
+_ATTEMPTS = 9  # to complete an update while interrupts go on
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,9 @@ class Settings:
     check_update: bool
     precision: Precision
     schedule: Any  # a fused_sam.schedule.Schedule, or None
+    decay_in_ascent: bool = False
     own_options: tuple[str, ...] = ()  # names of what SAM has in a parameter group
+    norm: str = "global"  # one of tensor_norms.NORMS
 
 
 class Context(Protocol):
@@ -110,7 +116,7 @@ class Stepper:
     """
 
     context: Context
-    _displacement: Displacement | None = None
+    _displacement: Any = None
 
     def __init__(self, optimizer: Any, settings: Settings) -> None:
         self.optimizer = optimizer
@@ -118,12 +124,22 @@ class Stepper:
         self.schedule = settings.schedule
         self.backend = backends.choose(settings.backend, self.device())
         self.base = make_base(settings.base_optimizer, optimizer, settings.base_options, settings.own_options)
+        self.base.without_decay = optimizer.applies_decay
+        self.check_decay_in_ascent(optimizer.param_groups)
         self.status = Status(self.device())
         self.perturbed: list[KernelCall] | None = None
         self.marks = self.status.marks
         self.decision: bool | None = None  # True if this step perturbs; None: not asked yet
+        self.steps_ended = 0  # by an update, by restore() or by a load
         self.plain_step_warning_off = False  # True once first_step() or needs_second_pass was used, or it was given
-        self.warned_of_abandoned_step = False
+        self.warned_of_abandoned_step = self.warned_of_skipped_steps = self.warned_of_options = False
+        # What an update that has begun to write works on; `stage` is 1 once it is complete, and 2 once what follows is.
+        self.unfinished: tuple[Plan, UpdatePlan, GradSnapshot, list[Any]] | None = None
+        self.stage = 0
+        self.updates = 0
+        self.next_look = FIRST_LOOK  # after so many updates
+        self.pass_check: PassCheck | None = PassCheck(self)  # of the first perturbing steps, in this order ...
+        self.loss_check: LossCheck | None = LossCheck()  # ... and of the first losses
         self.in_closure = False  # True while step(closure) evaluates the closure
         self.suspended = False  # True inside `with unperturbed()`
         self.took_update_norm = False
@@ -138,12 +154,21 @@ class Stepper:
         self.grads_used = False  # True if the gradients may be those of an update, or of a step that was undone
         self._state = optimizer.state  # whose tensors the plan's tables hold
         self._watch: BackwardWatch | None = None  # for step(closure)
-        self._had_gradients = False
+        self.had_gradients = False  # True if a gradient was ever there
         self._perturb_drew = False  # True if the last perturbation drew random numbers
         cls = type(optimizer)
         hooks = ("ascent", "radius", "descent", "updated", "wants_perturbation")
-        self._has_hooks = self.schedule is not None or cls.keeps_ascent_grad or any(overrides(cls, h) for h in hooks)
+        self._has_hooks = (
+            self.schedule is not None
+            or settings.decay_in_ascent
+            or cls.keeps_ascent_grad
+            or any(overrides(cls, h) for h in hooks)
+        )
         self._is_scaled = optimizer.is_scaled if overrides(cls, "is_scaled") else None
+        # Of methods with norms per tensor or group, and of those with T_w from Adam's second moments; else None.
+        self.second_moments = SecondMoments() if cls.preconditions else None
+        per_tensor = settings.norm != "global" or cls.reads_weight_norms or cls.preconditions
+        self.tensor_norms = TensorNorms(settings.norm, weights=cls.reads_weight_norms) if per_tensor else None
         self._check_precision()
         self.plan = self.new_plan()
         self._load_rng_offset()
@@ -160,6 +185,11 @@ class Stepper:
         mask_prob = self.optimizer.mask_prob
         if not 0 < mask_prob <= 1:
             raise ValueError(f"mask_prob must be above 0 and at most 1, not {mask_prob!r}")
+        if mask_prob < 1 and self.tensor_norms is not None:
+            raise ValueError(
+                f"mask_prob={mask_prob:g} perturbs a part of each tensor, by the global norm: "
+                'leave norm="global", with T_w and lengths that do not depend on the tensor, or set mask_prob to 1'
+            )
         for k, group in enumerate(self.optimizer.param_groups):
             try:
                 rho, eta = float(group["rho"]), float(group["eta"])
@@ -170,6 +200,15 @@ class Stepper:
                 check_group(group, k)
             found.append(PerturbGroup(rho, bool(group["adaptive"]), eta, mask_prob))
         return found
+
+    def check_preconditioned(self, groups: list[PerturbGroup] | None = None) -> tuple[list[Any], list[PerturbGroup]]:
+        """Return Adam's numbers of each group, and the groups of a perturbation with T_w from its second moments.
+
+        Raises:
+            ValueError: a group's options do not fit.
+        """
+        adam, _ = self.base.numbers(self.optimizer.param_groups)
+        return adam, SecondMoments.groups(self.perturb_groups() if groups is None else groups, adam)
 
     def any_perturbed(self, groups: Sequence[PerturbGroup]) -> bool:
         """Return True if a group has rho above 0 and takes part in the perturbation."""
@@ -197,12 +236,19 @@ class Stepper:
         """
         groups = self.perturb_groups()
         if not self.decide(groups):
-            self.status.values[:RNG_OFFSET].zero_()
+            self._finish_empty_norm(ascent=True)
             self.perturbed = self.current_plan().none_perturbed
             return False
         plan, snapshot = self.snapshot()
+        if self.pass_check is not None:
+            self.pass_check.first_pass(snapshot)
         optimizer, status = self.optimizer, self.status
-        calls = plan.perturb_calls(snapshot, tuple(map(_PERTURB, optimizer.param_groups)), optimizer.state)
+        flags = tuple(map(_PERTURB, optimizer.param_groups))
+        if self.second_moments is None:
+            calls = plan.perturb_calls(snapshot, flags, optimizer.state)
+        else:
+            adam, groups = self.check_preconditioned(groups)
+            calls = self.second_moments.calls(plan, snapshot, flags, adam, optimizer.state)
         if plan.has_twins:
             groups = with_twins(groups)
         plan.attach(calls, snapshot)
@@ -233,6 +279,12 @@ class Stepper:
             call.backend.perturb(call.table, groups, status)
             marks[PERTURBED] = k + 1
 
+    def _finish_empty_norm(self, *, ascent: bool) -> None:
+        """Count the last step if it was skipped, and start a step in which no norm is taken."""
+        status = self.status
+        status.values[SUM] = 0
+        self.backend.finish_norm(status, ascent=ascent, keep_skip=False, eps=self.settings.eps)
+
     def has_new_grads(self) -> bool:
         """Return True if a backward pass has computed gradients since the last update, for step(closure)."""
         params = [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -261,7 +313,11 @@ class Stepper:
             groups: for the norm of T_w g that perturbs; None for that of the update's gradients.
         """
         eps = self.settings.eps
-        if plan.sharding is not None:
+        if self.tensor_norms is not None and groups is not None:
+            self.tensor_norms.take(
+                self.backend, plan, calls, snapshot, groups, status, keep_skip=keep_skip, eps=eps
+            )
+        elif plan.sharding is not None:
             self._sharded_norm(plan, calls, snapshot, groups, status, keep_skip)
         elif len(calls) == 1:
             calls[0].backend.norm((calls[0].table,), groups, status, keep_skip=keep_skip, eps=eps)
@@ -284,6 +340,7 @@ class Stepper:
     ) -> None:
         assert plan.sharding is not None
         if not keep_skip:
+            count_skipped_step(status.values)
             status.values[SKIP] = 0
         total = status.values.new_zeros(())
         for call in calls:
@@ -302,9 +359,11 @@ class Stepper:
         Args:
             divisor: divide the gradients by this, the number of micro-batches that they are the sum of.
         """
+        if self.unfinished is not None:
+            self.finish_update()
         optimizer, status = self.optimizer, self.status
+        self.stage = 0
         status.marks[UPDATED] = 0
-        update, stage = None, 0  # 1: the update is complete, 2: what follows it is too
         perturbed = self.perturbed
         if perturbed and self.marks[PERTURBED] < len(perturbed):
             perturbed = self.written_calls()
@@ -324,12 +383,15 @@ class Stepper:
             elif perturbed and self.ascent_scale is None:
                 self.ascent_scale = scale
             self.grad_scale = scale if divisor == 1 else self._divided(scale, divisor)
+            if perturbed and self.pass_check is not None:
+                self._check_passes(snapshot, scale, divisor)
             self.changed_update = self.keeps_skip = False
             if self._has_hooks:
                 self.context._run_descent(plan, snapshot)
             plan.attach(update.calls, snapshot)
             try:
                 self._check_finite(plan, update.calls, snapshot, keep_skip=perturbed is not None)
+                self.unfinished = plan, update, snapshot, groups
                 self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
                 self.scaled_grads = self.base.rule is None and not self.known_skip()
             finally:
@@ -337,7 +399,7 @@ class Stepper:
             if update.new and not self.known_skip():
                 update.commit(optimizer.state)
             self.perturbed = None
-            stage = 1
+            self.stage = 1
             if optimizer.mask_prob < 1 or self.settings.precision.stochastic_rounding or plan.masters.any_needed:
                 self.after_write(perturbed=False)
             self.grads_used = True
@@ -345,17 +407,53 @@ class Stepper:
                 self._watch.ran = False
             if self._has_hooks:
                 self.context._run_updated()
-                stage = 2
+                self.stage = 2
                 self.context._end()
             self.decision, self.grads_unscaled = None, False
+            self.steps_ended += 1
+            self.unfinished = None
         except BaseException:
-            written = status.marks[UPDATED] or (update is not None and any(c.table.pending for c in update.calls))
-            if stage or written:
-                assert update is not None
-                self._complete(plan, update, snapshot, groups, status, stage)
-            else:
-                optimizer.restore()
+            self.finish_update()
             raise
+        self.updates += 1
+        if self.updates == self.next_look:
+            self.next_look = look(self)
+
+    def finish_update(self) -> None:
+        """Complete an update that an exception has ended after it had written something, or undo the perturbation.
+
+        A further interrupt does not end this: it goes on. What it still cannot complete stays in `unfinished`, and the
+        next call of the optimizer completes it.
+        """
+        for k in range(_ATTEMPTS):
+            try:
+                self._finish_update()
+                return
+            except Exception:
+                if self.stage:  # the `updated` hook itself fails, and would again
+                    self.context._end()
+                    self.unfinished = None
+                raise
+            except BaseException:
+                if k == _ATTEMPTS - 1:
+                    raise
+
+    def _finish_update(self) -> None:
+        unfinished = self.unfinished
+        if unfinished is not None:
+            _, update, *_ = unfinished
+            if self.stage or self.status.marks[UPDATED] or any(call.table.pending for call in update.calls):
+                self._complete(*unfinished)
+                self.unfinished = None
+                return
+            self.unfinished = None
+        self.optimizer.restore()
+
+    def _check_passes(self, snapshot: GradSnapshot, scale: Tensor | None, divisor: int) -> None:
+        assert self.pass_check is not None
+        self.pass_check.second_pass(snapshot, scale, divisor)
+        if self.pass_check.done:
+            self.pass_check = None
 
     def _scale_after_unscaling(self, perturbed: list[KernelCall] | None) -> Tensor | None:
         """Return the scale of the update's gradients after unscale_(): None if these are unscaled."""
@@ -365,39 +463,30 @@ class Stepper:
             return None
         return self.noted_scale if getattr(self.optimizer, "found_inf", None) is not None else None
 
-    def _complete(
-        self,
-        plan: Plan,
-        update: UpdatePlan,
-        snapshot: GradSnapshot,
-        groups: list[Any],
-        status: Status,
-        stage: int,
-    ) -> None:
-        """Complete an update that an exception has ended after it had written parameters or state.
-
-        Args:
-            stage: 1 if the update itself is complete, 2 if the `updated` hook is too.
-        """
-        if self.base.rule is not None and stage == 0:
-            plan.attach(update.calls, snapshot)
-            try:
-                self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
-            finally:
-                plan.detach(update.calls)
-            for call in update.calls:
-                call.table.pending = []
-            if update.new and not self.known_skip():
-                update.commit(self.optimizer.state)
-        if stage == 0:
-            self.perturbed = None
+    @torch.no_grad()
+    def _complete(self, plan: Plan, update: UpdatePlan, snapshot: GradSnapshot, groups: list[Any]) -> None:
+        """Complete an update that has written parameters or state. Called again, it goes on where it was ended."""
+        status = self.status
+        if self.stage == 0:
+            if self.base.rule is not None:
+                plan.attach(update.calls, snapshot)
+                try:
+                    self.base.step(update, snapshot, groups, status, self.grad_scale, self.settings.max_norm)
+                finally:
+                    plan.detach(update.calls)
+                for call in update.calls:
+                    call.table.pending = []
+                if update.new and not self.known_skip():
+                    update.commit(self.optimizer.state)
             plan.masters.record_versions()
+            self.perturbed = None
+            self.steps_ended += 1
+            self.stage = 1
         self.decision, self.grads_unscaled = None, False
-        try:
-            if self._has_hooks and stage < 2:
-                self.context._run_updated()
-        finally:
-            self.context._end()
+        if self._has_hooks and self.stage < 2:
+            self.context._run_updated()
+            self.stage = 2
+        self.context._end()
 
     def _divided(self, scale: Tensor | None, divisor: int) -> Tensor:
         """Return what the gradients of the update are to be divided by: GradScaler's scale times `divisor`."""
@@ -417,7 +506,7 @@ class Stepper:
         if found_inf is not None:  # GradScaler has checked every gradient; never negative, and not 0 skips
             skip = status.values[SKIP : SKIP + 1]
             if not keep_skip:
-                skip.fill_(0)
+                self._finish_empty_norm(ascent=False)
             skip.add_(found_inf.reshape(1).to(skip, non_blocking=True))
             keep_skip = True
         # GradScaler has checked the gradients that unscale_() was called for, which may be the first ones.
@@ -456,6 +545,9 @@ class Stepper:
         if self._watch is not None:
             self._watch.ran = False
         self.decision, self.suspended, self.in_closure = None, False, False
+        self.steps_ended += 1
+        if self.unfinished is not None:
+            self.finish_update()
         if self.perturbed is not None:
             self.undo()
         self.context._end()
@@ -508,10 +600,10 @@ class Stepper:
                 plan.masters.record_versions()
 
     @property
-    def displacement(self) -> Displacement:
-        """Displaces the parameters between steps, for one-pass methods."""
+    def displacement(self) -> Any:
+        """The method's displacement.Displacement, which displaces the parameters between steps."""
         if self._displacement is None:
-            self._displacement = Displacement(self)
+            self._displacement = self.optimizer.make_displacement(self)
         return self._displacement
 
     # ---- plan and gradients ---------------------------------------------------------------------------------
@@ -560,9 +652,9 @@ class Stepper:
             plan = self.current_plan()
             snapshot = plan.snapshot(self.optimizer.param_groups)
             assert snapshot is not None  # the plan was made from these groups
-        if not self._had_gradients:
-            self._had_gradients = any(snapshot.codes) or plan.sharding is not None
-            if not self._had_gradients and is_distributed():
+        if not self.had_gradients:
+            self.had_gradients = any(snapshot.codes) or plan.sharding is not None
+            if not self.had_gradients and is_distributed():
                 raise RuntimeError(
                     "none of the optimizer's parameters has ever had a gradient: if the model was sharded or replaced "
                     "(fully_shard, parallelize_module, .to()) after the optimizer was built, build the optimizer over "
@@ -573,10 +665,12 @@ class Stepper:
     def forget_state(self) -> None:
         """Drop what depends on optimizer state and counters, which have been replaced."""
         self._state = self.optimizer.state
+        self.loss_check = None  # loaded weights are not a fresh network's
         self.plan.forget_state()
         self.status = Status(self.device())
         self._load_rng_offset()
         self.decision = None
+        self.steps_ended += 1
 
     # ---- numbers that stay on the device --------------------------------------------------------------------
 
@@ -630,6 +724,22 @@ class Stepper:
             self.status.values[RNG_OFFSET] = groups[0]["rng_offset"]
 
     # ---- checks ---------------------------------------------------------------------------------------------
+
+    def check_decay_in_ascent(self, groups: Sequence[dict[str, Any]], first: int = 0) -> None:
+        """Refuse decay_in_ascent for groups, the first one of that number, whose weight decay is no L2 term."""
+        if not self.settings.decay_in_ascent:
+            return
+        name = self.base.cls.__name__
+        for k, group in enumerate(groups, first):
+            if "weight_decay" not in group or group.get("decoupled_weight_decay") or self.base.rule is LION:
+                raise ValueError(
+                    f"decay_in_ascent=True adds weight_decay * w to the ascent gradient, but {name} has no weight "
+                    "decay that is a part of the gradient: leave it out, or use SGD or Adam"
+                )
+            if group.get("maximize"):
+                raise ValueError(
+                    f"decay_in_ascent=True does not work with maximize=True in group {k}: minimize the negative loss"
+                )
 
     def _check_precision(self) -> None:
         """Check the options for bf16 and fp16 parameters against the parameters."""

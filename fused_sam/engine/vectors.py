@@ -70,8 +70,8 @@ class TensorVector:
         self._role = role
         self._square: tuple[int, Tensor] | None = None  # the count of writes at that time, and <tensors, tensors>
         self._writes = 0
-        self._base = self  # of a group's part, the whole vector
-        self._members: list[bool] | None = None  # of a group's part, which parameters are in the group
+        self._base = self  # of a part, the whole vector
+        self._members: list[bool] | None = None  # of a part, which parameters are in it
 
     # ---- reading --------------------------------------------------------------------------------------------
 
@@ -125,10 +125,19 @@ class TensorVector:
         """Return the part of the vector that belongs to parameter group k, on the same memory."""
         plan = self._step._plan
         n = len(self._step.groups)
-        members = [j % n == k for j in plan.group_ids]
+        return self._part([j % n == k for j in plan.group_ids])
+
+    def _part(self, members: list[bool]) -> TensorVector:
+        if self._members is not None:
+            members = [a and b for a, b in zip(members, self._members, strict=True)]
         part = TensorVector(self._step, masked(self._tensors, members), self._scale, self._role, self.name)
         part._base, part._members = self._base, members
         return part
+
+    def within(self, other: TensorVector) -> TensorVector:
+        """Return the part of the vector that belongs to parameters for which `other` has a tensor too."""
+        self._check_other(other, "within()")
+        return self._part([t is not None for t in other._tensors])
 
     # ---- writing in place -----------------------------------------------------------------------------------
 

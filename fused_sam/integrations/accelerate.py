@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fused_sam.sam import SAM
 from fused_sam.training import ReplayedRNG, frozen_batch_norm, set_ascent_grad_scale
 
-from .methods import momentum_displaced, refuse_method
+from .methods import displaced, refuse_method
 
 try:
     from accelerate import Accelerator
@@ -120,7 +120,7 @@ class AcceleratedSAM:
             self._sam.zero_grad()
         self._micro_batches.append((batch, ReplayedRNG.of(self._model) if self._replays else nullcontext()))
         try:
-            with momentum_displaced(self._sam):
+            with displaced(self._sam):
                 loss = self._pass(batch)
                 if self._accelerator.sync_gradients:
                     set_ascent_grad_scale(self._sam, self._accelerator.scaler)

@@ -11,7 +11,7 @@ from typing import Any
 from fused_sam.sam import SAM
 from fused_sam.training import paired_closure, set_ascent_grad_scale
 
-from .methods import momentum_displaced, refuse_method
+from .methods import displaced, refuse_method
 
 try:
     from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -28,8 +28,8 @@ class SAMMixin:
 
     Batch-norm statistics and logged values are those of the first pass, and dropout masks are the same in both.
     Precision "16-mixed" makes both passes too. Without the mixin, Lightning's gradient scaler calls step() without a
-    closure, which is an update without SAM. Other optimizers are stepped as usual. MomentumSAM's weights are displaced
-    within optimizer_step() alone, so that validation, averages and checkpoints get the clean ones.
+    closure, which is an update without SAM. Other optimizers are stepped as usual. The weights of one-pass methods are
+    displaced within optimizer_step() alone, so that validation, averages and checkpoints get the clean ones.
 
     Raises:
         MisconfigurationException: accumulate_grad_batches is not 1, and Lightning keeps no batch for a second pass. Use
@@ -95,7 +95,7 @@ def two_pass_step(module: LightningModule, optimizer: LightningOptimizer, closur
         raise TypeError(f"two_pass_step() needs a fused_sam optimizer, not {type(sam).__name__}: use its own step()")
     refuse_method(sam, "Lightning")
     closure = paired_closure(closure, module, sam)
-    with momentum_displaced(sam):
+    with displaced(sam):
         return _both_passes(module, optimizer, sam, closure)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from fused_sam.methods import ESAM, MicrobatchSAM, MomentumSAM
+from fused_sam.methods import ESAM, MicrobatchSAM
+from fused_sam.methods.displaced import DisplacedSAM
 from fused_sam.sam import SAM
 
 
@@ -29,9 +30,9 @@ def refuse_method(sam: SAM, framework: str) -> None:
 
 
 @contextmanager
-def momentum_displaced(sam: SAM) -> Iterator[None]:
-    """Displace MomentumSAM's weights for a forward pass. The step leaves them clean, and so does an exception."""
-    if not isinstance(sam, MomentumSAM):
+def displaced(sam: SAM) -> Iterator[None]:
+    """Displace a one-pass method's weights for a forward pass. The step leaves them clean; so does an exception."""
+    if not isinstance(sam, DisplacedSAM):
         yield
         return
     sam.clean_between_steps = True

@@ -16,7 +16,7 @@ try:
     from transformers import Trainer
 
     from .accelerate import wrapped_sam
-    from .methods import momentum_displaced, refuse_method
+    from .methods import displaced, refuse_method
 except ImportError as error:
     raise ImportError(
         "fused_sam.integrations.transformers needs transformers and accelerate: pip install 'fused_sam[transformers]'"
@@ -31,7 +31,7 @@ class SAMTrainerMixin:
     The last training_step() of an update perturbs the weights and goes through the update's micro-batches again.
     Trainer's own clipping, optimizer.step() and scheduling then use the second gradient. The reported loss is the first
     pass's. In the second pass batch norm is frozen and dropout masks are replayed. A skipped update does not step the
-    scheduler. MomentumSAM's weights are clean between updates, for evaluating and saving.
+    scheduler. The weights of one-pass methods are clean between updates, for evaluating and saving.
 
     Raises:
         TypeError: the Trainer's optimizer is not a fused_sam optimizer, or is MicrobatchSAM.
@@ -55,7 +55,7 @@ class SAMTrainerMixin:
             return super(SAMTrainerMixin, self).training_step(model, inputs, num_items_in_batch)  # type: ignore[misc]
 
         self._micro_batches.append((inputs, ReplayedRNG.of(model)))
-        with momentum_displaced(sam):
+        with displaced(sam):
             loss = one_pass(inputs)
         if not trainer.accelerator.sync_gradients:
             return loss

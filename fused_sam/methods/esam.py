@@ -28,21 +28,22 @@ class ESAM(SAM):
     SAM's accuracy.
 
     Args:
-        beta: above 0, at most 1 (all): share of the weights that are perturbed; 1 in the authors' program.
-        gamma: above 0, at most 1 (all): share of the samples that the second gradient is of; about 0.5 in the paper, 1
-            in the authors' program. Below 1, fused_sam.training.sam_step selects them, because it has each sample's
-            loss, and reads `selected_fraction`; step(closure) cannot and raises an error. By hand:
-            fused_sam.training.select_sharp.
+        beta: above 0, at most 1 (all): share of the weights that are perturbed.
+        gamma: above 0, at most 1 (all): share of the samples that the second gradient is of. Below 1,
+            fused_sam.training.sam_step selects them, because it has each sample's loss, and reads `selected_fraction`;
+            step(closure) cannot and raises an error. By hand: fused_sam.training.select_sharp.
         mask: "elements": each weight by itself, drawn within the kernel and never stored; ||g|| is over all. "tensors":
             whole tensors, as in the authors' program, among those that had a gradient in the last step. Gradients of
             tensors that are not drawn are not computed (except in the first step), and ||g|| is over those drawn.
             step(closure) does that. In a hand-written loop put the first pass within
             `with optimizer.first_pass():`. Not for DistributedDataParallel, which waits for every gradient.
-        Others: as SAM. Draws are a function of `seed` and their number, which a state_dict carries.
+        Others: as SAM. The defaults of beta, gamma and rho are the authors' run of ResNet-18; their class has 1 and 1,
+            which is SAM. Their WRN and PyramidNet have beta 0.5, and rho 0.1 and 0.2 (docs/recipes.md). Draws are a
+            function of `seed` and their number, which a state_dict carries.
 
     Raises:
-        TypeError, ValueError: beta, gamma or mask out of range, or mask="tensors" with a schedule that decides by the
-            gradients; as SAM.
+        TypeError, ValueError: beta, gamma or mask out of range, mask="tensors" with a schedule that decides by the
+            gradients, or a norm that is not "global": the masks are made for that one; as SAM.
         RuntimeError: step(closure) with gamma below 1; a loss that does not use any of the tensors chosen.
 
     | per parameter, fp32 | bytes moved | launches | passes |
@@ -53,7 +54,7 @@ class ESAM(SAM):
 
     OPTIONS = {
         "beta": option(0.6, low=0, high=1, open_low=True, help="share of the weights that are perturbed"),
-        "gamma": option(0.6, low=0, high=1, open_low=True, help="share of the samples of the second gradient"),
+        "gamma": option(0.5, low=0, high=1, open_low=True, help="share of the samples of the second gradient"),
         "mask": option("elements", choices=("elements", "tensors"), fixed=True, help="what is drawn"),
     }
     beta: float
@@ -74,6 +75,11 @@ class ESAM(SAM):
         if options.get("mask") == "tensors" and getattr(schedule, "needs_gradients", False):
             raise ValueError(
                 f'mask="tensors" leaves gradients out before {type(schedule).__name__} decides: use mask="elements"'
+            )
+        if options.get("norm", "global") != "global":
+            raise ValueError(
+                f"norm={options['norm']!r} cannot be combined with ESAM's masks, whose length rho / beta is of the "
+                'global norm: leave norm="global", or use SAM or LayerSAM'
             )
         super().__init__(params, base_optimizer, *args, **options)
 

@@ -162,8 +162,11 @@ class MicrobatchSAM(SAM):
         if self.grad_sums is not None:
             for p, g in self.collect().items():
                 p.grad = g
-        super().run_step(None)
-        self.grad_sums, self.microbatches_done, self.continues_step = None, 0, False
+        try:
+            super().run_step(None)
+        finally:
+            if not self.perturbed:  # an exception has not kept the update from being completed, or undone
+                self.grad_sums, self.microbatches_done, self.continues_step = None, 0, False
 
     @contextmanager
     def fewer_microbatches(self, count: int) -> Iterator[None]:

@@ -10,16 +10,18 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
 from fused_sam.engine.base_optimizers import fused_names
-from fused_sam.sam import SAM
-from fused_sam.step import Number, Step
+from fused_sam.engine.displacement import AgainstMomentum
+from fused_sam.engine.stepper import Stepper
+from fused_sam.step import Step, option
+
+from .displaced import DisplacedSAM
 
 
-class MomentumSAM(SAM):
+class MomentumSAM(DisplacedSAM):
     """Becker et al., "Momentum-SAM: Sharpness Aware Minimization without Computational Overhead", arXiv 2401.12033.
 
     Called "MSAM" there; mSAM is another method. v is the base optimizer's momentum: SGD's momentum_buffer, the exp_avg
@@ -27,7 +29,11 @@ class MomentumSAM(SAM):
     SGD or Adam.
 
     Args:
-        rho: length of the displacement along -v, 3 by default: larger than SAM's; 0.3, 1 and 3 are worth a try.
+        rho: length of the displacement along -v, larger than SAM's. 3 is that of the authors' runs; their class
+            has 0.3.
+        authors_decay: False: the base optimizer's own weight decay, of the clean weights. True: as in the authors'
+            program, for SGD and AdamW. SGD's decay is a part of the gradient and of the displaced weights; AdamW's
+            comes after the update. Gradients are changed in place then.
         Others: as SAM. The base optimizer must be a fused one, SGD with momentum. A schedule decides after a step
             whether the next gradient is taken from displaced weights; it cannot be one that reads gradients.
 
@@ -36,39 +42,49 @@ class MomentumSAM(SAM):
     again; `with optimizer.unperturbed():` does both. state_dict(), copying and pickling raise an error while the
     weights are displaced. After loading, call train(). guard(model) makes evaluating and saving the model raise one.
 
+    The authors' program takes one parameter group, and its SGD has no dampening and ignores nesterov.
+
     Raises:
-        ValueError: a perturbed group without momentum; a schedule that reads gradients; as SAM.
-        TypeError: a base optimizer that is not fused.
+        ValueError: a perturbed group without momentum; a schedule that reads gradients; authors_decay with
+            stochastic_rounding; as SAM.
+        TypeError: a base optimizer that is not fused; authors_decay with another one than SGD and AdamW.
         RuntimeError: first_step(), second_step(), or step() with clean weights although there is momentum.
 
     | per parameter, fp32 | bytes moved | launches | passes |
     |---|---|---|---|
     | every step | 44: check 4, update 20 with the undo, norm of v 4, perturb 16 | 4 | 1 |
+    | with authors_decay | 56: the decay 12 | 4, and 2 per tensor (SGD) or 1 per group (AdamW) | 1 |
     """
 
+    OPTIONS = {"authors_decay": option(False, fixed=True, help="weight decay as in the authors' program")}
+    authors_decay: bool
     DEFAULTS = {"rho": 3.0}
-    skips_with_ascent = False
-
-    training: bool = True
-    """True between train() and eval()."""
-
-    clean_between_steps: bool = False
-    """True: a step leaves the clean weights, and train() displaces them before each forward pass. For frameworks that
-    evaluate, average or save between any two steps; it costs nothing."""
+    displaced_by = "along the momentum"
 
     def __init__(
         self, params: ParamsT, base_optimizer: Callable[..., Optimizer] = torch.optim.SGD, *args: Any, **options: Any
     ) -> None:
-        if getattr(options.get("schedule"), "needs_gradients", False):
-            raise ValueError(
-                "MomentumSAM displaces before there are gradients: use a schedule that does not read them"
-            )
         super().__init__(params, base_optimizer, *args, **options)
-        if self.stepper.base.rule is None:
-            base = self.stepper.base.cls.__name__
-            raise TypeError(f"MomentumSAM needs {fused_names()}, not {base}")
+        base = self.stepper.base
+        if base.rule is None:
+            raise TypeError(f"MomentumSAM needs {fused_names()}, not {base.cls.__name__}")
+        if self.authors_decay:
+            if base.cls not in (torch.optim.SGD, torch.optim.AdamW):
+                raise TypeError(
+                    f"authors_decay=True is for SGD and AdamW, which the authors' program has, not {base.cls.__name__}"
+                )
+            if options.get("stochastic_rounding"):
+                raise ValueError("authors_decay=True writes gradients or weights a second time: use master_weights")
         for k in range(len(self.param_groups)):
             self.check_momentum(k)
+
+    @property
+    def applies_decay(self) -> bool:  # type: ignore[override]
+        """True if the update is to leave out the weight decay."""
+        return self.authors_decay
+
+    def make_displacement(self, stepper: Stepper) -> AgainstMomentum:
+        return AgainstMomentum(stepper)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; as SAM's, but it must have momentum."""
@@ -90,90 +106,19 @@ class MomentumSAM(SAM):
                 "or perturb=False"
             )
 
-    # ---- displaced and clean --------------------------------------------------------------------------------
-
-    @property
-    def displaced(self) -> bool:
-        """True if the stored weights are the displaced ones."""
-        return self.stepper.perturbed is not None
-
-    @property
-    def perturbed(self) -> bool:
-        """Always False: no step is left half done."""
-        return False
-
-    @property
-    def needs_second_pass(self) -> bool:
-        """Always False: no step makes a second pass."""
-        return False
-
-    @property
-    def grad_norm(self) -> Tensor:
-        """||T v||, the global norm of the momentum that the weights were displaced along last: 0-dim."""
-        status = self.stepper.displacement.status or self.stepper.status
-        return status.ascent_norm.clone()
-
-    def eval(self) -> None:
-        """Restore the clean weights, bit for bit: for evaluating, saving and copying. train() goes back."""
-        self.refuse_suspended("eval()")
-        displacement = self.stepper.displacement
-        displacement.restore()
-        self.training = displacement.ready = False
-
-    def train(self) -> None:
-        """Displace the weights, if there is momentum: for training."""
-        self.refuse_suspended("train()")
-        self.training = True
-        if self.displaced:
-            self.stepper.displacement.ready = True
-        else:
-            self.displace()
-
-    def restore(self) -> None:
-        """Restore the weights as the last step left them: there is nothing to undo between steps."""
-        self.refuse_suspended("restore()")
-        if self.displaced:
-            self.stepper.displacement.restore()
-            self.displace()
-
-    def displace(self) -> None:
-        """Displace clean weights, unless the schedule leaves the coming step out."""
-        self.stepper.displacement.displace(wanted=self.stepper.wants_perturbation())
-
-    # ---- the step -------------------------------------------------------------------------------------------
-
-    def first_step(self, zero_grad: bool = False, *, grad_scale: Number | None = None) -> None:
-        """Raise RuntimeError: there is no first step."""
-        raise RuntimeError("MomentumSAM takes one pass: call step() after backward(), without first_step()")
-
-    def second_step(self, zero_grad: bool = False) -> None:
-        """Raise RuntimeError: there is no second step."""
-        raise RuntimeError("MomentumSAM takes one pass: call step() after backward(), without second_step()")
-
-    def run_step(self, closure: Callable[..., Any] | None) -> Any:
-        displacement = self.stepper.displacement
-        if not displacement.ready and displacement.has_momentum():
-            raise RuntimeError(
-                "step() was called with clean weights, whose gradients are not Momentum-SAM's: call optimizer.train() "
-                "after eval() and after load_state_dict(), before the forward pass"
-            )
-        loss = None
-        self.stepper.plain_step_warning_off = True
-        if closure is not None:
-            self.zero_grad()
-            loss = self.evaluating(closure)()
-        super().run_step(None)
-        return loss
+    def descent(self, step: Step) -> None:
+        if self.authors_decay and self.stepper.base.cls is torch.optim.SGD:
+            scale = 1.0 if step.grad_scale is None else step.grad_scale
+            for k, group in enumerate(step.groups):
+                sign = -1.0 if group["maximize"] else 1.0
+                if group["weight_decay"] != 0:
+                    for p, g in step.grad.group(k).items():
+                        wide = torch.promote_types(p.dtype, torch.float32)
+                        g.add_(p.detach().to(wide) * (sign * group["weight_decay"] * scale))
 
     def updated(self, step: Step) -> None:
-        if self.training and not self.clean_between_steps:
-            self.displace()
-        else:
-            self.stepper.displacement.ready = False
-
-    def refuse_perturbed(self, what: str) -> None:
-        if self.displaced:
-            raise RuntimeError(
-                f"{what} while the weights are displaced along the momentum: call optimizer.eval() first, and "
-                "optimizer.train() afterwards, or do this inside `with optimizer.unperturbed():`"
-            )
+        if self.authors_decay and self.stepper.base.cls is torch.optim.AdamW:
+            for k, group in enumerate(step.groups):
+                if group["weight_decay"] != 0:
+                    step.weights.within(step.grad).group(k).scale_(1 - group["lr"] * group["weight_decay"])
+        super().updated(step)

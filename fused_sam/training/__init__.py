@@ -3,6 +3,7 @@
     result = sam_step(model, loss_fn, batch, optimizer)
 """
 
+from . import losses
 from .batch_norm import frozen_batch_norm
 from .closure import paired_closure
 from .local import local_perturbation
@@ -16,6 +17,7 @@ __all__ = [
     "StepResult",
     "frozen_batch_norm",
     "local_perturbation",
+    "losses",
     "paired_closure",
     "sam_step",
     "select_sharp",

@@ -47,7 +47,7 @@ def local_perturbation(model: nn.Module, optimizer: SAM) -> Iterator[None]:
     if optimizer.keeps_ascent_grad:
         combines = optimizer.combines_grads
         use = "updates the weights with the first gradient too" if combines else "averages first gradients"
-    elif overrides(type(optimizer), "descent"):
+    elif overrides(type(optimizer), "descent") and optimizer.compares_passes:
         use = "has a descent() that may use the norm of the first gradient"
     if use is not None:
         raise ValueError(

@@ -21,6 +21,7 @@ from fused_sam.sam import SAM
 from .batch_norm import frozen_batch_norm
 from .batches import MicroBatch, checked_size, leading_samples, selected_samples, split
 from .local import local_perturbation
+from .per_pass import PerPassLoss
 from .rng import ReplayedRNG
 from .scale import set_ascent_grad_scale
 from .selection import select_sharp
@@ -62,6 +63,7 @@ def sam_step(
         loss_fn: loss_fn(model, batch) returns the batch's mean loss, or its samples' losses, which are then averaged.
             It runs once per micro-batch and pass. Examples:
             `lambda model, batch: cross_entropy(model(batch[0]), batch[1])`, `lambda model, batch: model(**batch).loss`.
+            fused_sam.training.losses has losses that differ between the passes.
         batch: anything that loss_fn takes. To be cut (microbatches, ascent_fraction, selection), it must be a nest of
             tuples, lists and mappings. The first dimension of its tensors then counts samples.
         optimizer: a fused_sam optimizer without a wrapper. MicrobatchSAM makes both passes for one micro-batch after
@@ -93,6 +95,8 @@ def sam_step(
         ValueError: an option is out of range, a batch cannot be cut, or a loss has another shape than [] or [B].
     """
     _check_options(optimizer, ascent_fraction, scheduler)
+    if isinstance(loss_fn, PerPassLoss):
+        _check_loss(loss_fn, optimizer, ascent_fraction)
     if isinstance(microbatches, Integral):  # NumPy's integers too
         microbatches = int(microbatches)
     gamma: float | None = getattr(optimizer, "selected_fraction", None)
@@ -106,7 +110,7 @@ def sam_step(
             checked_size(part.batch, "data selection")
     partial_ascent = ascent_fraction < 1 and optimizer.needs_second_pass
     ascent_parts = leading_samples(parts, ascent_fraction) if partial_ascent else parts
-    evaluator = _Evaluator(model, loss_fn, scaler, autocast, per_sample=gamma is not None)
+    evaluator = Evaluator(model, loss_fn, scaler, autocast, per_sample=gamma is not None)
 
     optimizer.zero_grad()
     set_ascent_grad_scale(optimizer, scaler)
@@ -145,6 +149,8 @@ def sam_step(
     except BaseException:
         optimizer.restore()
         raise
+    if perturbed_loss is not None and optimizer.stepper.loss_check is not None:
+        optimizer.note_losses(loss, perturbed_loss)
     if scheduler is not None and not optimizer.step_was_skipped:
         scheduler.step()
     return StepResult(loss, perturbed_loss, optimizer.skipped)
@@ -177,7 +183,7 @@ def _microbatches_of(
 
 
 def _msam_passes(
-    optimizer: MicrobatchSAM, evaluator: _Evaluator, parts: list[MicroBatch], contexts: _Contexts
+    optimizer: MicrobatchSAM, evaluator: Evaluator, parts: list[MicroBatch], contexts: _Contexts
 ) -> tuple[Tensor, Tensor | None]:
     """Make both passes for one micro-batch after the other; return the means of both losses."""
     losses, perturbed_losses = [], []
@@ -226,7 +232,16 @@ def _check_options(optimizer: Any, ascent_fraction: float, scheduler: Any) -> No
         )
 
 
-class _Evaluator:
+def _check_loss(loss: PerPassLoss, optimizer: SAM, ascent_fraction: float) -> None:
+    if loss.optimizer is not optimizer:
+        raise ValueError(
+            f"{type(loss).__name__} was made with another optimizer, whose passes are not those of this step: make it "
+            "with the optimizer that sam_step() gets"
+        )
+    loss.check(ascent_fraction)
+
+
+class Evaluator:
     """Computes the losses and gradients of a list of micro-batches."""
 
     def __init__(

@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Return True if two tensors have equal shapes, dtypes and bits. -0.0 differs from 0.0; equal NaNs are equal."""
-    if a.shape != b.shape or a.dtype != b.dtype:
-        return False
-    raw = [t.detach().reshape(-1).clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (a, b)]
-    return torch.equal(*raw)
+from fused_sam.methods.displaced import DisplacedSAM
+from fused_sam.testing.tables import same_bits
 
 
 def assert_same_bits(found: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
@@ -27,17 +21,25 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def stored(optimizer: Optimizer) -> list[Tensor]:
+    """Return copies of the weights. Those of one-pass methods are the clean ones: each step displaces them anew."""
+    if isinstance(optimizer, DisplacedSAM) and optimizer.displaced and not optimizer.stepper.suspended:
+        with optimizer.unperturbed():
+            return [p.detach().clone() for p in parameters(optimizer)]
+    return [p.detach().clone() for p in parameters(optimizer)]
+
+
 class Snapshot:
     """A copy of an optimizer's weights, state and options, to compare with later."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self.weights = [p.detach().clone() for p in parameters(optimizer)]
+        self.weights = stored(optimizer)
         self.state = [_copied(optimizer.state.get(p, {})) for p in parameters(optimizer)]
         self.options = [_options(group) for group in optimizer.param_groups]
 
     def assert_unchanged(self) -> None:
-        assert_same_bits(parameters(self.optimizer), self.weights)
+        assert_same_bits(stored(self.optimizer), self.weights)
         for p, before in zip(parameters(self.optimizer), self.state, strict=True):
             now = self.optimizer.state.get(p, {})
             assert now.keys() == before.keys()

@@ -13,25 +13,18 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from fused_sam import backends
-from fused_sam.backends.contract import (
-    LOW_PRECISION,
-    PerturbGroup,
-    Status,
-    Table,
-    VectorPair,
-)
+from fused_sam.backends.contract import LOW_PRECISION, VectorPair
 from fused_sam.backends.cuda import Cuda
+
+from .fp32_numbers import Fp32Numbers
 
 NAME = "cuda-source"
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,18 +36,8 @@ class UnbuildableError(Exception):
     """Raised if this machine lacks something that the build needs."""
 
 
-class _Fp32Status(Status):
-    """An fp32 copy of a status on the CPU, which is fp64."""
-
-    __slots__ = ()
-
-    def __init__(self, wide: Status) -> None:
-        self.device, self.host, self.values = wide.device, None, wide.values.float()
-        self.address = self.values.data_ptr()
-
-
-class CudaSource(Cuda):
-    """The kernels on CPU tensors. A call narrows the fp64 status before, and widens it afterwards."""
+class CudaSource(Fp32Numbers, Cuda):
+    """The kernels on CPU tensors."""
 
     name = NAME
 
@@ -70,60 +53,8 @@ class CudaSource(Cuda):
     def _stream(self, device: torch.device) -> int:
         return 0
 
-    def accumulate_norm(self, table: Table, groups: Sequence[PerturbGroup] | None, status: Status) -> None:
-        narrow = _Fp32Status(status)
-        super().accumulate_norm(table, groups, narrow)
-        status.values.copy_(narrow.values)
-
-    def finish_norm(self, status: Status, *, ascent: bool, keep_skip: bool, eps: float) -> None:
-        narrow = _Fp32Status(status)
-        super().finish_norm(narrow, ascent=ascent, keep_skip=keep_skip, eps=eps)
-        status.values.copy_(narrow.values)
-
-    def norm(
-        self,
-        tables: Sequence[Table],
-        groups: Sequence[PerturbGroup] | None,
-        status: Status,
-        *,
-        keep_skip: bool,
-        eps: float,
-    ) -> None:
-        narrow = _Fp32Status(status)
-        super().norm(tables, groups, narrow, keep_skip=keep_skip, eps=eps)
-        status.values.copy_(narrow.values)
-
-    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
-        super().perturb(table, groups, _Fp32Status(status))
-
-    def update(
-        self, table: Table, groups: Sequence[Any], status: Status, grad_scale: Tensor | None, max_norm: float
-    ) -> None:
-        super().update(table, groups, _Fp32Status(status), _fp32(grad_scale), max_norm)
-
-    def dot(self, pair: VectorPair, sums: Tensor, *, reset: bool) -> None:
-        if self._pair(pair) is None:
-            return super().dot(pair, sums, reset=reset)
-        narrow = sums.float()
-        super().dot(pair, narrow, reset=reset)
-        sums.copy_(narrow)
-        return None
-
-    def axpby(
-        self,
-        pair: VectorPair,
-        out: list[Tensor],
-        coefficients: Tensor | tuple[float, float],
-        status: Status | None = None,
-    ) -> None:
-        if self._pair(pair) is not None:
-            coefficients = coefficients.float() if isinstance(coefficients, Tensor) else coefficients
-            status = None if status is None else _Fp32Status(status)
-        super().axpby(pair, out, coefficients, status)
-
-
-def _fp32(numbers: Tensor | None) -> Tensor | None:
-    return None if numbers is None else numbers.float()
+    def has_kernels(self, pair: VectorPair) -> bool:
+        return self._pair(pair) is not None
 
 
 def register() -> str | None:

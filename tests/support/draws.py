@@ -8,16 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fused_sam.testing.tables import values
+
 # Sizes around the kernels' vector widths, tile (1,024) and chunk (16,384); a scalar, empty tensors, and several chunks.
 ODD_SHAPES: list[tuple[int, ...]] = [
     (1,), (7,), (33,), (1023,), (1025,), (16385,), (), (0,), (3, 0), (5, 3, 2, 2), (100003,),
 ]  # fmt: skip
-
-
-def values(shape: Sequence[int], seed: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    """Return standard normal numbers, the same for every dtype except for the rounding to `dtype`."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(tuple(shape), generator=generator, dtype=torch.float64).to(dtype)
 
 
 def weights(shapes: Sequence[Sequence[int]], dtype: torch.dtype, seed: int = 0) -> list[nn.Parameter]:

@@ -10,11 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fused_sam
-from examples.methods.le_sam import LESAM
-from examples.methods.stable_sam import StableSAM
-from examples.methods.unnormalised_sam import UnnormalisedSAM
 from examples.methods.vasso import VaSSO
 from fused_sam import SAM
+from fused_sam.methods.displaced import DisplacedSAM
 
 from . import nets
 
@@ -122,26 +120,66 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "ESAM tensors": {"beta": 0.5, "gamma": 1.0, "mask": "tensors"},
     },
     "LookSAM": {"LookSAM": {"k": 3, "alpha": 0.4}},
+    "LayerSAM": {"LayerSAM": {}, "LayerSAM group": {"norm": "group"}},
+    "LookLayerSAM": {"LookLayerSAM": {"k": 3, "alpha": 0.4}},
+    "PrecondSAM": {"PrecondSAM": {"eps": 1e-3}},
     "GSAM": {"GSAM": {"alpha": 0.5}},
     "FriendlySAM": {"FriendlySAM": {"sigma": 0.9, "lmbda": 0.7}},
     "WSAM": {"WSAM": {"gamma": 0.7}, "WSAM coupled": {"gamma": 0.7, "decouple": False}},
-    "LESAM": {"LESAM": {"sigma": 0.03, "rho_max": 0.3, "total": 8}},
+    "GCSAM": {"GCSAM": {}, "GCSAM switches": {"length": "gradient", "centralise_descent": True}},
+    "MomentumSAM": {"MomentumSAM": {}, "MomentumSAM decay": {"authors_decay": True}},
+    "LESAM": {"LESAM": {"sigma": 0.03, "rho_max": 0.3, "total": 8, "warmup": 0.2, "decay_start": 0.4}},
+    "FlatLoRA": {"FlatLoRA": {"total": 8}},
     "VaSSO": {"VaSSO": {"theta": 0.3}},
 }
+
+
+def on_adam(method: type[SAM], params: Any, base_optimizer: Any = None, **options: Any) -> SAM:
+    """Build a method that needs Adam's state over AdamW, where a test asks for SGD or for no base optimizer."""
+    if base_optimizer in (None, torch.optim.SGD):
+        base_optimizer = torch.optim.AdamW
+        options = {k: v for k, v in options.items() if k not in ("momentum", "dampening", "nesterov")}
+    return method(params, base_optimizer, **options)
+
+
+NEED_ADAM = ("PrecondSAM",)
+
+
+def builder(name: str, method: type[SAM]) -> Callable[..., SAM]:
+    """Return what builds a method in a test, with what it needs beside parameters and options."""
+    if name in NEED_ADAM:
+        return partial(on_adam, method)
+    return with_frozen if name == "FlatLoRA" else method
 
 
 def cases(methods: Mapping[str, type[SAM]], options: Mapping[str, Any] = CASES) -> dict[str, Callable[..., Any]]:
     """Return, for each case of each method, a function that builds the optimizer with the case's options."""
     return {
-        case: partial(method, **chosen)
+        case: partial(builder(name, method), **chosen)
         for name, method in methods.items()
         for case, chosen in options.get(name, {name: {}}).items()
     }
 
 
+def with_frozen(params: Any, *args: Any, **options: Any) -> SAM:
+    """Return FlatLoRA over these parameters or groups, and a frozen weight in a group of its own."""
+    given = list(params)
+    groups = given if isinstance(given[0], dict) else [{"params": given}]
+    first = groups[0]["params"][0]
+    values = torch.randn(5, 7, generator=torch.Generator().manual_seed(5)).to(first.dtype)
+    return fused_sam.FlatLoRA([*groups, {"params": [nn.Parameter(values, requires_grad=False)]}], *args, **options)
+
+
 # The methods of the package's registry, and those that examples/ defines through the public Step.
-EXAMPLES: dict[str, type[SAM]] = {m.__name__: m for m in (LESAM, StableSAM, UnnormalisedSAM, VaSSO)}
+EXAMPLES: dict[str, type[SAM]] = {"VaSSO": VaSSO}
 METHODS = cases({**fused_sam.METHODS, **EXAMPLES})
+# The cases of one pass, whose weights are displaced between steps.
+ONE_PASS = [
+    case
+    for name, method in fused_sam.METHODS.items()
+    if issubclass(method, DisplacedSAM)
+    for case in CASES.get(name, {name: {}})
+]
 
 
 WITH_SAM: dict[str, Callable[..., Any]] = {"SAM": SAM, **METHODS}
@@ -149,13 +187,13 @@ WITH_SAM: dict[str, Callable[..., Any]] = {"SAM": SAM, **METHODS}
 
 def clean(optimizer: Any) -> None:
     """Make the weights clean, so that the optimizer may be saved or copied."""
-    if isinstance(optimizer, fused_sam.MomentumSAM):
+    if isinstance(optimizer, DisplacedSAM):
         optimizer.eval()
 
 
 def resume(optimizer: Any) -> None:
     """Undo what `clean` did, so that training continues."""
-    if isinstance(optimizer, fused_sam.MomentumSAM):
+    if isinstance(optimizer, DisplacedSAM):
         optimizer.train()
 
 

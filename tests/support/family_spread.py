@@ -42,6 +42,5 @@ def train(rank: int, method: str, way: str | None) -> tuple[list[Tensor], list[A
             optimizer.first_step(zero_grad=True)
             spread.loss_of(model, part).backward()
         optimizer.step()
-    if method == "MomentumSAM":
-        optimizer.eval()
+    family.clean(optimizer)
     return [spread.full(p) for p in model.parameters()], perturbed

@@ -19,8 +19,11 @@ class Interrupt(KeyboardInterrupt):
     """The exception that is raised."""
 
 
-def run(action: Callable[[], Any], at: int = -1) -> int:
+def run(action: Callable[[], Any], at: int = -1, again: int = 0) -> int:
     """Run an action, and raise Interrupt before bytecode number `at` of the package that it runs.
+
+    Args:
+        again: raise it once more, so many bytecodes later; 0: do not.
 
     Returns:
         How many bytecodes ran. `at` itself if the exception was raised: it ends here.
@@ -34,8 +37,10 @@ def run(action: Callable[[], Any], at: int = -1) -> int:
             return None
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         if event == "opcode":
-            if ran == at:
-                sys.settrace(None)
+            if ran == at or (again and ran == at + again):
+                if not again or ran > at:
+                    sys.settrace(None)
+                ran += 1
                 raised_at = f"{frame.f_code.co_filename}:{frame.f_lineno} {frame.f_code.co_name}"
                 raise Interrupt(raised_at)
             ran += 1

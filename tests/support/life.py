@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 from torch.optim.lr_scheduler import ExponentialLR
 
-from fused_sam import ESAM, MomentumSAM
+from fused_sam import ESAM
+from fused_sam.methods.displaced import DisplacedSAM
 
 from .bits import assert_same_bits
 from .draws import LAYOUTS, values
@@ -134,11 +135,11 @@ class TrainingRun:
     @contextmanager
     def clean(self) -> Iterator[None]:
         """Return a context in which the optimizer may be saved, loaded and copied."""
-        momentum = isinstance(self.optimizer, MomentumSAM)
-        if momentum:
+        displaced = isinstance(self.optimizer, DisplacedSAM)
+        if displaced:
             self.optimizer.eval()
         yield
-        if momentum:
+        if displaced:
             self.optimizer.train()
 
     def continue_as_copy(self, way: str) -> None:

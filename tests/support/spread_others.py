@@ -1,4 +1,4 @@
-"""The workers' functions of other ways to spread a model: FSDP1 and ZeroRedundancyOptimizer."""
+"""The workers' functions of other ways to spread a model: FSDP1, ZeroRedundancyOptimizer, Muon under FSDP2."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from fused_sam import SAM
+from fused_sam import SAM, MuonWithAdamW
 
 from . import spread
 
@@ -47,3 +47,16 @@ def one_process() -> list[Tensor]:
     for step in range(3):
         spread.step(model, optimizer, spread.batch_of(step))
     return [p.detach().clone() for p in model.parameters()]
+
+
+def muon(rank: int, way: str | None) -> tuple[list[Tensor], list[float]]:
+    """Return the weights and norms of steps of SAM around MuonWithAdamW. `way` None is one process with all data."""
+    distribute, parts = spread.WAYS[way] if way else (lambda model: model, 1)
+    model = distribute(spread.model_of())
+    optimizer = SAM(model.parameters(), MuonWithAdamW, rho=0.1, lr=0.02, adamw_lr=0.01, ns_steps=1)
+    norms = []
+    for step in range(3):
+        batch = spread.batch_of(step)
+        spread.step(model, optimizer, spread.part_of(batch, rank, parts) if way else batch)
+        norms.append(float(optimizer.grad_norm))
+    return [spread.full(p) for p in model.parameters()], norms

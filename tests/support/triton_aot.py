@@ -23,14 +23,24 @@ TYPES = {
     **dict.fromkeys(("rows_ptr", "grads_ptr", "lrs_ptr", "x_ptr", "y_ptr", "out_ptr"), "*i64"),
     **dict.fromkeys(("block_row_ptr", "ticket_ptr"), "*i32"),
     **dict.fromkeys(
-        ("groups_ptr", "status_ptr", "grad_scale_ptr", "slots_ptr", "sums_ptr", "coefficients_ptr"), "*fp32"
+        (
+            *("groups_ptr", "status_ptr", "grad_scale_ptr", "slots_ptr", "sums_ptr", "coefficients_ptr"),
+            *("factors_ptr", "unbias_ptr", "partial_ptr"),
+        ),
+        "*fp32",
     ),
     **dict.fromkeys(("blocks", "flags", "reset", "rows"), "i32"),
     **dict.fromkeys(("eps", "max_norm", "a", "b"), "fp32"),
 }
 
 # The constants that choose a variant of a kernel, where a case does not name them.
-PLAIN = {"MASTERS": False, "ROUND": False, "MASKED": False, "WITH_AMSGRAD": False, "HOST": False, "GUARDED": False}
+PLAIN = dict.fromkeys(
+    (
+        *("MASTERS", "ROUND", "MASKED", "FACTORS", "PRECONDITIONED", "WEIGHTS"),
+        *("WITH_AMSGRAD", "HOST", "GUARDED"),
+    ),
+    False,
+)
 
 
 @dataclass(frozen=True)
@@ -65,6 +75,10 @@ KERNELS = [
     Kernel("norm", "g", constants=(("ASCENT", False),)),
     Kernel("perturb", "pg", "pp"),
     Kernel("perturb", "pg", "pp", (("MASKED", True),)),
+    Kernel("perturb", "pg", "pp", (("FACTORS", True),)),
+    Kernel("perturb", "pgf", "pp", (("PRECONDITIONED", True),)),
+    Kernel("squares", "pg", constants=(("WEIGHTS", True),)),
+    Kernel("squares", "gf", constants=(("PRECONDITIONED", True),)),
     *(Kernel(name, "pg" + state, "p" + state) for name, state in PLAIN_RULES.items()),
     Kernel("adam", "pgff", "pff"),
     Kernel("adam", "pgfff", "pfff", (("WITH_AMSGRAD", True),)),

@@ -30,11 +30,12 @@ class Launch:
 @dataclass
 class RecordingDriver:
     launches: list[Launch] = field(default_factory=list)
+    registers: int = 32  # per thread, of every kernel
 
     def __post_init__(self) -> None:
         properties = {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132}
         self.utils = SimpleNamespace(
-            load_binary=lambda *_: (object(), 1, 32, 0, 1024),
+            load_binary=lambda *_: (object(), 1, self.registers, 0, 1024),
             get_device_properties=lambda _: properties,
             unload_module=lambda _: None,
         )
@@ -63,12 +64,19 @@ class RecordingDriver:
 @contextmanager
 def recording_driver() -> Iterator[RecordingDriver]:
     driver = RecordingDriver()
+    with running_on(driver):
+        yield driver
+
+
+@contextmanager
+def running_on(driver: RecordingDriver) -> Iterator[None]:
+    """Let Triton use a driver."""
     config = triton.runtime.driver
     before = getattr(config, "_active", None)
     _forget_compiled()
     config.set_active(driver)
     try:
-        yield driver
+        yield
     finally:
         _forget_compiled()
         config._active = before

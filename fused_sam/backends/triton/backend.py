@@ -94,14 +94,32 @@ class Triton(Backend):
                 (*_dtypes(table, native), groups is not None, native.blocks.size, native.device.slots),
             )  # fmt: skip
 
-    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+    def squares(self, table: Table, groups: Sequence[PerturbGroup], sums: Tensor, *, weights: bool) -> None:
         native = _native(table)
+        count = native.blocks.count
+        partial = torch.empty((1 + weights) * count, dtype=sums.dtype, device=sums.device)
+        with native.device.current():
+            memory = native.for_norm(table, groups, self._reserve)
+            launch(
+                native, memory, "squares", count,
+                (*_TABLE, sums if table.unbias is None else table.unbias, partial, count),
+                (*_dtypes(table, native), table.unbias is not None, weights, native.blocks.size),
+            )  # fmt: skip
+            launch(
+                native, memory, "row_sums", len(table.params),
+                ("rows", partial, sums, count, len(table.params)), (weights, native.blocks.size),
+            )  # fmt: skip
+
+    def perturb(self, table: Table, groups: Sequence[PerturbGroup], status: Status) -> None:
+        native, factors, unbias = _native(table), table.factors, table.unbias
         with native.device.current():
             memory = native.after_norm(table, groups, self._reserve)
             launch(
                 native, memory, "perturb", native.blocks.count,
-                (*_TABLE, status.values),
-                (*_dtypes(table, native), _rounds(table), memory.masked, native.blocks.size),
+                (*_TABLE, status.values, status.values if factors is None else factors,
+                 status.values if unbias is None else unbias),
+                (*_dtypes(table, native), _rounds(table), memory.masked, factors is not None, unbias is not None,
+                 native.blocks.size),
             )  # fmt: skip
         bump_versions(table.params)
 

@@ -34,6 +34,7 @@ WHOLE = tl.constexpr(2)
 POINTERS = [
     *("block_row_ptr", "rows_ptr", "grads_ptr", "groups_ptr", "lrs_ptr", "status_ptr", "grad_scale_ptr"),
     *("slots_ptr", "ticket_ptr", "x_ptr", "y_ptr", "out_ptr", "sums_ptr", "coefficients_ptr"),
+    *("factors_ptr", "unbias_ptr", "partial_ptr"),
 ]  # fmt: skip
 
 
@@ -125,3 +126,9 @@ def sum_slots(slots_ptr, SLOTS: tl.constexpr):
     """Return the sum of one number per program, in an order that depends on their count alone."""
     slot = tl.arange(0, SLOTS)
     return tl.sum(tl.load(slots_ptr + slot, slot < tl.num_programs(0), 0, cache_modifier=".cg"))
+
+
+@triton.jit
+def preconditioner(v, unbias, eps):
+    """Return T_w^2 of Precond-SAM (arXiv 2502.02407) from Adam's second moment v."""
+    return tl.div_rn(1.0, tl.sqrt_rn(v) * unbias + eps)

@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+# Most programs of a reduction on a processor, which holds 2048 threads at a time: 8 times 256.
+PROGRAMS = 8
+
 
 @dataclass(frozen=True)
 class Device:
@@ -19,11 +22,27 @@ class Device:
     device: torch.device
     processors: int
     warp: int  # threads
+    registers: int = 0  # of a processor; 0 if they do not limit its programs in a known way
 
     @property
     def programs(self) -> int:
-        """Most programs of a reduction: a processor holds 8 of 256 threads at a time."""
-        return 8 * self.processors
+        """Most programs of a reduction."""
+        return PROGRAMS * self.processors
+
+    def programs_that_fit(self, registers: int, warps: int) -> int:
+        """Return how many programs of a reduction the device holds at a time.
+
+        More would wait until the first have ended, and take as long again. A processor has four parts. A part gives
+        registers to whole warps, in units of 8 per thread.
+
+        Args:
+            registers: of a thread of the compiled kernel; 0 if unknown.
+            warps: of a program.
+        """
+        if not (registers and self.registers):
+            return self.programs
+        warps_of_part = self.registers // 4 // (self.warp * (-(-registers // 8) * 8))
+        return min(PROGRAMS, max(4 * warps_of_part // warps, 1)) * self.processors
 
     @property
     def slots(self) -> int:
@@ -52,10 +71,12 @@ class Device:
 def device_of(device: torch.device) -> Device:
     """Return the numbers of a device."""
     if device.type == "cpu":  # the interpreter: few processors, so that small tests have many blocks per program
-        return Device(device, 4, 32)
+        return Device(device, 4, 32, 1 << 16)
     properties = torch.get_device_module(device).get_device_properties(device)
     processors = getattr(properties, "multi_processor_count", None) or properties.gpu_subslice_count
-    return Device(device, processors, getattr(properties, "warp_size", 32))
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    registers = getattr(properties, "regs_per_multiprocessor", 1 << 16) if nvidia else 0
+    return Device(device, processors, getattr(properties, "warp_size", 32), registers)
 
 
 @dataclass(frozen=True)

@@ -46,7 +46,7 @@ class Native:
         self.device = device_of(tensors[0].device)
         sizes = [t.numel() for t in tensors]
         self.blocks = Blocks.cut(sizes, self.device)
-        self.programs = min(self.blocks.count, self.device.programs)  # of a reduction
+        self.programs = min(self.blocks.count, self.device.programs)  # of a reduction, at most
         self.launchers: dict[Any, Any] = {}
         self._changing = changing
         self._slots = sums * self.device.slots * status_dtype(tensors[0].device).itemsize // WORD
@@ -86,6 +86,8 @@ class NativeTable(Native):
         if table.rule is not None:
             for name, column in table.state.items():
                 self._fill(layout.state_place(table.rule, name), column)
+        elif table.second_moments:
+            self._fill(layout.STATE, table.second_moments)
         if table.rng_streams:
             self._rows[layout.RNG_STREAM :: ROW] = array("q", table.rng_streams)
         self.masters = bool(table.masters)

@@ -10,8 +10,8 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .methods import Method
-from .training import Run, Trial
+from fused_sam.demo.methods import Method
+from fused_sam.demo.training import Run, Trial
 
 Train = Callable[[Trial, int], Run]  # trains a trial with a seed
 
@@ -29,18 +29,6 @@ class Outcome:
     def method(self) -> Method:
         """The method of all trials."""
         return self.winner.method
-
-
-def trials_of(method: Method, lrs: Sequence[float], rhos: Sequence[float]) -> list[Trial]:
-    """Return the grid of trials of a method, which uses rhos only if it is SAM."""
-    grid: Sequence[float | None] = rhos if method.is_sam else (None,)
-    return [Trial(method, lr, rho) for lr in lrs for rho in grid]
-
-
-def passes_over_data(grid: Sequence[Trial], epochs: int, seeds: int, tuning_seeds: int) -> int:
-    """Return the passes over the data of all runs of one grid: the search, and the winner's other seeds."""
-    tuned = min(seeds, tuning_seeds)
-    return grid[0].method.cost(epochs) * (len(grid) * tuned + seeds - tuned)
 
 
 def compete(grids: Sequence[Sequence[Trial]], seeds: int, tuning_seeds: int, train: Train) -> list[Outcome]:

@@ -1,4 +1,4 @@
-"""Optimizers that torch.optim lacks, as ordinary classes; SAM fuses them as base optimizers.
+"""Lion, which SAM fuses with the undo.
 
     optimizer = fused_sam.SAM(model.parameters(), fused_sam.Lion, rho=0.05, lr=1e-4, weight_decay=0.1)
 """
