@@ -11,12 +11,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
-
-import fused_sam
 from examples.methods.le_sam import LESAM
 from examples.methods.stable_sam import StableSAM
 from examples.methods.unnormalised_sam import UnnormalisedSAM
+from torch import Tensor
+
+import fused_sam
 from examples.methods.vasso import VaSSO
 from fused_sam import simple
 from fused_sam.backends.contract import MASK
