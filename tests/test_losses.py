@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.amp import GradScaler
 
 import fused_sam
-from examples.methods.unnormalised_sam import UnnormalisedSAM
-from fused_sam import SAM, MicrobatchSAM
+from fused_sam import SAM, MicrobatchSAM, UnnormalisedSAM
 from fused_sam.schedule import AdaptiveSchedule, Every
 from fused_sam.training import losses, sam_step
 

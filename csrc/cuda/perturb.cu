@@ -148,7 +148,7 @@ struct PerturbPreconditioned : PerturbArrays<P, G, M> {
 };
 
 template <class P, class G, class M, bool kRandom, class Table>
-__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(P) == 4 ? 3 : 4))
+__global__ void __launch_bounds__(kThreads, blocks_of(sizeof(P) == 4 || kRandom ? 3 : 4))
     perturb_kernel(const Table __grid_constant__ table, PerturbCall call) {
   const Span span = span_of(table, chunk_from_the_end());
   void* param = table.data[kParam][span.tensor];

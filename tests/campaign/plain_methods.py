@@ -11,14 +11,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from examples.methods.le_sam import LESAM
-from examples.methods.stable_sam import StableSAM
-from examples.methods.unnormalised_sam import UnnormalisedSAM
 from torch import Tensor
 
 import fused_sam
 from examples.methods.vasso import VaSSO
-from fused_sam import simple
+from fused_sam import LESAM, StableSAM, UnnormalisedSAM, simple
 from fused_sam.backends.contract import MASK
 from fused_sam.backends.rng import mask_of, stream_key
 from fused_sam.simple import Closure, Vector, axpby, norm
@@ -95,7 +92,9 @@ class PlainVaSSO(simple.SAM):
 class PlainLESAM(simple.SAM):
     """Perturbs by min(sigma_t / ||g||, rho_max), with sigma_t on half a cosine."""
 
-    def __init__(self, params: Any, base: Any, rho: float, *, sigma: float, rho_max: float, total: int) -> None:
+    def __init__(
+        self, params: Any, base: Any, rho: float, *, sigma: float, rho_max: float, total: int, **_: float
+    ) -> None:
         super().__init__(params, base, rho)
         self.sigma, self.rho_max, self.total, self.t = sigma, rho_max, total, 0
 
@@ -124,6 +123,8 @@ def draws(**ranges: Any) -> Draw:
     return options
 
 
+# Without a warm-up, and with a cosine from the first step on.
+LESAM_DRAWS = draws(sigma=(0.01, 0.1), rho_max=(0.05, 0.5), total=[5, 50], warmup=0.0, decay_start=0.0)
 CASES: dict[str, tuple[type[simple.SAM], type[fused_sam.SAM], Draw]] = {
     "SAM": (simple.SAM, fused_sam.SAM, draws()),
     "ASAM": (simple.ASAM, fused_sam.ASAM, draws(rho=(0.2, 1.5), eta=(0.0, 0.1), scale=["weights", "all"])),
@@ -139,5 +140,5 @@ CASES: dict[str, tuple[type[simple.SAM], type[fused_sam.SAM], Draw]] = {
     "StableSAM": (PlainStableSAM, StableSAM, draws()),
     "UnnormalisedSAM": (PlainUnnormalisedSAM, UnnormalisedSAM, draws()),
     "VaSSO": (PlainVaSSO, VaSSO, draws(theta=(0.1, 1.0))),
-    "LESAM": (PlainLESAM, LESAM, draws(sigma=(0.01, 0.1), rho_max=(0.05, 0.5), total=[5, 50])),
+    "LESAM": (PlainLESAM, LESAM, LESAM_DRAWS),
 }

@@ -40,7 +40,7 @@ class Watch:
         gc.collect()
         # Caches of Python and of the allocator may still grow a little. One leaked object per step would be thousands.
         assert len(gc.get_objects()) - self.objects < 300
-        assert resident() - self.bytes < 4 * 2**20
+        assert resident() - self.bytes < 16 * 2**20
 
 
 def start(dtype: torch.dtype) -> list[nn.Parameter]:

@@ -173,4 +173,6 @@ def test_random_lives_equal_plain_torch(campaign: Campaign, case: str) -> None:
 def test_every_method_has_a_program_in_plain_torch() -> None:
     """A method of one's own without one is at least beside the other backends, in tests/test_random_programs.py."""
     classes = {fused for _, fused, _ in plain_methods.CASES.values()}
-    assert set(fused_sam.METHODS.values()) <= classes
+    # Their formulas are beside float64 loops in tests/test_methods_*.py.
+    without = {"AsyncSAM", "FlatLoRA", "LayerSAM", "LookLayerSAM", "PrecondSAM", "RandomSAM"}
+    assert {name for name, method in fused_sam.METHODS.items() if method not in classes} == without
