@@ -92,7 +92,7 @@ def test_gsam_of_the_loss_at_w_with_a_first_gradient_of_zero(backend: str) -> No
 def test_gcsam(backend: str, dtype: torch.dtype, norm_of: str, both: bool) -> None:
     """arXiv 2501.11584: the equation centralises both gradients, and the program divides by ||g||."""
     model, groups = model_and_groups(dtype)
-    optimizer = fused_sam.GCSAM(groups, norm=norm_of, centralise_descent=both, backend=backend, **options())
+    optimizer = fused_sam.GCSAM(groups, length=norm_of, centralise_descent=both, backend=backend, **options())
     sam_steps(model, optimizer)
     p = Problem()
     for step in range(STEPS):

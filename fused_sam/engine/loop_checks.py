@@ -197,8 +197,10 @@ class PassCheck:
 
 def norm_of(snapshot: GradSnapshot) -> Tensor:
     """Return the norm of this process's gradients, without waiting for the device."""
-    present = [g.float() for g in snapshot.present() if g.numel()]
-    return torch.stack(torch._foreach_norm(present)).norm() if present else torch.zeros(())
+    present = [g for g in snapshot.present() if g.numel()]
+    wide = (torch.float32, torch.float64)  # other dtypes are summed in fp32, without a copy
+    norms = [torch.linalg.vector_norm(g, dtype=None if g.dtype in wide else wide[0]).float() for g in present]
+    return torch.stack(norms).norm() if norms else torch.zeros(())
 
 
 class LossCheck:

@@ -38,6 +38,7 @@ def warn_of_misspelt_options(optimizer: Any, first: int = 0) -> None:
         return
     base = stepper.base
     known = {*optimizer.defaults, *base.defaults, *stepper.settings.own_options, *optimizer._options, "base_options"}
+    known.update(getattr(base.cls, "GROUP_OPTIONS", ()))  # of a base optimizer that writes its own groups
     found = [
         f"{key!r} in group {k} (meant is probably {meant!r})"
         for k, group in enumerate(optimizer.param_groups[first:], first)

@@ -63,6 +63,9 @@ class MuonWithAdamW(Optimizer):
         RuntimeError: a sparse or complex gradient.
     """
 
+    GROUP_OPTIONS = (*_MUON, *_ADAMW, "use_muon")
+    """The options that its groups have."""
+
     def __init__(
         self,
         params: ParamsT,
