@@ -222,7 +222,7 @@ void test_rates_on_the_device() {
 }
 
 void test_finish_norm_in_a_launch_of_its_own() {
-  StatusOf<float> status{6.25f, 3, 4, 1, 5, 6};
+  StatusOf<float> status{6.25f, 3, 4, 1, 5, 6, 0, 0, 0};
   cuda_finish_norm(reinterpret_cast<uintptr_t>(&status), {true, true}, 0.5, 0, 0);
   CHECK(status.sum_of_squares == 6.25f && status.ascent_norm == 2.5f && status.inverse_norm == 1 / 3.0f);
   CHECK(status.skip == 1 && status.update_norm == 5 && status.rng_offset == 6);
