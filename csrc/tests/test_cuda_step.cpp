@@ -176,7 +176,7 @@ void test_chain_of_tables() {
   for (int driver : {13000, 12000}) {  // the last table takes one launch, or two
     cuda_shim::machine().driver = driver;
     Rig a({Dtype::f32, Dtype::f32, {1000, 5}, 0}), b({Dtype::bf16, Dtype::f32, Sizes(SmallTable::kTensors + 1, 77), 0});
-    a.status = {1e6f, 3, 4, 1, 5, 6};
+    a.status = {1e6f, 3, 4, 1, 5, 6, 0, 0, 0};
     const int before = cuda_shim::machine().launches;
     a.norm(true, false, true, false);
     const double first = std::pow(a.expected_norm(true), 2);
