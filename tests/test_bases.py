@@ -27,7 +27,7 @@ ROWS = [bases.documented(row) for row in bases.table_of(bases.PAGE.read_text())]
 def test_a_base_takes_its_own_steps_and_resumes_to_the_bit(base: bases.Base) -> None:
     if reason := bases.missing(base):
         pytest.skip(reason)
-    words = bases.judged(base)
+    words = bases.outcome_words(base)
     assert words in [says for package, names, says in ROWS if package == base.package and base.name in names]
     assert words[0] == "bits" or (base.fused and words[0] == "rounding")
     assert words[1:] == ("bits", "bits")

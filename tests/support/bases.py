@@ -204,7 +204,7 @@ def after_resume(base: Base, rho: float | None) -> float:
 # ---- the table ------------------------------------------------------------------------------------------------------
 
 
-def judged(base: Base) -> tuple[str, str, str]:
+def outcome_words(base: Base) -> tuple[str, str, str]:
     """Return the words of the table: rho 0, rho 0.05, resume."""
 
     def word(error: float) -> str:
@@ -225,7 +225,7 @@ def rows(bases: Iterable[Base]) -> list[str]:
     for base in bases:
         if missing(base) is None:
             title = f"{base.package} {'' if base.package == 'fused_sam' else version(base.package)}".strip()
-            found.setdefault((title, *judged(base)), []).append(f"`{base.name}`")
+            found.setdefault((title, *outcome_words(base)), []).append(f"`{base.name}`")
     return [f"| {title} | {', '.join(names)} | {' | '.join(words)} |" for (title, *words), names in found.items()]
 
 

@@ -212,7 +212,7 @@ class Machine:
             raise _IncompleteWarpError(lanes[lacking])
 
     def where(self, at: Any, lane: int) -> str:
-        """Return the name of a lane in words, for errors."""
+        """Return a name of a lane that errors print."""
         number = int(self.lanes[at][lane])
         return f"{self._kernel.name}, block {self._blocks[self.block_of[number]]}, thread {self._thread_of[number]}"
 
