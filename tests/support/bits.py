@@ -22,7 +22,7 @@ def parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def stored(optimizer: Optimizer) -> list[Tensor]:
-    """Return copies of the weights. Those of one-pass methods are the clean ones, because each step displaces them again."""
+    """Return copies of the weights. Those of one-pass methods are clean, because each step displaces them again."""
     if isinstance(optimizer, DisplacedSAM) and optimizer.displaced and not optimizer.stepper.suspended:
         with optimizer.unperturbed():
             return [p.detach().clone() for p in parameters(optimizer)]
