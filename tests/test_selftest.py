@@ -51,6 +51,11 @@ def no_restore(self: Any, table: Any) -> None:
     table.params[1].add_(0)
 
 
+def off_squares(self: Any, table: Any, groups: Any, sums: Any, *, weights: bool) -> None:
+    Foreach.squares(self, table, groups, sums, weights=weights)
+    sums[1, -1] *= 1.001
+
+
 def off_update(self: Any, table: Any, groups: Any, status: Any, grad_scale: Any, max_norm: float) -> None:
     Foreach.update(self, table, [group._replace(lr=group.lr * 1.01) for group in groups], status, grad_scale, max_norm)
 
@@ -83,6 +88,7 @@ def raises(self: Any, *_: Any, **__: Any) -> None:
 # The primitive, what takes its place, and the subjects that must differ.
 WRONG: dict[str, tuple[str, Callable[..., Any], set[str]]] = {
     "norm": ("accumulate_norm", off_norm, {"norm"}),
+    "squares": ("squares", off_squares, {"squares"}),
     "perturb": ("perturb", off_perturb, {"perturb"}),
     "backup": ("perturb", no_backup, {"perturb", "restore"}),
     "restore": ("restore", no_restore, {"restore"}),
@@ -110,7 +116,7 @@ def test_the_backends_of_this_machine_pass(name: str) -> None:
     report = selftest(name, rates=False)
     assert report.ok and not report.differences, report.text()
     subjects = {result.subject for result in report.results}
-    assert {"norm", "perturb", "restore", "vectors", *(f"update {rule.name}" for rule in RULES)} <= subjects
+    assert {"norm", "squares", "perturb", "restore", "vectors", *(f"update {rule.name}" for rule in RULES)} <= subjects
     assert {f"steps of {base}" for base in checks.BASES} <= subjects
 
 

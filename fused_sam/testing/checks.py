@@ -58,6 +58,7 @@ def checks(backend: Backend, device: torch.device) -> Iterator[tuple[str, str, C
             return Twins(backend, kind, GROUPS[rule], device=device, **options)
 
         yield "norm", str(kind), lambda twins=twins: _norm(twins())  # type: ignore[misc]
+        yield "squares", str(kind), lambda twins=twins: _squares(twins())  # type: ignore[misc]
         yield "perturb", str(kind), lambda twins=twins: _perturb(twins)  # type: ignore[misc]
         yield "restore", str(kind), lambda twins=twins: _restore(twins())  # type: ignore[misc]
         for rule in GROUPS:
@@ -94,6 +95,17 @@ def _norm(twins: Twins) -> str:
     twins.table.grads[1][-1] = math.inf
     twins.norm(ascent=False)
     return "" if float(twins.status.skip) else "an inf does not set the skip flag"
+
+
+def _squares(twins: Twins) -> str:
+    found, wanted = twins.squares()
+    # As for a norm: each tensor's sum has the rounding of fp32 at most.
+    bad = ~((found - wanted).abs() <= 1e-5 * wanted.abs())
+    if bool(bad.any()):
+        of, row = (int(k) for k in bad.nonzero()[0])
+        what = ("gradients", "params")[of]
+        return f"the sum of squares of the {what} of tensor {row} is {found[of, row]}, and should be {wanted[of, row]}"
+    return ""
 
 
 def _perturb(twins: Callable[..., Twins]) -> str:

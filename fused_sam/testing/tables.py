@@ -218,6 +218,14 @@ class Twins:
         self.backend.norm([self.table], groups, self.status, keep_skip=keep_skip, eps=eps)
         self.reference.norm([self.twin], groups, self.twin_status, keep_skip=keep_skip, eps=eps)
 
+    def squares(self) -> tuple[Tensor, Tensor]:
+        """Return the backend's and reference's sums of squares of gradients and params: fp64, shape (2, tensors)."""
+        sums = [torch.zeros(2, len(self.table.params), dtype=s.values.dtype, device=self.device)
+                for s in (self.status, self.twin_status)]  # fmt: skip
+        self.backend.squares(self.table, self.perturb_groups, sums[0], weights=True)
+        self.reference.squares(self.twin, self.perturb_groups, sums[1], weights=True)
+        return sums[0].double(), sums[1].double()
+
     def perturb(self) -> None:
         self.backend.perturb(self.table, self.perturb_groups, self.status)
         self.reference.perturb(self.twin, self.perturb_groups, self.twin_status)
